@@ -1,0 +1,65 @@
+// What the bindings share: the only header that knows both torch and the launchers. Checks fail with one
+// sentence (operator, argument, what it got, what it wants) before anything is changed.
+#pragma once
+#include <ATen/DeviceAccelerator.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "common/dtype.h"
+
+// A CUDA launcher, or null in a build without CUDA.
+#ifdef GDBP_WITH_CUDA
+#define GDBP_CUDA_LAUNCHER(name) &name
+#else
+#define GDBP_CUDA_LAUNCHER(name) nullptr
+#endif
+
+namespace gdbp {
+
+inline bool is_supported(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline Dtype dtype_of(const at::Tensor& tensor, const char* op, const char* argument) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return Dtype::float64;
+    case at::kFloat: return Dtype::float32;
+    case at::kBFloat16: return Dtype::bfloat16;
+    case at::kHalf: return Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": ", argument, " has dtype ", tensor.scalar_type(),
+                       "; expected float64, float32, bfloat16 or float16; convert it with .to()");
+  }
+}
+
+inline void check_same(const at::Tensor& a, const char* a_name, const at::Tensor& b, const char* b_name,
+                       const char* op) {
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(), op, ": ", b_name, " has dtype ", b.scalar_type(), " and ", a_name,
+              " has ", a.scalar_type(), "; expected the same; convert one of them with .to()");
+  TORCH_CHECK(a.device() == b.device(), op, ": ", b_name, " is on ", b.device(), " and ", a_name, " on ", a.device(),
+              "; expected the same device; move one of them with .to()");
+}
+
+// The compute type of a stored type, as torch names it.
+inline at::ScalarType compute_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Runs a launcher where `where` lives, on that device's current stream.
+template <class Launch>
+void run_on(const at::Device& where, const char* op, Launch* cpu, std::type_identity_t<Launch*> cuda,
+            const auto&... args) {
+  if (where.is_cpu()) {
+    cpu(args..., nullptr);
+    return;
+  }
+  TORCH_CHECK(cuda != nullptr, op, ": the tensors are on ", where,
+              " but gdbp was built without CUDA; rebuild it with GDBP_CUDA=1 where nvcc is installed");
+  const c10::DeviceGuard guard(where);
+  void* const stream = at::accelerator::getCurrentStream(where.index()).native_handle();
+  const int error = cuda(args..., stream);
+  TORCH_CHECK(error == 0, op, ": the kernel could not be launched (cudaError ", error, ")");
+}
+
+}  // namespace gdbp

@@ -1,0 +1,85 @@
+// Elements in registers: a thread moves `n` neighbouring elements at a time, in 16-byte accesses where
+// `vectors` says that the address allows it and one by one where it does not. Which elements a thread
+// holds is the same in both cases, so results do not depend on alignment.
+#pragma once
+#include "common/dtype.h"
+#include "common/launch.h"
+
+#ifdef __CUDA_ARCH__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace gdbp::cuda {
+
+// Elements of T in one 16-byte access.
+template <class T>
+constexpr int kWidth = 16 / int(sizeof(T));
+
+// One access of the hardware: the largest power of two up to 16 bytes that divides n elements of T.
+template <class T, int n>
+constexpr int kAccess = n * int(sizeof(T)) < 16 ? n * int(sizeof(T)) : 16;
+
+inline bool aligned(const void* pointer, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(pointer) % uintptr_t(bytes) == 0;
+}
+
+// The bit manipulations of dtype.h in one instruction, where there is one.
+template <class To>
+__device__ __forceinline__ To narrow_fast(Compute<To> x) {
+  return narrow<To>(x);
+}
+template <class From>
+__device__ __forceinline__ Compute<From> widen_fast(From x) {
+  return widen(x);
+}
+#ifdef __CUDA_ARCH__
+template <>
+__device__ __forceinline__ BFloat16 narrow_fast<BFloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+__device__ __forceinline__ Float16 narrow_fast<Float16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+__device__ __forceinline__ float widen_fast<Float16>(Float16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+#endif
+
+template <class T, int n>
+struct alignas(kAccess<T, n>) Packed {
+  T at[n];
+};
+
+// Reads the first `count` of n elements; the others become 0.
+template <int n, class T, class C>
+__device__ __forceinline__ void load(const T* from, int count, bool vectors, C (&to)[n]) {
+  if (vectors && count == n) {
+    const Packed<T, n> packed = *reinterpret_cast<const Packed<T, n>*>(from);
+#pragma unroll
+    for (int k = 0; k < n; ++k) to[k] = C(widen_fast(packed.at[k]));
+  } else {
+#pragma unroll
+    for (int k = 0; k < n; ++k) to[k] = k < count ? C(widen_fast(from[k])) : C(0);
+  }
+}
+
+// Writes the first `count` of n elements.
+template <int n, class T, class C>
+__device__ __forceinline__ void store(T* to, int count, bool vectors, const C (&from)[n]) {
+  if (vectors && count == n) {
+    Packed<T, n> packed;
+#pragma unroll
+    for (int k = 0; k < n; ++k) packed.at[k] = narrow_fast<T>(Compute<T>(from[k]));
+    *reinterpret_cast<Packed<T, n>*>(to) = packed;
+  } else {
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      if (k < count) to[k] = narrow_fast<T>(Compute<T>(from[k]));
+    }
+  }
+}
+
+}  // namespace gdbp::cuda

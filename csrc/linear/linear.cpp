@@ -1,0 +1,138 @@
+#include "linear/linear.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+
+#include <array>
+
+#include "common/binding.h"
+
+namespace gdbp::linear {
+namespace {
+
+using at::Tensor;
+
+Activation parse(c10::string_view name) {
+  for (size_t i = 0; i < std::size(kActivationNames); ++i)
+    if (name == kActivationNames[i]) return Activation(i);
+  TORCH_CHECK_VALUE(false, "linear: activation is '", name,
+                    "'; expected one of none, relu, gelu, sigmoid, tanh; pass activation=None for none");
+}
+
+Tensor as_matrix(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+Tensor as_batch(const Tensor& matrix, const Tensor& like) {
+  if (like.dim() == 2) return matrix;
+  auto sizes = like.sizes().vec();
+  sizes.back() = matrix.size(1);
+  return at::_unsafe_view(matrix, sizes);
+}
+
+void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  dtype_of(input, "linear", "input");
+  TORCH_CHECK(weight.dim() == 2, "linear: weight has ", weight.dim(),
+              " dimensions; expected 2, (out_features, in_features)");
+  TORCH_CHECK(input.dim() >= 1 && input.size(-1) == weight.size(1), "linear: input has shape ", input.sizes(),
+              " and weight ", weight.sizes(), "; expected the input's last dimension to be in_features = ",
+              weight.size(1));
+  check_same(input, "input", weight, "weight", "linear");
+  if (bias) {
+    check_same(input, "input", *bias, "bias", "linear");
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "linear: bias has shape ", bias->sizes(),
+                "; expected (", weight.size(0), ",), one value for each row of weight");
+  }
+}
+
+// Returns the output and, where the backward pass needs it, the pre-activation (else an empty tensor).
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                   c10::string_view activation_name) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Activation activation = parse(activation_name);
+  check(input, weight, bias);
+  const Tensor x = as_matrix(input);
+  const Tensor nothing = at::empty({0}, input.options());
+  // Without an activation there is no pass to save: the library adds the bias.
+  if (activation == Activation::none) {
+    const Tensor y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+    return {as_batch(y, input), nothing};
+  }
+  const Tensor pre = at::mm(x, weight.t());
+  const bool keep_pre = saves(activation) == Saved::pre;
+  const Tensor output = keep_pre ? at::empty_like(pre) : pre;
+  const Tensor bias_values = bias ? bias->contiguous() : Tensor();
+  const Forward args{dtype_of(pre, "linear", "input"), activation,          pre.size(0), pre.size(1),
+                     pre.mutable_data_ptr(),           bias ? bias_values.const_data_ptr() : nullptr,
+                     output.mutable_data_ptr()};
+  run_on(input.device(), "linear", forward_cpu, GDBP_CUDA_LAUNCHER(forward_cuda), args);
+  return {as_batch(output, input), keep_pre ? as_batch(pre, input) : nothing};
+}
+
+// Gradients of input, weight and bias, each only where its mask is set (else undefined).
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                            const Tensor& saved, c10::string_view activation_name,
+                                            std::array<bool, 3> mask) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Activation activation = parse(activation_name);
+  check(input, weight, std::nullopt);
+  check_same(input, "input", grad_output, "grad_output", "linear_backward");
+  const Tensor g = as_matrix(grad_output).contiguous();
+  const Tensor x = as_matrix(input);
+  TORCH_CHECK(g.size(0) == x.size(0) && g.size(1) == weight.size(0), "linear_backward: grad_output has shape ",
+              grad_output.sizes(), "; expected the shape of linear(input, weight)");
+  const bool through_activation = activation != Activation::none;
+  Tensor kept;
+  if (saves(activation) != Saved::nothing) {
+    check_same(input, "input", saved, "saved", "linear_backward");
+    kept = saved.contiguous();
+    TORCH_CHECK(kept.numel() == g.numel(), "linear_backward: saved has shape ", saved.sizes(),
+                "; expected the shape of grad_output");
+  }
+
+  const Tensor grad_pre = through_activation ? at::empty_like(g) : g;
+  Tensor grad_bias, workspace;
+  const Dtype dtype = dtype_of(g, "linear_backward", "grad_output");
+  if (mask[2]) {
+    grad_bias = at::empty({g.size(1)}, g.options());
+    workspace = at::empty({workspace_bytes(dtype, g.size(0), g.size(1))}, g.options().dtype(at::kByte));
+  }
+  if (through_activation || mask[2]) {
+    const Backward args{dtype, activation, g.size(0), g.size(1), g.const_data_ptr(),
+                        kept.defined() ? kept.const_data_ptr() : nullptr,
+                        through_activation ? grad_pre.mutable_data_ptr() : nullptr,
+                        mask[2] ? grad_bias.mutable_data_ptr() : nullptr,
+                        mask[2] ? workspace.mutable_data_ptr() : nullptr};
+    run_on(g.device(), "linear_backward", backward_cpu, GDBP_CUDA_LAUNCHER(backward_cuda), args);
+  }
+  Tensor grad_input, grad_weight;
+  if (mask[0]) grad_input = as_batch(at::mm(grad_pre, weight), input);
+  if (mask[0] && input.dim() == 1) grad_input = grad_input.view(input.sizes());
+  if (mask[1]) grad_weight = at::mm(grad_pre.t(), x);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gdbp, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> (Tensor output, Tensor pre)",
+        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor saved, str activation, bool[3] mask)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(gdbp, CPU, m) {
+  m.impl("linear", &forward);
+  m.impl("linear_backward", &backward);
+}
+
+TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {
+  m.impl("linear", &forward);
+  m.impl("linear_backward", &backward);
+}
+
+}  // namespace gdbp::linear

@@ -1,0 +1,41 @@
+// Losses: the arithmetic of one element or one row. T is float, or double for float64.
+#pragma once
+#include "common/math.h"
+
+namespace gdbp::loss {
+
+// Squared error. forward: (x - y)^2; backward: its derivative in x.
+struct SquaredError {
+  template <class T>
+  static GDBP_HD T forward(T x, T y) {
+    const T d = x - y;
+    return d * d;
+  }
+  template <class T>
+  static GDBP_HD T backward(T x, T y) {
+    return T(2) * (x - y);
+  }
+};
+
+// Softmax cross-entropy of one row, from the statistics that a pass over it leaves: with m the largest
+// logit, own = exp(x_y - m) for the target y, and others = the sum of exp(x_j - m) over j != y.
+// Forming others directly, and not as 1 - own / total, keeps all digits where the row is confident:
+//   loss      = log(total) - (x_y - m) = log1p(others / own)
+//   dloss/x_y = -others / total
+template <class T>
+struct Row {
+  T m, own, others, shift;  // shift = x_y - m
+
+  GDBP_HD Row(T max_logit, T target_logit, T sum_of_others)
+      : m(max_logit),
+        own(math::exp(target_logit - max_logit)),
+        others(sum_of_others),
+        shift(target_logit - max_logit) {}
+  GDBP_HD T total() const { return own + others; }
+  // -log softmax(x)_y
+  GDBP_HD T nll() const { return own > others ? math::log1p(others / own) : math::log(total()) - shift; }
+  // log of the sum of exp(x_j), which label smoothing needs
+  GDBP_HD T log_sum_exp() const { return m + shift + nll(); }
+};
+
+}  // namespace gdbp::loss

@@ -1,0 +1,146 @@
+"""Initial weights: torch's initialisers under the same names, and :func:`init_` for a whole network.
+
+A layer that multiplies the variance of its signal by 1.5 multiplies it by 57 over ten layers. Both schemes choose the
+spread of the weights so that the factor is near 1:
+
+=============================  ==============================================  ===============================
+scheme                         weights drawn from                              paper
+=============================  ==============================================  ===============================
+``xavier``, ``xavier_uniform`` uniform, variance gain**2 * 2/(fan_in+fan_out)  Glorot and Bengio, 2010
+``xavier_normal``              normal, the same variance
+``he``, ``he_normal``          normal, variance gain**2 / fan_in               He, Zhang, Ren and Sun, 2015
+``he_uniform``                 uniform, the same variance
+=============================  ==============================================  ===============================
+
+The short names stand for the form that each paper used: Glorot and Bengio drew uniform, He and others normal weights.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn.init import (
+    calculate_gain,
+    constant_,
+    dirac_,
+    eye_,
+    kaiming_normal_,
+    kaiming_uniform_,
+    normal_,
+    ones_,
+    orthogonal_,
+    sparse_,
+    trunc_normal_,
+    uniform_,
+    xavier_normal_,
+    xavier_uniform_,
+    zeros_,
+)
+
+__all__ = [
+    "SCHEMES",
+    "calculate_gain",
+    "constant_",
+    "dirac_",
+    "eye_",
+    "gain",
+    "init_",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "normal_",
+    "ones_",
+    "orthogonal_",
+    "sparse_",
+    "trunc_normal_",
+    "uniform_",
+    "xavier_normal_",
+    "xavier_uniform_",
+    "zeros_",
+]
+
+# Activations that torch's calculate_gain does not know: 1 / sqrt(E[f(z)**2]) for a standard normal z, the rule that
+# also gives relu its sqrt(2).
+_GAINS = {"gelu": 1.5335, "gelu_tanh": 1.5336, "silu": 1.6765, "elu": 1.2452, "softplus": 1.0419}
+
+
+_he_normal_ = partial(kaiming_normal_, nonlinearity="linear")
+_he_uniform_ = partial(kaiming_uniform_, nonlinearity="linear")
+
+# At gain 1; init_ multiplies by the gain afterwards, since kaiming_*_ know only the nonlinearities of torch.
+SCHEMES = {
+    "xavier": xavier_uniform_,
+    "xavier_uniform": xavier_uniform_,
+    "xavier_normal": xavier_normal_,
+    "he": _he_normal_,
+    "he_normal": _he_normal_,
+    "he_uniform": _he_uniform_,
+}
+
+
+def gain(nonlinearity: str | None) -> float:
+    """The factor by which weights must grow to make up for what ``nonlinearity`` takes from the signal.
+
+    torch's :func:`calculate_gain` for the names it knows (``linear`` 1, ``relu`` sqrt(2), ``tanh`` 5/3, ``sigmoid`` 1,
+    ``leaky_relu``, ``selu``, ...); for ``gelu``, ``gelu_tanh``, ``silu``, ``elu`` and ``softplus``
+    ``1 / sqrt(E[f(z)**2])`` with z standard normal. ``None`` means ``linear``. Raises ValueError for any other name.
+    """
+    if nonlinearity is None:
+        return 1.0
+    if nonlinearity in _GAINS:
+        return _GAINS[nonlinearity]
+    try:
+        return float(calculate_gain(nonlinearity))
+    except ValueError:
+        raise ValueError(
+            f"nonlinearity {nonlinearity!r} is unknown; expected a name such as linear, relu, leaky_relu, tanh, sigmoid, "
+            f"{', '.join(_GAINS)}"
+        ) from None
+
+
+def init_(
+    module: torch.nn.Module,
+    scheme: str = "he",
+    *,
+    nonlinearity: str | None = "relu",
+    generator: torch.Generator | None = None,
+) -> torch.nn.Module:
+    """Draws new weights for ``module`` and all its children in place, sets their biases to zero, and returns it.
+
+    Every parameter with "weight" in its name and two or more dimensions is drawn (linear layers, convolutions,
+    recurrent layers; gdbp's or torch's); every parameter with "bias" in its name becomes 0. Normalisation weights,
+    which have one dimension, and embeddings, which are looked up and have no fan, keep their values.
+
+    Args:
+        module: any ``torch.nn.Module`` that holds at least one such weight, on any device, of any floating dtype.
+        scheme: ``he`` (default; the same as ``he_normal``), ``he_uniform``, ``xavier`` (the same as
+            ``xavier_uniform``) or ``xavier_normal``; see the table above.
+        nonlinearity: the activation that follows the layers, which sets the gain; see :func:`gain`.
+        generator: source of the random numbers, on the device of the weights; default torch's global one.
+
+    Raises:
+        ValueError: unknown scheme or nonlinearity, all-zero weights asked for, or no weight found.
+    """
+    if scheme in ("zero", "zeros", "constant", "ones"):
+        raise ValueError(
+            f"scheme {scheme!r} is refused: equal weights give all units of a layer the same gradient, so they stay "
+            f"copies of one another and the symmetry is never broken; use one of {', '.join(SCHEMES)}"
+        )
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme {scheme!r} is unknown; expected one of {', '.join(SCHEMES)}")
+    fill_, factor, drawn = SCHEMES[scheme], gain(nonlinearity), 0
+    for layer in module.modules():
+        if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+            continue
+        for name, parameter in layer.named_parameters(recurse=False):
+            if "weight" in name and parameter.ndim >= 2:
+                fill_(parameter, generator=generator)
+                with torch.no_grad():
+                    parameter.mul_(factor)
+                drawn += 1
+            elif "bias" in name:
+                zeros_(parameter)
+    if not drawn:
+        raise ValueError(
+            f"module {type(module).__name__} has no weight of two or more dimensions; expected a network with at least "
+            "one linear or convolutional layer"
+        )
+    return module

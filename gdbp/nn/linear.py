@@ -1,0 +1,47 @@
+"""The dense layer."""
+
+import torch
+
+from gdbp.nn import functional as F
+
+
+class Linear(torch.nn.Linear):
+    """``activation(input @ weight.T + bias)`` in one layer.
+
+    A ``torch.nn.Linear`` in every respect (parameters, initial weights under the same seed, state_dict), with
+    the activation that would follow it computed in the pass that adds the bias.
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: whether to learn a bias of shape (out_features,).
+        device, dtype: of the parameters; float64, float32, bfloat16 or float16.
+        activation: None, "relu", "gelu" (the exact, erf form), "sigmoid" or "tanh".
+
+    Shape:
+        input (\\*, in_features), output (\\*, out_features).
+
+    Raises:
+        ValueError: for an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str | None = None,
+    ):
+        F._check_activation(activation)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        suffix = "" if self.activation is None else f", activation={self.activation!r}"
+        return super().extra_repr() + suffix

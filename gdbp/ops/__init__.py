@@ -1,0 +1,16 @@
+"""The operators: shapes for the compiler, derivatives for autograd, one module for each family in csrc.
+
+The kernels are registered with torch's dispatcher as ``torch.ops.gdbp.*`` by the compiled part. Here each
+gets a fake kernel (shapes without data, for torch.compile) and a ``torch.autograd.Function``.
+"""
+
+from gdbp import _load
+
+if _load.available:
+    from gdbp.ops import _fake  # noqa: F401
+
+from gdbp.ops.linear import linear
+from gdbp.ops.loss import cross_entropy, mse_loss
+from gdbp.ops.optim import step_
+
+__all__ = ["cross_entropy", "linear", "mse_loss", "step_"]

@@ -1,0 +1,45 @@
+"""The base of our autograd Functions."""
+
+import torch
+from torch._subclasses import FakeTensor
+
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+
+
+class Function(torch.autograd.Function):
+    """``torch.autograd.Function`` in ``setup_context`` form, without the cost of binding a signature.
+
+    ``Function.apply`` inspects the signature of ``forward`` at every call, some 10 us, which only torch.func
+    needs. Outside its transforms this goes straight to the C++ apply. Arguments must be positional.
+    """
+
+    @classmethod
+    def apply(cls, *args):
+        if _functorch_active is None or _functorch_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+def needs_autograd(*tensors: torch.Tensor | None) -> bool:
+    """Whether a graph must be recorded; where not, the operator is called directly, which is cheaper."""
+    if _functorch_active is None or _functorch_active():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_fused(*tensors: torch.Tensor | None) -> bool:
+    """Whether our kernels take these tensors: dense, on CPU or CUDA, of no class that dispatches in Python
+    (DTensor, say). Where not, plain torch computes."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type not in _DEVICES or t.layout is not torch.strided:
+            return False
+        if type(t).__torch_dispatch__ is not _NO_DISPATCH and not isinstance(t, FakeTensor):
+            return False
+    return True
+
+
+# meta: shapes without data, which the fake kernels know.
+_DEVICES = frozenset(("cpu", "cuda", "meta"))
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
