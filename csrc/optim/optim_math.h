@@ -98,15 +98,15 @@ struct Momentum {
 template <class T, bool centered, bool with_momentum>
 struct RmsProp {
   static constexpr int states = 1 + centered + with_momentum;
-  T lr, alpha, eps, momentum;
+  T lr, alpha, weight, eps, momentum;
   RmsProp(const Hyper& h, double)
-      : lr(T(h.lr)), alpha(T(h.rule[0])), eps(T(h.rule[1])), momentum(T(h.rule[2])) {}
+      : lr(T(h.lr)), alpha(T(h.rule[0])), weight(T(1 - h.rule[0])), eps(T(h.rule[1])), momentum(T(h.rule[2])) {}
   GDBP_HD void operator()(T& p, T g, T* s) const {
-    s[0] = alpha * s[0] + (T(1) - alpha) * g * g;
+    s[0] = alpha * s[0] + weight * g * g;
     T variance = s[0];
     if constexpr (centered) {
       T& mean = s[1 + with_momentum];
-      mean = lerp(mean, g, T(1) - alpha);
+      mean = lerp(mean, g, weight);
       variance -= mean * mean;
       variance = variance < 0 ? T(0) : variance;
     }

@@ -77,7 +77,9 @@ class Fused(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        _set_extras(self.param_groups[-1], self.defaults)
+        # While torch's constructor runs, the defaults of ours are not there yet.
+        if "l1" in self.defaults:
+            _set_extras(self.param_groups[-1], self.defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

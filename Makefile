@@ -1,0 +1,92 @@
+# `make help` lists the targets. Everything is installed into a virtual environment in this folder.
+PYTHON ?= python3
+DEFAULT_TORCH := 2.13.0
+TORCH ?= $(DEFAULT_TORCH)
+VENV ?= .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
+NVCC ?= $(or $(wildcard $(or $(CUDA_HOME),$(CUDA_PATH))/bin/nvcc),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+OUT ?= build/gpu-check
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+BUILT := build/.built
+HEADERS := $(shell find csrc -name '*.h' -o -name '*.cuh')
+CUDA_SOURCES := $(shell find csrc -name '*.cu')
+CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=build/gpu-check/%.o)
+CPP_SOURCES := $(shell find csrc -name '*.cpp')
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+SANITIZE = compute-sanitizer --error-exitcode 1 --kernel-regex kns=gdbp
+WARNINGS := -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-parameter
+
+# The binary lies in gdbp/, so it serves one environment at a time: built again when another one asks.
+BUILT_FOR := $(VENV) GDBP_CUDA=$(GDBP_CUDA) CUDA_HOME=$(CUDA_HOME) ARCHS=$(GDBP_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)
+ifneq ($(file <$(BUILT)),$(BUILT_FOR))
+.PHONY: $(BUILT)
+endif
+
+.PHONY: help train test gpu-check gpu-run bench lint format build clean
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+	@echo "TORCH=2.15.0 takes another torch (default $(DEFAULT_TORCH)), PYTHON=python3.12 VENV=.venv-3.12 another Python, ARGS=... adds arguments."
+
+train: $(BUILT)  ## train a first network on handwritten digits; ARGS="--data FILE.csv" for other data
+	$(PY) -m gdbp train $(ARGS)
+
+test: $(BUILT)  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+gpu-check: $(CUDA_OBJECTS) $(BUILT)  ## compile all CUDA sources, run the kernels on a CPU, and on a GPU where there is one
+	@echo "gpu-check: $(words $(CUDA_OBJECTS)) CUDA files compile for sm_80 and sm_90 without a warning"
+	$(PY) -m pytest tests/cudasim
+	@if ! nvidia-smi -L 2>/dev/null; then echo "gpu-check: no GPU here, so nothing was run on one"; \
+	elif ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  echo "gpu-check: there is a GPU, but the torch in $(VENV) cannot use it; install a CUDA build of torch" >&2; exit 1; \
+	else $(MAKE) gpu-run; fi
+
+gpu-run: $(BUILT)
+	mkdir -p $(OUT)
+	$(PY) -m pytest -m cuda
+	$(SANITIZE) --tool memcheck $(PY) -m tests.cuda_cases
+	$(SANITIZE) --tool racecheck $(PY) -m tests.cuda_cases
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool initcheck $(PY) -m tests.cuda_cases
+	$(PY) -m benchmarks.run --device cuda --json $(OUT)/gpu.json
+
+bench: $(BUILT)  ## measure the kernels against their peers
+	$(PY) -m benchmarks.run $(ARGS)
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(INSTALLED)  ## format the sources in place
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+build: $(BUILT)  ## compile gdbp into this folder and say what was built
+	$(PY) -m gdbp info
+
+clean:  ## remove what was built, but not the environments
+	rm -rf build dist *.egg-info gdbp/_C.*
+
+$(INSTALLED): requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==$(TORCH)
+	$(PIP) install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(HEADERS) $(CUDA_SOURCES) $(CPP_SOURCES)
+	@echo "Compiling gdbp; the first time takes a minute or two."
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p $(@D)
+	@printf '%s' '$(BUILT_FOR)' > $@
+
+build/gpu-check/%.o: %.cu $(HEADERS)
+	@test -n "$(NVCC)" || { echo "gpu-check: no nvcc in CUDA_HOME, PATH or /usr/local/cuda; install the CUDA toolkit" >&2; exit 1; }
+	@mkdir -p $(@D)
+	$(NVCC) -O3 -std=c++17 --expt-relaxed-constexpr --extended-lambda $(WARNINGS) -I csrc -c $< -o $@ \
+	  -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90

@@ -1,0 +1,61 @@
+"""A short run through every kernel, for compute-sanitizer: `python -m tests.cuda_cases [device]`.
+
+Sizes sit beside multiples of the vector width, of a warp and of a tile, where kernels go out of bounds. The
+values are compared in the tests proper; here they must only be finite.
+"""
+
+import sys
+
+import torch
+
+from gdbp import nn, optim
+from gdbp._load import available, reason
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1, 1), (3, 33, 7), (65, 20, 129))  # rows, in_features, out_features
+OPTIMIZERS = (
+    lambda p: optim.SGD(p, lr=0.01),
+    lambda p: optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
+    lambda p: optim.RMSprop(p, centered=True, momentum=0.9),
+    lambda p: optim.Adam(p, amsgrad=True, weight_decay=0.1),
+    lambda p: optim.AdamW(p),
+)
+
+
+def layers_and_losses(device: str, dtype: torch.dtype) -> None:
+    for rows, features, classes in SHAPES:
+        x = torch.randn(rows, features, device=device, dtype=dtype, requires_grad=True)
+        labels = torch.randint(classes, (rows,), device=device)
+        for activation in (None, "relu", "gelu", "sigmoid", "tanh"):
+            layer = nn.Linear(features, classes, activation=activation, device=device, dtype=dtype)
+            for reduction in ("none", "mean", "sum"):
+                output = layer(x)
+                loss = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=0.1)(output, labels)
+                loss = loss.sum() + nn.MSELoss(reduction=reduction)(output, torch.zeros_like(output)).sum()
+                loss.backward()
+        assert torch.isfinite(x.grad).all()
+
+
+def optimizers(device: str, dtype: torch.dtype) -> None:
+    for make in OPTIMIZERS:
+        params = [torch.randn(n, device=device, dtype=dtype, requires_grad=True) for n in (1, 7, 1025, 70001)]
+        optimizer = make(params)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        assert all(torch.isfinite(p).all() for p in params)
+
+
+def main(device: str = "cuda") -> None:
+    if not available:
+        raise SystemExit(f"cuda_cases: {reason}; there is no kernel to check")
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        layers_and_losses(device, dtype)
+        optimizers(device, dtype)
+    print(f"cuda_cases: all cases ran on {device}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
