@@ -39,8 +39,8 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of input, weight and bias, as a graph that can be differentiated again."""
     grad_pre = ACTIVATIONS[activation][1](grad_output, F.linear(input, weight, bias))
-    rows = grad_pre.reshape(-1, grad_pre.shape[-1])
-    grad_weight = rows.t() @ input.reshape(-1, input.shape[-1])
+    rows = torch.atleast_2d(grad_pre).flatten(0, -2)
+    grad_weight = rows.t() @ torch.atleast_2d(input).flatten(0, -2)
     return grad_pre @ weight, grad_weight, rows.sum(0) if bias is not None else None
 
 
@@ -85,17 +85,22 @@ def cross_entropy_backward(
     classes = logits.shape[-1]
     kept = target != ignore_index
     label = torch.where(kept, target, 0)
+    # Whatever an ignored row holds: a NaN there would come back in the next derivative.
+    logits = torch.where(kept.unsqueeze(-1), logits, 0)
     w = torch.ones_like(logits[0]) if weight is None else weight
     own = torch.where(kept, w[label], 0)
     scale = grad_output * kept
     if reduction == "mean":
-        scale = scale / own.sum()
+        total = own.sum()
+        scale = torch.where(total != 0, scale / torch.where(total != 0, total, 1), 0)
     p = logits.softmax(-1)
     a = ((1 - label_smoothing) * own).unsqueeze(-1)
     b = label_smoothing / classes
-    one_hot = F.one_hot(label, classes).to(logits.dtype)
-    grad = scale.unsqueeze(-1) * ((a + b * w.sum()) * p - a * one_hot - b * w)
-    return torch.where(kept.unsqueeze(-1), grad, 0)
+    is_label = label.unsqueeze(-1) == torch.arange(classes, device=logits.device)
+    others = torch.where(is_label, 0, p)
+    # others - (1 - p_label) with the difference as a sum, which keeps its digits where p_label is close to 1
+    residual = torch.where(is_label, -others.sum(-1, keepdim=True), others)
+    return scale.unsqueeze(-1) * (a * residual + b * (w.sum() * p - w))
 
 
 # ---- optimizer steps ----

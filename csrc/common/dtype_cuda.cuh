@@ -2,6 +2,8 @@
 // `vectors` says that the address allows it and one by one where it does not. Which elements a thread
 // holds is the same in both cases, so results do not depend on alignment.
 #pragma once
+#include <type_traits>
+
 #include "common/dtype.h"
 #include "common/launch.h"
 
@@ -16,9 +18,9 @@ namespace gdbp::cuda {
 template <class T>
 constexpr int kWidth = 16 / int(sizeof(T));
 
-// One access of the hardware: the largest power of two up to 16 bytes that divides n elements of T.
+// One access of the hardware: 16 bytes, or 8 where n elements of T are no more.
 template <class T, int n>
-constexpr int kAccess = n * int(sizeof(T)) < 16 ? n * int(sizeof(T)) : 16;
+using Access = std::conditional_t<n * sizeof(T) % 16 == 0, uint4, uint2>;
 
 inline bool aligned(const void* pointer, int64_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(pointer) % uintptr_t(bytes) == 0;
@@ -49,7 +51,8 @@ __device__ __forceinline__ float widen_fast<Float16>(Float16 x) {
 #endif
 
 template <class T, int n>
-struct alignas(kAccess<T, n>) Packed {
+struct alignas(sizeof(Access<T, n>)) Packed {
+  static_assert(n * sizeof(T) % sizeof(uint2) == 0);
   T at[n];
 };
 
@@ -73,7 +76,12 @@ __device__ __forceinline__ void store(T* to, int count, bool vectors, const C (&
     Packed<T, n> packed;
 #pragma unroll
     for (int k = 0; k < n; ++k) packed.at[k] = narrow_fast<T>(Compute<T>(from[k]));
-    *reinterpret_cast<Packed<T, n>*>(to) = packed;
+    // A plain assignment would be merged with the other branch, and come out as n stores.
+    using A = Access<T, n>;
+#pragma unroll
+    for (int k = 0; k < int(sizeof(packed) / sizeof(A)); ++k) {
+      __stwb(reinterpret_cast<A*>(to) + k, reinterpret_cast<const A*>(&packed)[k]);
+    }
   } else {
 #pragma unroll
     for (int k = 0; k < n; ++k) {

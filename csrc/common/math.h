@@ -25,7 +25,8 @@ template <>
 struct Format<float> {
   using Bits = uint32_t;
   static constexpr int mantissa_bits = 23, bias = 127;
-  static constexpr Bits one = 0x3f800000, root_half = 0x3f3504f3, mantissa = 0x007fffff, upper_half = 0xfffff000;
+  static constexpr Bits one = 0x3f800000, root_half = 0x3f3504f3, mantissa = 0x007fffff,
+                        upper_half = 0xfffff000;
   static constexpr float smallest_normal = 0x1p-126f, infinity = std::numeric_limits<float>::infinity();
   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the sum.
   static constexpr float shifter = 0x1.8p23f;
@@ -39,8 +40,8 @@ template <>
 struct Format<double> {
   using Bits = uint64_t;
   static constexpr int mantissa_bits = 52, bias = 1023;
-  static constexpr Bits one = 0x3ff0000000000000, root_half = 0x3fe6a09e667f3bcd, mantissa = 0x000fffffffffffff,
-                        upper_half = 0xfffffffff8000000;
+  static constexpr Bits one = 0x3ff0000000000000, root_half = 0x3fe6a09e667f3bcd,
+                        mantissa = 0x000fffffffffffff, upper_half = 0xfffffffff8000000;
   static constexpr double smallest_normal = 0x1p-1022, infinity = std::numeric_limits<double>::infinity();
   static constexpr double shifter = 0x1.8p52;
   static constexpr double ln2_hi = 0x1.62e42fefa4p-1, ln2_lo = -1.7239444525614835e-13;
@@ -215,7 +216,8 @@ GDBP_HD T tanh(T x) {
   const T z = a * a;
   T p;
   if constexpr (is_float<T>) {
-    p = polynomial(z, -0.333333343f, 0.133333042f, -0.0539592542f, 0.021768868f, -0.00834378041f, 0.00229255762f);
+    p = polynomial(z, -0.333333343f, 0.133333042f, -0.0539592542f, 0.021768868f, -0.00834378041f,
+                   0.00229255762f);
   } else {
     p = polynomial(z, -0.33333333333333331, 0.13333333333333042, -0.053968253967896361, 0.02186948851898143,
                    -0.0088632351026534835, 0.0035921217436959856, -0.0014557753532096296,

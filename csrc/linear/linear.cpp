@@ -23,7 +23,8 @@ Activation parse(c10::string_view name) {
                     "'; expected one of none, relu, gelu, sigmoid, tanh; pass activation=None for none");
 }
 
-Tensor as_matrix(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+// Not reshape({-1, ...}), which cannot tell the number of rows where they are empty.
+Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
 
 Tensor as_batch(const Tensor& matrix, const Tensor& like) {
   if (like.dim() == 2) return matrix;
@@ -31,6 +32,12 @@ Tensor as_batch(const Tensor& matrix, const Tensor& like) {
   sizes.back() = matrix.size(1);
   return at::_unsafe_view(matrix, sizes);
 }
+
+// The dtypes here are final: autocast has to keep its hands off the products, too.
+struct BelowAutogradAndAutocast {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   dtype_of(input, "linear", "input");
@@ -50,22 +57,21 @@ void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor
 // Returns the output and, where the backward pass needs it, the pre-activation (else an empty tensor).
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                    c10::string_view activation_name) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowAutogradAndAutocast guard;
   const Activation activation = parse(activation_name);
   check(input, weight, bias);
   const Tensor x = as_matrix(input);
   const Tensor nothing = at::empty({0}, input.options());
-  // Without an activation there is no pass to save: the library adds the bias.
-  if (activation == Activation::none) {
-    const Tensor y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
-    return {as_batch(y, input), nothing};
-  }
-  const Tensor pre = at::mm(x, weight.t());
+  // The library adds the bias where there is no activation, hence no pass of ours to do it in, and for half
+  // types, whose product would be rounded before the sum: where the two cancel, few digits would be left.
+  const bool add_bias_here = bias && activation != Activation::none && input.element_size() > 2;
+  const Tensor pre = bias && !add_bias_here ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+  if (activation == Activation::none) return {as_batch(pre, input), nothing};
   const bool keep_pre = saves(activation) == Saved::pre;
   const Tensor output = keep_pre ? at::empty_like(pre) : pre;
-  const Tensor bias_values = bias ? bias->contiguous() : Tensor();
+  const Tensor bias_values = add_bias_here ? bias->contiguous() : Tensor();
   const Forward args{dtype_of(pre, "linear", "input"), activation,          pre.size(0), pre.size(1),
-                     pre.mutable_data_ptr(),           bias ? bias_values.const_data_ptr() : nullptr,
+                     pre.mutable_data_ptr(),           add_bias_here ? bias_values.const_data_ptr() : nullptr,
                      output.mutable_data_ptr()};
   run_on(input.device(), "linear", forward_cpu, GDBP_CUDA_LAUNCHER(forward_cuda), args);
   return {as_batch(output, input), keep_pre ? as_batch(pre, input) : nothing};
@@ -75,14 +81,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, co
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                             const Tensor& saved, c10::string_view activation_name,
                                             std::array<bool, 3> mask) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowAutogradAndAutocast guard;
   const Activation activation = parse(activation_name);
   check(input, weight, std::nullopt);
   check_same(input, "input", grad_output, "grad_output", "linear_backward");
+  auto expected = input.sizes().vec();
+  expected.back() = weight.size(0);
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(expected), "linear_backward: grad_output has shape ",
+              grad_output.sizes(), "; expected ", at::IntArrayRef(expected), ", the shape of linear(input, weight)");
   const Tensor g = as_matrix(grad_output).contiguous();
   const Tensor x = as_matrix(input);
-  TORCH_CHECK(g.size(0) == x.size(0) && g.size(1) == weight.size(0), "linear_backward: grad_output has shape ",
-              grad_output.sizes(), "; expected the shape of linear(input, weight)");
   const bool through_activation = activation != Activation::none;
   Tensor kept;
   if (saves(activation) != Saved::nothing) {

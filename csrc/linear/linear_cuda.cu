@@ -25,7 +25,9 @@ Shape shape_of(int64_t cols, int most) {
 
 // blockIdx.y counts blocks of columns, and loops where the hardware's limit is below the need.
 constexpr int64_t kMaxGridY = 65535;
-unsigned grid_y(int64_t column_blocks) { return unsigned(column_blocks < kMaxGridY ? column_blocks : kMaxGridY); }
+unsigned grid_y(int64_t column_blocks) {
+  return unsigned(column_blocks < kMaxGridY ? column_blocks : kMaxGridY);
+}
 
 template <int width>
 __device__ __forceinline__ int64_t first_column() {
@@ -145,7 +147,8 @@ int backward(const Backward& args, void* stream) {
       const auto kernel = backward_kernel<T, decltype(op)>;
       return GDBP_LAUNCH(kernel, dim3(unsigned(tiles), grid_y(shape.column_blocks)), shape.block, 0, stream,
                          args.rows, args.cols, static_cast<const T*>(args.grad_output),
-                         static_cast<const T*>(args.saved), static_cast<T*>(args.grad_pre), tile_sums, vectors);
+                         static_cast<const T*>(args.saved), static_cast<T*>(args.grad_pre), tile_sums,
+                         vectors);
     });
     if (error != 0) return error;
   }
@@ -170,17 +173,17 @@ int forward_cuda(const Forward& args, void* stream) {
     const dim3 grid(unsigned(row_blocks < most ? row_blocks : most), grid_y(shape.column_blocks));
     return dispatch(args.activation, [&](auto op) {
       const auto kernel = forward_kernel<T, decltype(op)>;
-      return GDBP_LAUNCH(kernel, grid, shape.block, 0, stream, args.rows, args.cols, static_cast<T*>(args.pre),
-                         static_cast<const T*>(args.bias), static_cast<T*>(args.output), vectors);
+      return GDBP_LAUNCH(kernel, grid, shape.block, 0, stream, args.rows, args.cols,
+                         static_cast<T*>(args.pre), static_cast<const T*>(args.bias),
+                         static_cast<T*>(args.output), vectors);
     });
   });
 }
 
 int backward_cuda(const Backward& args, void* stream) {
   if (args.cols == 0) return 0;
-  return gdbp::dispatch(args.dtype, [&](auto tag) {
-    return backward<typename decltype(tag)::type>(args, stream);
-  });
+  return gdbp::dispatch(args.dtype,
+                        [&](auto tag) { return backward<typename decltype(tag)::type>(args, stream); });
 }
 
 }  // namespace gdbp::linear

@@ -89,7 +89,7 @@ GDBP_CLONES void forward_rows(const CrossEntropyForward a, Compute<T> all_weight
       const auto shifted = [=](int64_t j) __attribute__((always_inline)) {
         return (weight ? widen(weight[j]) : C(1)) * (widen(x[j]) - m);
       };
-      const C uniform = all_weights * (stats.shift + stats.nll()) - sum_range<C>(shifted, 0, a.classes);
+      const C uniform = all_weights * stats.log_total() - sum_range<C>(shifted, 0, a.classes);
       loss += smoothing / C(a.classes) * uniform;
     }
     losses[row] = loss;

@@ -1,5 +1,5 @@
-// Mean squared error on CUDA, and cross-entropy with class indices. Every sum is taken in two stages over tiles
-// of fixed size, without atomics, so it has the same bits in every run.
+// Mean squared error on CUDA, and cross-entropy with class indices. Every sum is taken in two stages over
+// tiles of fixed size, without atomics, so it has the same bits in every run.
 #include "common/reduce_cuda.cuh"
 #include "loss/loss.h"
 #include "loss/loss_math.h"
@@ -116,14 +116,10 @@ int mse_forward(const MseForward& args, void* stream) {
 template <class T>
 int mse_backward(const MseBackward& args, void* stream) {
   const double scale = args.reduction == Reduction::mean ? 1.0 / double(args.numel) : 1.0;
-  MseGradient<T> op{static_cast<const T*>(args.grad_output),
-                    static_cast<const T*>(args.input),
-                    static_cast<const T*>(args.target),
-                    static_cast<T*>(args.grad_input),
-                    static_cast<T*>(args.grad_target),
-                    scale,
-                    args.reduction == Reduction::none,
-                    false};
+  MseGradient<T> op{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.input),
+                    static_cast<const T*>(args.target),      static_cast<T*>(args.grad_input),
+                    static_cast<T*>(args.grad_target),       scale,
+                    args.reduction == Reduction::none,       false};
   op.vectors = cuda::aligned(op.input) && cuda::aligned(op.target) && cuda::aligned(op.grad_input) &&
                cuda::aligned(op.grad_target) && (!op.each || cuda::aligned(op.grad_output));
   return cuda::map(args.numel, op, stream);
@@ -178,8 +174,10 @@ __device__ __forceinline__ Compute<T> weight_sum(const Rows<T>& in) {
   using C = Compute<T>;
   if (in.weight == nullptr) return C(in.classes);
   C sum = 0;
-  for_each_class<Team>(in.weight, in.classes, [&](int64_t, const auto& w, int count) {
-    for (int k = 0; k < count; ++k) sum += w[k];
+  // Beyond `count` there are zeros.
+  for_each_class<Team>(in.weight, in.classes, [&](int64_t, const auto& w, int) {
+#pragma unroll
+    for (int k = 0; k < cuda::kWidth<T>; ++k) sum += w[k];
   });
   return Team::reduce(sum, cuda::Sum{}, C(0));
 }
@@ -362,8 +360,8 @@ int forward(const CrossEntropyForward& args, void* stream) {
     int error = GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, in, stats, losses, weights,
                             each ? output : nullptr, args.bad_row);
     if (error != 0) return error;
-    error = GDBP_LAUNCH(rows_tile_kernel<T>, row_tiles, kThreads, 0, stream, in, losses, weights, args.bad_row,
-                        totals);
+    error = GDBP_LAUNCH(rows_tile_kernel<T>, row_tiles, kThreads, 0, stream, in, losses, weights,
+                        args.bad_row, totals);
     if (error != 0 || row_tiles == 1) return error;
   }
   return GDBP_LAUNCH(rows_total_kernel<T>, 1, kThreads, 0, stream, args.rows, losses, weights, args.bad_row,
@@ -377,9 +375,9 @@ int backward(const CrossEntropyBackward& args, void* stream) {
   const auto kernel = warps ? rows_backward_kernel<T, cuda::kWarp> : rows_backward_kernel<T, kThreads>;
   const unsigned blocks = warps ? row_blocks<cuda::kWarp>(args.rows) : row_blocks<kThreads>(args.rows);
   return GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, Rows<T>(args),
-                     static_cast<const Compute<T>*>(args.stats), static_cast<const double*>(args.total_weight),
-                     static_cast<const T*>(args.grad_output), args.reduction,
-                     static_cast<T*>(args.grad_logits));
+                     static_cast<const Compute<T>*>(args.stats),
+                     static_cast<const double*>(args.total_weight), static_cast<const T*>(args.grad_output),
+                     args.reduction, static_cast<T*>(args.grad_logits));
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct SquaredError {
 // Softmax cross-entropy of one row, from the statistics that a pass over it leaves: with m the largest
 // logit, own = exp(x_y - m) for the target y, and others = the sum of exp(x_j - m) over j != y.
 // Forming others directly, and not as 1 - own / total, keeps all digits where the row is confident:
-//   loss      = log(total) - (x_y - m) = log1p(others / own)
+//   loss      = log(total) - (x_y - m), which is log1p(others) where the target leads
 //   dloss/x_y = -others / total
 template <class T>
 struct Row {
@@ -32,10 +32,10 @@ struct Row {
         others(sum_of_others),
         shift(target_logit - max_logit) {}
   GDBP_HD T total() const { return own + others; }
+  // log of the sum of exp(x_j - m), which label smoothing needs. own is above others only where it is 1.
+  GDBP_HD T log_total() const { return own > others ? math::log1p(others) : math::log(total()); }
   // -log softmax(x)_y
-  GDBP_HD T nll() const { return own > others ? math::log1p(others / own) : math::log(total()) - shift; }
-  // log of the sum of exp(x_j), which label smoothing needs
-  GDBP_HD T log_sum_exp() const { return m + shift + nll(); }
+  GDBP_HD T nll() const { return log_total() - shift; }
 };
 
 }  // namespace gdbp::loss

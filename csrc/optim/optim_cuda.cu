@@ -45,7 +45,9 @@ struct Batch {
   alignas(Tensor<Rule>) unsigned char bytes[capacity * sizeof(Tensor<Rule>)];
 
   explicit Batch(const Hyper& hyper) : around(hyper) {}
-  GDBP_HD const Tensor<Rule>& operator[](int i) const { return reinterpret_cast<const Tensor<Rule>*>(bytes)[i]; }
+  GDBP_HD const Tensor<Rule>& operator[](int i) const {
+    return reinterpret_cast<const Tensor<Rule>*>(bytes)[i];
+  }
 };
 
 // The types of arrays are known at run time only. All threads of a block take the same branch.
@@ -128,8 +130,8 @@ class Step {
     bool vectors = aligned(slot.param, slot.param_dtype) && aligned(slot.grad, slot.grad_dtype);
     for (int i = 0; i < Rule::states; ++i) vectors = vectors && aligned(slot.state[i], slot.state_dtype);
     auto* const tensor = new (batch_.bytes + batch_.count * sizeof(Tensor<Rule>))
-        Tensor<Rule>{slot.param,       slot.grad,       {},      slot.numel, chunks_, rule_,
-                     slot.param_dtype, slot.grad_dtype, slot.state_dtype, vectors};
+        Tensor<Rule>{slot.param,      slot.grad,        {},     slot.numel, chunks_, rule_, slot.param_dtype,
+                     slot.grad_dtype, slot.state_dtype, vectors};
     std::memcpy(tensor->state, slot.state, Rule::states * sizeof(void*));
     chunks_ += cuda::ceil_div(slot.numel, chunk_elements(slot.param_dtype));
     return ++batch_.count == Batch<Rule, T>::capacity ? launch() : 0;

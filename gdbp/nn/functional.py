@@ -15,12 +15,16 @@ def _check_activation(activation: str | None) -> None:
         raise ValueError(f"activation is {activation!r}; expected None or one of {names}")
 
 
+def _autocast_is_on(tensor: torch.Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors in autocast's dtype where autocast is on for their device, as torch's linear sees them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocast_is_on(tensors[0]):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
             for t in tensors]
 
@@ -50,8 +54,7 @@ def linear(
     """
     if activation is not None:
         _check_activation(activation)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _autocast(input, weight, bias)
+    input, weight, bias = _autocast(input, weight, bias)
     return ops.linear(input, weight, bias, activation or "none")
 
 
@@ -65,8 +68,7 @@ def _reduction_name(size_average: bool | None, reduce: bool | None, reduction: s
 
 def _without_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Losses are computed in float32 under autocast, as torch's are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocast_is_on(tensors[0]):
         return list(tensors)
     return [t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
 
@@ -154,7 +156,9 @@ def cross_entropy(
                 f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
             )
         raise RuntimeError(f"target has shape {tuple(target.shape)}; expected {tuple(expected)}, one label a row")
-    rows = input.movedim(1, -1).reshape(-1, input.shape[1]) if input.dim() > 1 else input.unsqueeze(0)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()")
+    rows = input.movedim(1, -1).flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
     loss = ops.cross_entropy(
         rows, target.reshape(-1).long(), weight, reduction, ignore_index, max(0.0, label_smoothing)
     )

@@ -1,7 +1,7 @@
 """Initial weights: torch's initialisers under the same names, and :func:`init_` for a whole network.
 
-A layer that multiplies the variance of its signal by 1.5 multiplies it by 57 over ten layers. Both schemes choose the
-spread of the weights so that the factor is near 1:
+A layer that multiplies the variance of its signal by 1.5 multiplies it by 57 over ten layers. Both schemes
+choose the spread of the weights so that the factor is near 1:
 
 =============================  ==============================================  ===============================
 scheme                         weights drawn from                              paper
@@ -12,7 +12,8 @@ scheme                         weights drawn from                              p
 ``he_uniform``                 uniform, the same variance
 =============================  ==============================================  ===============================
 
-The short names stand for the form that each paper used: Glorot and Bengio drew uniform, He and others normal weights.
+The short names stand for the form that each paper used: Glorot and Bengio drew uniform weights, He and others
+normal ones.
 """
 
 from functools import partial
@@ -57,8 +58,8 @@ __all__ = [
     "zeros_",
 ]
 
-# Activations that torch's calculate_gain does not know: 1 / sqrt(E[f(z)**2]) for a standard normal z, the rule that
-# also gives relu its sqrt(2).
+# Activations that torch's calculate_gain does not know: 1 / sqrt(E[f(z)**2]) for a standard normal z, the
+# rule that also gives relu its sqrt(2).
 _GAINS = {"gelu": 1.5335, "gelu_tanh": 1.5336, "silu": 1.6765, "elu": 1.2452, "softplus": 1.0419}
 
 
@@ -79,9 +80,10 @@ SCHEMES = {
 def gain(nonlinearity: str | None) -> float:
     """The factor by which weights must grow to make up for what ``nonlinearity`` takes from the signal.
 
-    torch's :func:`calculate_gain` for the names it knows (``linear`` 1, ``relu`` sqrt(2), ``tanh`` 5/3, ``sigmoid`` 1,
-    ``leaky_relu``, ``selu``, ...); for ``gelu``, ``gelu_tanh``, ``silu``, ``elu`` and ``softplus``
-    ``1 / sqrt(E[f(z)**2])`` with z standard normal. ``None`` means ``linear``. Raises ValueError for any other name.
+    torch's :func:`calculate_gain` for the names it knows (``linear`` 1, ``relu`` sqrt(2), ``tanh`` 5/3,
+    ``sigmoid`` 1, ``leaky_relu``, ``selu``, ...); for ``gelu``, ``gelu_tanh``, ``silu``, ``elu`` and
+    ``softplus`` it is ``1 / sqrt(E[f(z)**2])`` with z standard normal. ``None`` means ``linear``.
+    Raises ValueError for any other name.
     """
     if nonlinearity is None:
         return 1.0
@@ -91,7 +93,7 @@ def gain(nonlinearity: str | None) -> float:
         return float(calculate_gain(nonlinearity))
     except ValueError:
         raise ValueError(
-            f"nonlinearity {nonlinearity!r} is unknown; expected a name such as linear, relu, leaky_relu, tanh, sigmoid, "
+            f"nonlinearity {nonlinearity!r} is unknown; expected one such as linear, relu, tanh, sigmoid, "
             f"{', '.join(_GAINS)}"
         ) from None
 
@@ -103,14 +105,14 @@ def init_(
     nonlinearity: str | None = "relu",
     generator: torch.Generator | None = None,
 ) -> torch.nn.Module:
-    """Draws new weights for ``module`` and all its children in place, sets their biases to zero, and returns it.
+    """Draws new weights for ``module`` and its children in place, sets their biases to 0, and returns it.
 
-    Every parameter with "weight" in its name and two or more dimensions is drawn (linear layers, convolutions,
-    recurrent layers; gdbp's or torch's); every parameter with "bias" in its name becomes 0. Normalisation weights,
-    which have one dimension, and embeddings, which are looked up and have no fan, keep their values.
+    Every parameter with "weight" in its name and two or more dimensions is drawn (linear, convolutional and
+    recurrent layers; gdbp's or torch's); every parameter with "bias" in its name becomes 0. Normalisation
+    weights, which have one dimension, and embeddings, which are looked up and have no fan, stay as they are.
 
     Args:
-        module: any ``torch.nn.Module`` that holds at least one such weight, on any device, of any floating dtype.
+        module: any ``torch.nn.Module`` with at least one such weight, on any device, of any floating dtype.
         scheme: ``he`` (default; the same as ``he_normal``), ``he_uniform``, ``xavier`` (the same as
             ``xavier_uniform``) or ``xavier_normal``; see the table above.
         nonlinearity: the activation that follows the layers, which sets the gain; see :func:`gain`.
@@ -121,8 +123,8 @@ def init_(
     """
     if scheme in ("zero", "zeros", "constant", "ones"):
         raise ValueError(
-            f"scheme {scheme!r} is refused: equal weights give all units of a layer the same gradient, so they stay "
-            f"copies of one another and the symmetry is never broken; use one of {', '.join(SCHEMES)}"
+            f"scheme {scheme!r} is refused: with equal weights all units of a layer get the same gradient "
+            f"and stay copies of one another, the symmetry is never broken; use one of {', '.join(SCHEMES)}"
         )
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is unknown; expected one of {', '.join(SCHEMES)}")
@@ -140,7 +142,7 @@ def init_(
                 zeros_(parameter)
     if not drawn:
         raise ValueError(
-            f"module {type(module).__name__} has no weight of two or more dimensions; expected a network with at least "
-            "one linear or convolutional layer"
+            f"module {type(module).__name__} has no weight of two or more dimensions; expected a "
+            "network with at least one linear or convolutional layer"
         )
     return module

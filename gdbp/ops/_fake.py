@@ -3,14 +3,27 @@
 import torch
 
 
+def _check_devices(op, **tensors):
+    """A meta tensor beside a real one leads here, and would leave the real one's result uninitialised."""
+    (first, expected), *others = ((name, t.device) for name, t in tensors.items() if t is not None)
+    for name, device in others:
+        if device != expected:
+            raise RuntimeError(
+                f"{op}: {name} is on {device} and {first} on {expected}; expected the same device; "
+                "move one of them with .to()"
+            )
+
+
 @torch.library.register_fake("gdbp::linear")
 def _(input, weight, bias, activation):
+    _check_devices("linear", input=input, weight=weight, bias=bias)
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
     return output, torch.empty_like(output) if activation == "gelu" else input.new_empty((0,))
 
 
 @torch.library.register_fake("gdbp::linear_backward")
 def _(grad_output, input, weight, saved, activation, mask):
+    _check_devices("linear_backward", grad_output=grad_output, input=input, weight=weight, saved=saved)
     return (
         input.new_empty(input.shape) if mask[0] else None,
         weight.new_empty(weight.shape) if mask[1] else None,
@@ -20,16 +33,19 @@ def _(grad_output, input, weight, saved, activation, mask):
 
 @torch.library.register_fake("gdbp::mse_loss")
 def _(input, target, reduction):
+    _check_devices("mse_loss", input=input, target=target)
     return input.new_empty(input.shape if reduction == "none" else ())
 
 
 @torch.library.register_fake("gdbp::mse_loss_backward")
 def _(grad_output, input, target, reduction, mask):
+    _check_devices("mse_loss_backward", grad_output=grad_output, input=input, target=target)
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
 
 
 @torch.library.register_fake("gdbp::cross_entropy")
 def _(logits, target, weight, reduction, ignore_index, label_smoothing):
+    _check_devices("cross_entropy", logits=logits, target=target, weight=weight)
     rows = logits.shape[0]
     compute = torch.float64 if logits.dtype is torch.float64 else torch.float32
     return (
@@ -41,6 +57,7 @@ def _(logits, target, weight, reduction, ignore_index, label_smoothing):
 
 @torch.library.register_fake("gdbp::cross_entropy_backward")
 def _(grad_output, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing):
+    _check_devices("cross_entropy_backward", grad_output=grad_output, logits=logits, target=target, weight=weight)
     return logits.new_empty(logits.shape)
 
 

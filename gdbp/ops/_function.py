@@ -2,6 +2,7 @@
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 
@@ -29,7 +30,9 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
 
 def is_fused(*tensors: torch.Tensor | None) -> bool:
     """Whether our kernels take these tensors: dense, on CPU or CUDA, of no class that dispatches in Python
-    (DTensor, say). Where not, plain torch computes."""
+    (DTensor, say), and outside forward-mode differentiation. Where not, plain torch computes."""
+    if forward_ad._current_level >= 0:
+        return False
     for t in tensors:
         if t is None:
             continue

@@ -20,7 +20,9 @@ class _Linear(Function):
         ctx.mark_non_differentiable(pre)
         ctx.set_materialize_grads(False)
         ctx.activation = activation
-        ctx.save_for_backward(input, weight, bias, pre if activation == "gelu" else y)
+        # Never more than the derivative needs: what is saved must not be changed in place afterwards.
+        saved = {"gelu": pre, "none": None}.get(activation, y)
+        ctx.save_for_backward(input, weight, bias, saved)
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -31,6 +33,7 @@ class _Linear(Function):
             # Somebody will differentiate this: in operators that have derivatives of every order.
             return *reference.linear_backward(grad_output, input, weight, bias, ctx.activation), None
         mask = ctx.needs_input_grad[:3]
+        saved = grad_output if saved is None else saved
         return *torch.ops.gdbp.linear_backward(grad_output, input, weight, saved, ctx.activation, mask), None
 
     @staticmethod

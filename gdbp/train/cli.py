@@ -1,0 +1,194 @@
+"""``python -m gdbp train``: a first network from one command."""
+
+import argparse
+import math
+import platform
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+import gdbp
+from gdbp import nn, optim
+
+from . import loop
+from .data import Data, load_data
+from .errors import InputError, require
+from .options import add_options
+from .run import build_network, save_run
+
+__all__ = ["add_command"]
+
+# name: class, extra arguments, default learning rate, default L2
+_RULES = {
+    "sgd": (optim.SGD, {}, 0.1, 1e-4),
+    "momentum": (optim.SGD, {"momentum": 0.9}, 0.05, 1e-4),
+    "rmsprop": (optim.RMSprop, {}, 2e-3, 1e-4),
+    "adam": (optim.Adam, {}, 5e-3, 1e-4),
+    "adamw": (optim.AdamW, {}, 5e-3, 1e-2),
+}
+
+
+def add_command(commands) -> None:
+    """Adds ``train`` to the subcommands of ``python -m gdbp``."""
+    parser = commands.add_parser(
+        "train",
+        help="train a first network and write its run folder",
+        description="Trains a network on a table of numbers, shows how it learns, and writes a run folder "
+        "with metrics.csv, loss.png, model.safetensors and config.json.",
+        formatter_class=_Help,
+    )
+    parser.set_defaults(run=train)
+    add_options(parser)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not where the default is None and the help says what that means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+def train(options: argparse.Namespace) -> int:
+    require("numpy", "matplotlib", "safetensors", *(["tqdm"] if _bar_shown(options) else []))
+    device = _device(options.device)
+    data = load_data(options.data, target=options.target, task=options.task, seed=options.seed).to(device)
+    batch_size = loop.step_size(len(data.train[0]), options.method, options.batch_size)
+    folder = _folder(options.out, data.name)
+    hidden = options.hidden
+    if hidden is None:  # a large network would learn a small set by heart
+        hidden = [128, 64] if len(data.train[0]) >= 1000 else [32]
+    sizes = [data.features, *hidden, data.outputs]
+    generator = torch.Generator().manual_seed(options.seed)
+    model = build_network(sizes, options.activation, options.init, generator).to(device)
+    loss = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing) if data.class_names else nn.MSELoss()
+    optimizer = _optimizer(model, options)
+    say = (lambda *_: None) if options.quiet else print
+    _introduce(say, data, sizes, batch_size, optimizer, options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(_threads(options.threads, batch_size, sizes))
+    try:
+        history = loop.fit(
+            model, loss, optimizer, data,
+            epochs=options.epochs, batch_size=options.batch_size, method=options.method,
+            schedule=options.schedule, clip=options.clip, noise=options.noise, seed=options.seed,
+            keep=options.keep, progress=_bar_shown(options),
+        )  # fmt: skip
+    except FloatingPointError as error:
+        raise InputError(f"{error}: --lr {optimizer.defaults['lr'] / 10:g} or --clip 1") from None
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"{options.device} is out of memory; use a smaller --batch-size or --hidden"
+        ) from None
+    finally:
+        torch.set_num_threads(threads)
+
+    test = loop.evaluate(model, loss, *data.test)
+    if not data.class_names:
+        test["rmse"] = math.sqrt(test["loss"]) * data.y_std
+    seconds = history[-1]["seconds"]
+    speed = options.epochs * len(data.train[0]) / seconds
+    config = {
+        "options": {name: value for name, value in vars(options).items() if name not in ("run", "command")},
+        "network": {"sizes": sizes, "activation": options.activation},
+        "optimizer": {"lr": optimizer.defaults["lr"], "l2": optimizer.param_groups[0]["weight_decay"]},
+        "batch_size": batch_size,
+        "seed": options.seed,
+        "versions": {
+            "gdbp": gdbp.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "last_epoch": history[-1],
+        "test": test,
+        "summary": f"test {_figures(test, data)}",
+        "seconds": seconds,
+        "samples_per_second": speed,
+    }
+    try:
+        save_run(folder, model, data, history, config)
+    except OSError as error:
+        raise InputError(f"run folder '{folder}' can't be written to ({error.strerror or error})") from None
+    say(f"test      {_figures(test, data)}")
+    say(f"time      {seconds:.2f} s, {speed:,.0f} samples/s")
+    say(f"written   {folder}")
+    return 0
+
+
+def _introduce(say, data: Data, sizes: list[int], batch_size: int, optimizer, options) -> None:
+    counts = [len(pair[0]) for pair in (data.train, data.validation, data.test)]
+    learned = f"{len(data.class_names)} classes" if data.class_names else f"regression of {data.target_name}"
+    sets = f"{counts[0]} training, {counts[1]} validation, {counts[2]} test samples"
+    say(f"data      {data.name}: {learned}, {sets}")
+    parameters = sum(a * b + b for a, b in pairwise(sizes))
+    shape = f"{'-'.join(map(str, sizes))} {options.activation}"
+    say(f"network   {shape}, {parameters:,} parameters, on {options.device}")
+    rate = f"learning rate {optimizer.defaults['lr']:g} {options.schedule}"
+    say(f"training  {options.optimizer}, {rate}, {options.epochs} epochs, {batch_size} samples a step")
+
+
+def _figures(test: dict[str, float], data: Data) -> str:
+    if data.class_names:
+        return f"accuracy {test['accuracy']:.2%}, loss {test['loss']:.4f}"
+    return f"R2 {test['r2']:.3f}, RMSE {test['rmse']:.4g}, loss {test['loss']:.4f}"
+
+
+def _optimizer(model: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    make, extra, rate, decay = _RULES[options.optimizer]
+    # A bias shifts and can't overfit by its size, so only the weights are regularised.
+    weights = {"params": [p for p in model.parameters() if p.ndim > 1]}
+    biases = {"params": [p for p in model.parameters() if p.ndim <= 1], "l1": 0.0, "weight_decay": 0.0}
+    return make(
+        [weights, biases],
+        lr=options.lr or rate,
+        weight_decay=decay if options.l2 is None else options.l2,
+        l1=options.l1,
+        l1_mode="prox",
+        **extra,
+    )
+
+
+def _threads(asked: int | None, batch_size: int, sizes: list[int]) -> int:
+    # Below some 10 million multiplications a step, threads cost more to start and join than they save.
+    work = batch_size * sum(a * b for a, b in pairwise(sizes))
+    return asked or (torch.get_num_threads() if work > 10_000_000 else 1)
+
+
+def _bar_shown(options: argparse.Namespace) -> bool:
+    return not options.quiet and sys.stderr.isatty()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is unknown; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() or "no"
+        seen = f"torch {torch.__version__} sees {found} CUDA device"
+        raise InputError(f"--device {name} can't be used: {seen}; use --device cpu")
+    return device
+
+
+def _folder(out: str | None, name: str) -> Path:
+    """The run folder, made and tried out now: what can't be written should not wait for the end."""
+    first = folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    taken = 1
+    while out is None and folder.exists():
+        taken += 1
+        folder = first.with_name(f"{first.name}-{taken}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"run folder '{folder}' can't be written to ({reason}); choose another with --out"
+        ) from None
+    return folder

@@ -1,0 +1,338 @@
+// The scheduler of cudasim.h: fibers, barriers, and the sentences for what went wrong.
+#include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "cudasim.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace cudasim {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024, kPageBytes = 4096;
+constexpr int kGarbage = 0xff;  // as a floating point number of any width: NaN
+
+// libasan wraps swapcontext and forgets what it knows of a stack at every switch. libc's own function, with
+// the two announcements below, keeps the checks of local arrays alive.
+using Swap = int (*)(ucontext_t*, const ucontext_t*);
+const Swap swap_context = reinterpret_cast<Swap>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "swapcontext"));
+
+struct Stack {
+  char* base;
+  Stack() {
+    void* const memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw Error("cudasim: no memory for the stack of a thread");
+    base = static_cast<char*>(memory);
+    mprotect(base, kPageBytes, PROT_NONE);  // running over the end is a fault, not silence
+  }
+  ~Stack() { munmap(base, kStackBytes); }
+  Stack(const Stack&) = delete;
+};
+
+enum class State { runnable, at_block_barrier, at_warp_barrier, done };
+
+struct Fiber {
+  Stack stack;
+  ucontext_t context;
+  State state = State::done;
+  Place place;
+  unsigned mask = 0;
+  int source = 0;
+  bool vote = false;
+  unsigned votes = 0;
+  std::vector<unsigned char> sent, received;
+};
+
+struct Engine {
+  Schedule schedule = Schedule::forward;
+  std::mt19937 generator;
+  std::vector<std::unique_ptr<Fiber>> pool;
+  std::vector<unsigned> warp_order, lane_order;
+  unsigned threads = 0, current = 0;
+  ucontext_t scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  const std::function<void()>* body = nullptr;
+  std::vector<unsigned char> shared;
+  std::string failure;
+};
+Engine engine;
+
+// Tells the address sanitizer that the stack changes, and changes it. The thread that is done gives up its
+// record of the stack.
+void change_stack(ucontext_t* from, const ucontext_t* to, const void* base, size_t bytes, bool done) {
+#ifdef __SANITIZE_ADDRESS__
+  void* record = nullptr;
+  __sanitizer_start_switch_fiber(done ? nullptr : &record, base, bytes);
+  swap_context(from, to);
+  __sanitizer_finish_switch_fiber(record, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
+#else
+  (void)base, (void)bytes, (void)done;
+  swap_context(from, to);
+#endif
+}
+
+void leave(State state) {
+  Fiber& self = *engine.pool[engine.current];
+  self.state = state;
+  change_stack(&self.context, &engine.scheduler, engine.scheduler_stack, engine.scheduler_stack_bytes,
+               state == State::done);
+}
+
+void fiber_main() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
+#endif
+  (*engine.body)();
+  leave(State::done);
+}
+
+std::string name(unsigned thread) { return "thread " + std::to_string(thread); }
+std::string text(Place place) { return std::string(place.file_name()) + ":" + std::to_string(place.line()); }
+std::string block_name() {
+  return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+         std::to_string(blockIdx.z) + ")";
+}
+
+std::string situation(unsigned thread) {
+  const Fiber& fiber = *engine.pool[thread];
+  switch (fiber.state) {
+    case State::at_block_barrier: return name(thread) + " waits for its block at " + text(fiber.place);
+    case State::at_warp_barrier: return name(thread) + " waits for its warp at " + text(fiber.place);
+    case State::done: return name(thread) + " has returned";
+    default: return name(thread) + " is running";
+  }
+}
+
+[[noreturn]] void fail(const std::string& what, unsigned a, unsigned b) {
+  throw Error("cudasim: " + what + " in " + block_name() + ": " + situation(a) + ", " + situation(b) + ".");
+}
+
+bool same_place(Place a, Place b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+bool same_meeting(const Fiber& a, const Fiber& b) {
+  return b.state == State::at_warp_barrier && a.mask == b.mask && same_place(a.place, b.place);
+}
+
+// Lets the lanes that `first` waits for go on, if all of them are there.
+void release_lanes(unsigned first) {
+  const unsigned warp = first / warpSize * warpSize;
+  const Fiber& head = *engine.pool[first];
+  unsigned votes = 0;
+  for (int lane = 0; lane < warpSize; ++lane) {
+    if (!(head.mask >> lane & 1)) continue;
+    if (warp + lane >= engine.threads || !same_meeting(head, *engine.pool[warp + lane])) return;
+    votes |= unsigned(engine.pool[warp + lane]->vote) << lane;
+  }
+  const unsigned mask = head.mask;
+  for (int lane = 0; lane < warpSize; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    Fiber& fiber = *engine.pool[warp + lane];
+    const bool defined = fiber.source >= 0 && fiber.source < warpSize && (mask >> fiber.source & 1);
+    fiber.received.assign(fiber.sent.size(), kGarbage);
+    if (defined) fiber.received = engine.pool[warp + fiber.source]->sent;
+    fiber.votes = votes;
+    fiber.state = State::runnable;
+  }
+}
+
+bool release_block() {
+  for (unsigned t = 0; t < engine.threads; ++t) {
+    if (engine.pool[t]->state != State::at_block_barrier) return false;
+  }
+  for (unsigned t = 1; t < engine.threads; ++t) {
+    if (!same_place(engine.pool[0]->place, engine.pool[t]->place)) fail("divergent barrier", 0, t);
+  }
+  for (unsigned t = 0; t < engine.threads; ++t) engine.pool[t]->state = State::runnable;
+  return true;
+}
+
+// Nobody can go on: the first thread that waits, and one that does not wait with it.
+[[noreturn]] void report_deadlock() {
+  const auto waits = [](unsigned t) { return engine.pool[t]->state != State::done; };
+  unsigned first = 0;
+  while (!waits(first)) ++first;
+  const Fiber& head = *engine.pool[first];
+  const bool in_warp = head.state == State::at_warp_barrier;
+  const unsigned begin = in_warp ? first / warpSize * warpSize : 0;
+  const unsigned end = in_warp ? std::min(engine.threads, begin + warpSize) : engine.threads;
+  for (unsigned t = begin; t < end; ++t) {
+    const bool wanted = !in_warp || (head.mask >> (t - begin) & 1);
+    const bool there = in_warp ? same_meeting(head, *engine.pool[t]) : engine.pool[t]->state == head.state;
+    if (wanted && !there) fail(in_warp ? "a warp that cannot meet" : "divergent barrier", first, t);
+  }
+  throw Error("cudasim: in " + block_name() + ", " + situation(first) +
+              " with a mask that names lanes beyond the block.");
+}
+
+void resume(unsigned thread) {
+  Fiber& fiber = *engine.pool[thread];
+  engine.current = thread;
+  threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
+#ifdef __SANITIZE_ADDRESS__
+  void* record = nullptr;
+  __sanitizer_start_switch_fiber(&record, fiber.stack.base, kStackBytes);
+  swap_context(&engine.scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(record, nullptr, nullptr);
+#else
+  swap_context(&engine.scheduler, &fiber.context);
+#endif
+  if (!engine.failure.empty()) throw Error(std::exchange(engine.failure, ""));
+}
+
+// Shared memory at the start of a block: whatever the last one left, here garbage.
+void spoil_shared_memory() {
+  dl_iterate_phdr(
+      [](dl_phdr_info* module, size_t, void*) {
+        for (int i = 0; i < module->dlpi_phnum; ++i) {
+          const auto& segment = module->dlpi_phdr[i];
+          if (segment.p_type == PT_TLS && module->dlpi_tls_data != nullptr) {
+            std::memset(module->dlpi_tls_data, kGarbage, segment.p_memsz);
+          }
+        }
+        return 1;  // the first module is the program
+      },
+      nullptr);
+  std::fill(engine.shared.begin(), engine.shared.end(), static_cast<unsigned char>(kGarbage));
+}
+
+void start(Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+  // The sanitizer's marks stay on a stack where functions did not return: the outermost ones of a thread that
+  // is done, all of them where a thread was abandoned after an error.
+  const size_t marked = fiber.state == State::done ? kPageBytes : kStackBytes - kPageBytes;
+  __asan_unpoison_memory_region(fiber.stack.base + kStackBytes - marked, marked);
+#endif
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.base;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  fiber.state = State::runnable;
+}
+
+// Puts 0, 1, ... into `order` as the schedule wants them.
+void arrange(std::vector<unsigned>& order, unsigned size) {
+  order.resize(size);
+  std::iota(order.begin(), order.end(), 0u);
+  if (engine.schedule == Schedule::reverse) std::reverse(order.begin(), order.end());
+  if (engine.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), engine.generator);
+}
+
+// Every runnable lane of a warp goes on to its next wait; whether there was one.
+bool advance(unsigned warp) {
+  const unsigned first = warp * warpSize, size = std::min<unsigned>(warpSize, engine.threads - first);
+  bool any = false;
+  arrange(engine.lane_order, size);
+  for (unsigned lane : engine.lane_order) {
+    if (engine.pool[first + lane]->state != State::runnable) continue;
+    resume(first + lane);
+    any = true;
+  }
+  for (unsigned t = first; t < first + size; ++t) {
+    if (engine.pool[t]->state == State::at_warp_barrier) release_lanes(t);
+  }
+  return any;
+}
+
+void run_block() {
+  spoil_shared_memory();
+  for (unsigned t = 0; t < engine.threads; ++t) start(*engine.pool[t]);
+  for (;;) {
+    bool any = false;
+    arrange(engine.warp_order, (engine.threads + warpSize - 1) / warpSize);
+    for (unsigned warp : engine.warp_order) {
+      // A warp goes as far as it can before the next one starts; at random, it stops on the way.
+      while (advance(warp)) {
+        any = true;
+        if (engine.schedule == Schedule::random && engine.generator() % 4 == 0) break;
+      }
+    }
+    if (any) continue;
+    const auto end = engine.pool.begin() + engine.threads;
+    if (std::all_of(engine.pool.begin(), end, [](const auto& fiber) { return fiber->state == State::done; }))
+      return;
+    if (!release_block()) report_deadlock();
+  }
+}
+
+void check_lane(unsigned mask, Place place) {
+  if (mask >> lane() & 1) return;
+  engine.failure = "cudasim: " + name(engine.current) + " of " + block_name() +
+                   " is not in the mask that it passes at " + text(place) + ".";
+  leave(State::done);
+}
+
+}  // namespace
+
+void set_schedule(Schedule schedule, unsigned seed) {
+  engine.schedule = schedule;
+  engine.generator.seed(seed);
+}
+
+void* dynamic_shared() { return engine.shared.data(); }
+
+int lane() { return int(engine.current % warpSize); }
+
+void block_barrier(Place place) {
+  engine.pool[engine.current]->place = place;
+  leave(State::at_block_barrier);
+}
+
+void warp_exchange(unsigned mask, const void* send, void* receive, size_t bytes, int source, Place place) {
+  check_lane(mask, place);
+  Fiber& self = *engine.pool[engine.current];
+  self.place = place;
+  self.mask = mask;
+  self.source = source;
+  const auto* const from = static_cast<const unsigned char*>(send);
+  self.sent.assign(from, from + bytes);
+  leave(State::at_warp_barrier);
+  if (bytes > 0) std::memcpy(receive, self.received.data(), bytes);
+}
+
+unsigned warp_ballot(unsigned mask, bool vote, Place place) {
+  Fiber& self = *engine.pool[engine.current];
+  self.vote = vote;
+  warp_exchange(mask, nullptr, nullptr, 0, lane(), place);
+  self.vote = false;
+  return self.votes;
+}
+
+int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ ||
+      grid.z > kMaxGridYZ || shared_bytes > kMaxSharedBytes) {
+    return cudaErrorInvalidConfiguration;
+  }
+  engine.threads = unsigned(threads);
+  engine.body = &thread;
+  engine.shared = std::vector<unsigned char>(shared_bytes);
+  while (engine.pool.size() < threads) engine.pool.push_back(std::make_unique<Fiber>());
+  blockDim = block;
+  gridDim = grid;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace cudasim
