@@ -1,0 +1,117 @@
+"""One case measured: contenders checked, then timed in turns; the outcome as a dict that goes to JSON."""
+
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy import ulp_error
+from benchmarks.timing import Timing, clock_for, take_turns
+from benchmarks.work import OURS, Case, Goal, Setup, Work
+
+# Names under which the limit takes its turn among the contenders.
+LIMIT = "limit"
+
+
+def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> dict[str, Any]:
+    """Builds, checks and times a case, and gives its memory back.
+
+    Args:
+        case: what to measure.
+        setup: dtype, device and whether torch.compile takes part.
+        budget: seconds of timing; exceeded where five rounds take longer.
+        heap: the process's heap setting, which the goal may depend on.
+
+    Returns a dict with
+
+    - ``family``, ``case``, ``size``, ``dtype``, ``device``: what was measured;
+    - ``contenders``: a list, gdbp first, of ``name``, seconds ``median``, ``p20``, ``p80``, ``samples``,
+      ``ulp`` (largest error against float64; None if infinite), ``correct`` and ``noisy``;
+    - ``best``: name of the fastest correct peer, or None; ``ratio``: its median over ours;
+    - ``limit``: None, or ``what`` and ``seconds``; ``bytes`` and ``flops`` of the work;
+    - ``goal``: None, or ``text``, the required ``ratio`` to ``peer`` and share of the ``limit``, and ``met``.
+    """
+    work = case.build(setup)
+    try:
+        errors = _check(work)
+        runs: dict[str, Callable[[], object]] = {name: c.run for name, c in work.contenders.items()}
+        if work.limit is not None:
+            runs[LIMIT] = work.limit.run
+        timings = take_turns(runs, budget, clock_for(setup.device, work.hot))
+        contenders = [
+            _contender(name, timings[name], errors[name], work.tolerance) for name in work.contenders
+        ]
+        limit = None
+        if work.limit is not None:
+            limit = {"what": work.limit.what, "seconds": timings[LIMIT].median * work.limit.scale}
+        row = {
+            "family": case.family,
+            "case": case.name,
+            "size": case.size,
+            "dtype": str(setup.dtype).removeprefix("torch."),
+            "device": setup.device,
+            "contenders": contenders,
+            **compare(contenders),
+            "limit": limit,
+            "bytes": work.bytes,
+            "flops": work.flops,
+        }
+        applies = setup.device == "cpu" and setup.dtype is torch.float32
+        row["goal"] = judge(case.goal, row, heap) if case.goal and applies else None
+        return row
+    finally:
+        del work
+        gc.collect()
+        if setup.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _check(work: Work) -> dict[str, float]:
+    """Largest error of each contender, in ulp."""
+    reference = work.reference()
+    errors = {}
+    for name, contender in work.contenders.items():
+        results = contender.results()
+        errors[name] = math.inf
+        if len(results) == len(reference):
+            errors[name] = max(ulp_error(*pair, work.floor) for pair in zip(results, reference))
+    return errors
+
+
+def _contender(name: str, timing: Timing, error: float, tolerance: float) -> dict[str, Any]:
+    # JSON has no infinity.
+    return {
+        "name": name,
+        **timing._asdict(),
+        "ulp": error if math.isfinite(error) else None,
+        "correct": error <= tolerance,
+        "noisy": timing.noisy,
+    }
+
+
+def compare(contenders: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest of the peers whose result is right, and how many times our time it takes."""
+    ours, *peers = contenders
+    assert ours["name"] == OURS
+    best = min((peer for peer in peers if peer["correct"]), key=lambda peer: peer["median"], default=None)
+    if best is None:
+        return {"best": None, "ratio": None}
+    return {"best": best["name"], "ratio": best["median"] / ours["median"]}
+
+
+def judge(goal: Goal, row: dict[str, Any], heap: str) -> dict[str, Any]:
+    """Whether the row reaches the goal; the best peer stands in for a named one whose result is wrong."""
+    times = {c["name"]: c["median"] for c in row["contenders"] if c["correct"]}
+    required = goal.kept if heap == "kept" and goal.kept is not None else goal.ratio
+    against = goal.peer if goal.peer in times else row["best"]
+    texts, met = [], OURS in times
+    if required is not None:
+        peer = times.get(against)
+        texts.append(f"{required:.2f}".rstrip("0").rstrip(".") + "x")
+        met = met and peer is not None and peer >= required * times[OURS]
+    if goal.limit is not None:
+        texts.append(f"{goal.limit:.0%}")
+        met = met and row["limit"] is not None and row["limit"]["seconds"] >= goal.limit * times[OURS]
+    return {"text": " ".join(texts), "ratio": required, "peer": against, "limit": goal.limit, "met": met}

@@ -1,0 +1,119 @@
+"""What a case is made of: equal work for gdbp and its peers, the right result, and the hardware's limit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+Tensors = Sequence[torch.Tensor]
+
+OURS = "gdbp"
+COMPILED = "torch compile"
+
+# Half of a copy's traffic is read and half written. Buffers beyond this size are all far beyond any cache.
+COPY_BUFFER_LIMIT = 256 * 2**20
+# Below this much traffic a copy costs its call, and a percentage of that says nothing.
+COPY_MINIMUM = 2**18
+
+
+class Contender(NamedTuple):
+    """One implementation of the work."""
+
+    run: Callable[[], Any]  # one repetition, as it is timed
+    results: Callable[[], Tensors]  # to compare with the reference; called once, before anything is timed
+
+
+class Limit(NamedTuple):
+    """Work that no implementation can do without, timed between the contenders."""
+
+    what: str
+    run: Callable[[], Any]
+    scale: float = 1.0  # the limit is `scale` times what `run` takes
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What gdbp is to reach, on the CPU in float32.
+
+    Args:
+        ratio: the peer's time over ours, at least.
+        kept: the same with a heap that is kept; default `ratio`.
+        peer: whose time; default that of the fastest correct one.
+        limit: the limit's time over ours, at least.
+    """
+
+    ratio: float | None = None
+    kept: float | None = None
+    peer: str | None = None
+    limit: float | None = None
+
+
+@dataclass
+class Work:
+    """A case with its data in place.
+
+    Args:
+        contenders: by name, gdbp's under `OURS` first.
+        reference: computes what `results` should be, in float64.
+        tolerance: error in ulp beyond which a result is wrong.
+        floor: see :func:`benchmarks.accuracy.ulp_error`.
+        limit: None where the cost is that of the call alone.
+        bytes, flops: least traffic and arithmetic; 0 where they say nothing.
+        hot: whether the caches stay warm and host time counts too, on CUDA.
+    """
+
+    contenders: dict[str, Contender]
+    reference: Callable[[], Tensors]
+    tolerance: float
+    floor: str = "none"
+    limit: Limit | None = None
+    bytes: int = 0
+    flops: int = 0
+    hot: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and in which dtype a case is to run, and its random numbers."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    compile: bool = False
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        """Normal random numbers; the same for every device, since they are drawn on the CPU."""
+        return (torch.randn(*shape, generator=self.generator) * std).to(self.device, self.dtype)
+
+    def away_from_zero(self, *shape: int) -> torch.Tensor:
+        """Numbers of either sign, 0.5 to 1.5 in size, from which a small update takes no digits."""
+        drawn = torch.rand(*shape, generator=self.generator).mul_(2).sub_(1)
+        return drawn.add_(torch.where(drawn < 0, -0.5, 0.5)).to(self.device, self.dtype)
+
+    def labels(self, count: int, classes: int) -> torch.Tensor:
+        return torch.randint(classes, (count,), generator=self.generator).to(self.device)
+
+    def copy_limit(self, traffic: int) -> Limit | None:
+        """A copy that moves `traffic` bytes, reads and writes together; None where that is too few."""
+        if traffic < COPY_MINIMUM:
+            return None
+        size = min(traffic // 2, COPY_BUFFER_LIMIT) // 4
+        source = torch.ones(size, device=self.device)
+        target = torch.zeros_like(source)
+        return Limit("copy", lambda: target.copy_(source), traffic / (8 * size))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement that can be made: a name, a size, and how to put its data in place."""
+
+    family: str
+    name: str
+    size: str
+    build: Callable[[Setup], Work]
+    goal: Goal | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.family}.{self.name} {self.size}"
