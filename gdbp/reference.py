@@ -29,7 +29,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
     return ACTIVATIONS[activation][0](F.linear(input, weight, bias))
 
 
-def linear_with_pre(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+def linear_with_pre(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
     pre = F.linear(input, weight, bias)
     return ACTIVATIONS[activation][0](pre), pre
 
@@ -65,10 +67,20 @@ def mse_loss_backward(
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> Tensor:
     return F.cross_entropy(
-        logits, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
+        logits,
+        target,
+        weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
     )
 
 

@@ -86,7 +86,8 @@ void check_classes(const Tensor& logits, const Tensor& target, const OptionalTen
   if (weight) {
     check_same(logits, "logits", *weight, "weight", op);
     TORCH_CHECK(weight->dim() == 1 && weight->size(0) == logits.size(1), op, ": weight has shape ",
-                weight->sizes(), "; expected (", logits.size(1), ",), one value for each class");
+                weight->sizes(), "; weight tensor should be defined either for all ", logits.size(1),
+                " classes or no classes; expected (", logits.size(1), ",)");
   }
   TORCH_CHECK_VALUE(smoothing >= 0 && smoothing <= 1, op, ": label_smoothing is ", smoothing,
                     "; expected a number from 0 to 1");

@@ -75,7 +75,8 @@ GDBP_CLONES void forward_rows(const CrossEntropyForward a, Compute<T> all_weight
   for (int64_t row = begin; row < end; ++row) {
     const T* const x = static_cast<const T*>(a.logits) + row * a.classes;
     const int64_t y = a.target[row];
-    losses[row] = weights[row] = 0;
+    C* const kept = static_cast<C*>(a.stats) + 2 * row;
+    losses[row] = weights[row] = kept[0] = kept[1] = 0;
     if (y == a.ignore_index || y < 0 || y >= a.classes) continue;
     C m = -std::numeric_limits<C>::infinity();
 #pragma omp simd reduction(max : m)
@@ -94,8 +95,8 @@ GDBP_CLONES void forward_rows(const CrossEntropyForward a, Compute<T> all_weight
     }
     losses[row] = loss;
     weights[row] = own_weight;
-    static_cast<C*>(a.stats)[2 * row] = m;
-    static_cast<C*>(a.stats)[2 * row + 1] = others;
+    kept[0] = m;
+    kept[1] = others;
   }
 }
 

@@ -25,12 +25,18 @@ def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     if not _autocast_is_on(tensors[0]):
         return list(tensors)
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
-            for t in tensors]
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in tensors
+    ]
 
 
 def linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str | None = None
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """``activation(input @ weight.T + bias)``, the activation in the pass that adds the bias.
 
@@ -84,7 +90,7 @@ def mse_loss(
     """Mean squared error, ``mean((input - target)**2)``, or the sum, or each element's ("none").
 
     Input and target have one shape (else torch's warning, and they are broadcast) and are promoted to one
-    dtype. Gradients flow to both. With ``weight`` (one factor for each element) torch's own function computes.
+    dtype. Gradients flow to both. With ``weight`` (one factor for each element) torch's function computes.
 
     Returns a 0-dim tensor, or the inputs' shape for "none". The mean of nothing is NaN, as in torch.
 
@@ -141,23 +147,34 @@ def cross_entropy(
     if input.dim() < 1 or target.is_floating_point() or input.shape == target.shape:
         # Probabilities, and the inputs that torch itself refuses.
         return torch.nn.functional.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
         )
     if label_smoothing > 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
-            f"target has dtype {target.dtype}; expected target dtype to be Long or Byte; convert it with .long()"
+            f"target has dtype {target.dtype}; expected target dtype to be Long or Byte; "
+            "convert it with .long()"
         )
     expected = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
     if target.shape != expected:
         if input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]:
             raise ValueError(
-                f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
+                f"Expected input batch_size ({input.shape[0]}) "
+                f"to match target batch_size ({target.shape[0]})."
             )
-        raise RuntimeError(f"target has shape {tuple(target.shape)}; expected {tuple(expected)}, one label a row")
+        raise RuntimeError(
+            f"Expected target size {expected}, got {tuple(target.shape)}; give one label a row"
+        )
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()")
+        raise RuntimeError(
+            "weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()"
+        )
     rows = input.movedim(1, -1).flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
     loss = ops.cross_entropy(
         rows, target.reshape(-1).long(), weight, reduction, ignore_index, max(0.0, label_smoothing)

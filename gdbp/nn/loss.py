@@ -6,7 +6,7 @@ from gdbp.nn import functional as F
 
 
 class MSELoss(torch.nn.MSELoss):
-    """Mean squared error, ``(input - target)**2`` averaged, summed (``reduction="sum"``) or as it is ("none").
+    """Mean squared error: ``(input - target)**2`` averaged, summed (``reduction="sum"``) or as is ("none").
 
     Input and target of any one shape; see :func:`gdbp.nn.functional.mse_loss`.
     """
@@ -16,8 +16,8 @@ class MSELoss(torch.nn.MSELoss):
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """Softmax cross-entropy of logits against labels, with torch's arguments (weight, ignore_index, reduction,
-    label_smoothing) and its buffer ``weight``; see :func:`gdbp.nn.functional.cross_entropy`.
+    """Softmax cross-entropy of logits against labels, with torch's arguments (weight, ignore_index,
+    reduction, label_smoothing) and its buffer ``weight``; see :func:`gdbp.nn.functional.cross_entropy`.
     """
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,9 @@ def _(logits, target, weight, reduction, ignore_index, label_smoothing):
 
 @torch.library.register_fake("gdbp::cross_entropy_backward")
 def _(grad_output, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing):
-    _check_devices("cross_entropy_backward", grad_output=grad_output, logits=logits, target=target, weight=weight)
+    _check_devices(
+        "cross_entropy_backward", logits=logits, grad_output=grad_output, target=target, weight=weight
+    )
     return logits.new_empty(logits.shape)
 
 

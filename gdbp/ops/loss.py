@@ -58,7 +58,9 @@ class _CrossEntropy(Function):
             return None, *nothing
         logits, target, weight, stats, total_weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return reference.cross_entropy_backward(grad_output, logits, target, weight, *ctx.options), *nothing
+            return reference.cross_entropy_backward(
+                grad_output, logits, target, weight, *ctx.options
+            ), *nothing
         grad = torch.ops.gdbp.cross_entropy_backward(
             grad_output, logits, target, weight, stats, total_weight, *ctx.options
         )

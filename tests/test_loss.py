@@ -1,0 +1,410 @@
+"""Mean squared error against float64, and both losses under everything that torch does to a function."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+import gdbp
+from gdbp.nn.functional import cross_entropy, mse_loss
+from tests.oracle import (
+    FLOAT_DTYPES,
+    FULL_DTYPES,
+    LAYOUTS,
+    REDUCTIONS,
+    both_ce,
+    both_mse,
+    compare,
+    compare_samples,
+    laid_out,
+    logits,
+    no_worse,
+    on_one_and_two_threads,
+    pair,
+    values_and_grads,
+)
+
+reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
+# around the widths of vectors, of the runs (512) and tiles (16384) of a sum, and of a thread's share
+SIZES = (0, 1, 7, 8, 15, 16, 17, 511, 513, 4097, 16385, 40001)
+
+
+# ---- mean squared error: values ----
+
+
+@reductions
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_mse_sizes(reduction, dtype, device):
+    for shape in (*((n,) for n in SIZES), (), (3, 5), (2, 3, 4), (0, 3), (2, 1, 3, 2)):
+        compare(*both_mse(reduction=reduction), pair(shape, dtype, device))
+
+
+@reductions
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", range(3))
+def test_mse_layouts(reduction, layout, which):
+    if which == 2 and reduction != "none":
+        layout = "misaligned"
+    tensors = [
+        *(t.detach() for t in pair((9, 7))),
+        torch.randn((9, 7) if reduction == "none" else (), dtype=torch.float64),
+    ]
+    tensors[which] = laid_out(tensors[which], layout)
+    x, y, upstream = tensors
+    compare(*both_mse(reduction=reduction), [x.requires_grad_(), y.requires_grad_()], upstream)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_any_mse(data):
+    shape = data.draw(st.lists(st.integers(0, 6), max_size=4) | st.tuples(st.sampled_from(SIZES[:-2])))
+    dtype, reduction = data.draw(st.sampled_from(FULL_DTYPES)), data.draw(st.sampled_from(REDUCTIONS))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    tensors = [
+        laid_out(t.detach(), data.draw(st.sampled_from(LAYOUTS))).requires_grad_(data.draw(st.booleans()))
+        for t in pair(shape, dtype)
+    ]
+    upstream = torch.randn(shape if reduction == "none" else (), dtype=dtype)
+    upstream = laid_out(upstream, data.draw(st.sampled_from(LAYOUTS)))
+    compare(*both_mse(reduction=reduction), tensors, upstream)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_mse_on_torchs_samples(dtype):
+    assert compare_samples("nn.functional.mse_loss", mse_loss, F.mse_loss, dtype) >= 6
+
+
+def test_mse_of_integers():
+    x, y = torch.randn(5, requires_grad=True), torch.arange(5)
+    for mine, other in ((mse_loss(x, y), F.mse_loss(x, y)), (mse_loss(y, x), F.mse_loss(y, x))):
+        torch.testing.assert_close(mine, other)
+        assert torch.equal(torch.autograd.grad(mine, x)[0], torch.autograd.grad(other, x)[0])
+    half = mse_loss(x.detach().half(), x.detach(), reduction="none")
+    assert half.dtype is torch.float32
+    with pytest.raises(TypeError, match=r"input has dtype Long; expected float64, .*convert it"):
+        mse_loss(y, y)
+
+
+def test_mse_broadcasts_with_a_warning():
+    x, y = torch.randn(4, 1, requires_grad=True), torch.randn(3, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"target size \(torch.Size\(\[3\]\)\) that is different"):
+        mine = torch.autograd.grad(mse_loss(x, y), (x, y))
+    with pytest.warns(UserWarning):
+        other = torch.autograd.grad(F.mse_loss(x, y), (x, y))
+    torch.testing.assert_close(mine, other)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match"):
+        mse_loss(torch.zeros(4), y)
+
+
+def test_mse_upstream_of_a_sum():
+    x, y = pair((4, 5))
+    for keep in (lambda loss: loss.sum(), lambda loss: loss.sum(0)[2]):
+        mine, other = (torch.autograd.grad(keep(f(x, y)), (x, y)) for f in both_mse(reduction="none"))
+        torch.testing.assert_close(mine, other)
+
+
+def test_mse_special_values():
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 3e38, 1e-30], requires_grad=True)
+    for y in (torch.zeros(7), x.detach().clone()):
+        mine, other = (values_and_grads(f, [x, y], torch.ones(7)) for f in both_mse(reduction="none"))
+        torch.testing.assert_close(mine, other, equal_nan=True, rtol=0, atol=0)
+    assert mse_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).isinf()  # 90000 has no float16
+    many = torch.full((100_000,), 4.0).bfloat16()
+    assert (
+        mse_loss(many, torch.zeros_like(many)) == 16
+        and mse_loss(many, many * 0, reduction="sum") == 1_597_440
+    )
+
+
+@reductions
+def test_mse_threads_do_not_change_bits(reduction):
+    x, y = pair((300_001,), torch.float32)
+    for one, two in on_one_and_two_threads(
+        lambda: values_and_grads(both_mse(reduction=reduction)[0], (x, y))
+    ):
+        assert torch.equal(one, two)
+
+
+# ---- autograd, torch.func, torch.compile, the dispatcher ----
+
+TARGET = torch.tensor([2, 0, -100, 1])
+SMOOTH = {"label_smoothing": 0.2}
+FUNCTIONS = {
+    **{f"mse-{r}": (*both_mse(reduction=r), lambda: pair((4, 3))) for r in REDUCTIONS},
+    **{f"ce-{r}": (*both_ce(TARGET, reduction=r), lambda: [logits((4, 3))]) for r in REDUCTIONS},
+    "ce-weighted": (*both_ce(TARGET, torch.tensor([0.5, 1, 2]), **SMOOTH), lambda: [logits((4, 3))]),
+    "ce-images": (*both_ce(torch.tensor([[0, 1], [2, -100]]), **SMOOTH), lambda: [logits((2, 3, 2))]),
+    "ce-vector": (*both_ce(torch.tensor(1)), lambda: [logits((3,))]),
+}
+functions = pytest.mark.parametrize("case", FUNCTIONS)
+
+
+@functions
+def test_gradcheck(case):
+    mine, _, make = FUNCTIONS[case]
+    assert gradcheck(mine, make(), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(mine, make(), check_fwd_over_rev=True)
+
+
+@functions
+def test_retain_graph(case):
+    mine, _, make = FUNCTIONS[case]
+    tensors = make()
+    loss = mine(*tensors).sum()
+    once = torch.autograd.grad(loss, tensors, retain_graph=True)
+    assert all(map(torch.equal, once, torch.autograd.grad(loss, tensors)))
+
+
+@functions
+def test_torch_func(case):
+    mine, other, make = FUNCTIONS[case]
+    tensors = tuple(t.detach() for t in make())
+    batch = tuple(torch.stack((t, 2 * t)) for t in tensors)
+    every = tuple(range(len(tensors)))
+
+    def results(f):
+        def loss(*tensors):
+            return f(*tensors).pow(2).sum()
+
+        return (
+            torch.func.grad(loss, argnums=every)(*tensors),
+            torch.vmap(f)(*batch),
+            torch.vmap(torch.func.grad(loss, argnums=every))(*batch),
+            torch.func.grad(lambda *b: torch.vmap(f)(*b).sum())(*batch),
+            torch.func.jacrev(f, argnums=every)(*tensors),
+            torch.func.hessian(loss)(*tensors),
+            torch.func.jvp(f, tensors, tensors),
+            torch.autograd.functional.jacobian(f, tensors, vectorize=True),
+        )
+
+    torch.testing.assert_close(results(mine), results(other))
+
+
+def test_per_sample_gradients():
+    weight, x = torch.randn(3, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    label = torch.tensor([0, 1, 2, 0, 1, -100])
+
+    def per_sample(layer, loss):
+        one = torch.func.grad(lambda w, x, y: loss(layer(x, w), y, reduction="sum"))
+        return torch.vmap(one, in_dims=(None, 0, 0))(weight, x, label)
+
+    torch.testing.assert_close(
+        per_sample(gdbp.nn.functional.linear, cross_entropy), per_sample(F.linear, F.cross_entropy)
+    )
+
+
+@functions
+def test_no_graph_where_none_is_needed(case):
+    mine, other, make = FUNCTIONS[case]
+    tensors = [t.detach() for t in make()]
+    assert mine(*tensors).grad_fn is None
+    with torch.inference_mode():
+        torch.testing.assert_close(mine(*tensors), other(*tensors))
+
+
+@functions
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(case, dynamic):
+    torch._dynamo.reset()
+    mine, _, make = FUNCTIONS[case]
+    compiled = torch.compile(mine, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    tensors = make()
+    for eager, traced in zip(values_and_grads(mine, tensors), values_and_grads(compiled, tensors)):
+        assert torch.equal(eager, traced)
+
+
+@reductions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(reduction, dtype):
+    ops, check = torch.ops.gdbp, torch.library.opcheck
+    # opcheck takes no NaN for the same, so not the mean of nothing.
+    nothing = [0] if reduction != "mean" else []
+    for shape in ((4, 3), (), *((n, 3) for n in nothing)):
+        x, y = (t.detach() for t in pair(shape, dtype))
+        check(ops.mse_loss, (x, y, reduction))
+        upstream = torch.ones_like(ops.mse_loss(x, y, reduction))
+        for mask in ((True, True), (True, False), (False, True)):
+            check(ops.mse_loss_backward, (upstream, x, y, reduction, mask))
+    for rows, weight in ((4, None), (4, torch.rand(3, dtype=dtype)), *((n, None) for n in nothing)):
+        x, target = logits((rows, 3), dtype).detach(), TARGET[:rows]
+        arguments = (x, target, weight, reduction, -100, 0.1)
+        check(ops.cross_entropy, arguments)
+        loss, stats, total = ops.cross_entropy(*arguments)
+        check(
+            ops.cross_entropy_backward, (torch.ones_like(loss), *arguments[:3], stats, total, *arguments[3:])
+        )
+
+
+@pytest.mark.parametrize("mask", [(True, False), (False, True)])
+def test_mse_gradients_that_are_asked_for(mask):
+    x, y = (t.detach() for t in pair((3,)))
+    grads = torch.ops.gdbp.mse_loss_backward(torch.ones((), dtype=x.dtype), x, y, "mean", mask)
+    assert [g is not None for g in grads] == list(mask)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_autocast(dtype):
+    x, y = pair((4, 3), dtype)
+    results = []
+    for mse, ce in ((mse_loss, cross_entropy), (F.mse_loss, F.cross_entropy)):
+        with torch.autocast("cpu"):
+            losses = mse(x, y), ce(x, TARGET), ce(x, TARGET, torch.ones(3, dtype=dtype))
+        results.append([*losses, *torch.autograd.grad(sum(losses), (x, y))])
+    torch.testing.assert_close(*results)
+
+
+# ---- the modules and torch's older arguments ----
+
+
+def test_modules_are_torchs():
+    x, y, weight = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0.5, 1.0, 2.0])
+    for options in ({}, {"reduction": "sum"}, {"reduction": "none"}):
+        mine, other = gdbp.nn.MSELoss(**options), torch.nn.MSELoss(**options)
+        torch.testing.assert_close(mine(x, y), other(x, y))
+        assert repr(mine) == repr(other) and isinstance(mine, torch.nn.MSELoss)
+        for more in ({}, {"weight": weight, "ignore_index": 1, "label_smoothing": 0.1}):
+            mine, other = (m.CrossEntropyLoss(**more, **options) for m in (gdbp.nn, torch.nn))
+            for module in (mine, copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+                torch.testing.assert_close(
+                    module(x, TARGET.clamp_min(1)), other(x, TARGET.clamp_min(1)), equal_nan=True
+                )
+            assert repr(mine) == repr(other) and isinstance(mine, torch.nn.CrossEntropyLoss)
+            assert mine.state_dict().keys() == other.state_dict().keys()
+            assert [name for name, _ in mine.named_buffers()] == [name for name, _ in other.named_buffers()]
+            assert mine.double().weight is None or mine.weight.dtype is torch.float64
+    mine.load_state_dict(other.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+@pytest.mark.parametrize("size_average", [None, True, False])
+@pytest.mark.parametrize("reduce", [None, True, False])
+def test_legacy_arguments(size_average, reduce):
+    x, y = (t.detach() for t in pair((4, 3)))
+    old = {"size_average": size_average, "reduce": reduce}
+    torch.testing.assert_close(mse_loss(x, y, **old), F.mse_loss(x, y, **old))
+    torch.testing.assert_close(mse_loss(x, y, size_average, reduce), F.mse_loss(x, y, size_average, reduce))
+    torch.testing.assert_close(cross_entropy(x, TARGET, **old), F.cross_entropy(x, TARGET, **old))
+    for name in ("MSELoss", "CrossEntropyLoss"):
+        assert getattr(gdbp.nn, name)(**old).reduction == getattr(torch.nn, name)(**old).reduction
+
+
+def test_probabilities_are_torchs():
+    x, p = logits((4, 3)), torch.rand(4, 3, dtype=torch.float64).softmax(-1).requires_grad_()
+    for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(3).double(), "reduction": "sum"}):
+        mine, other = (
+            torch.autograd.grad(f(x, p, **options), (x, p)) for f in (cross_entropy, F.cross_entropy)
+        )
+        assert all(map(torch.equal, mine, other))
+
+
+def test_negative_smoothing_is_none():
+    x = logits((4, 3))
+    assert torch.equal(cross_entropy(x, TARGET, label_smoothing=-0.5), cross_entropy(x, TARGET))
+
+
+# ---- refusals ----
+
+X, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+META = torch.zeros(3, 4, device="meta")
+CPU_META = r"on cpu and {} on meta; expected the same device; move one"
+REFUSED = {
+    "mse reduction": (
+        lambda: mse_loss(X, X, reduction="avg"),
+        ValueError,
+        "avg is not a valid value for reduction",
+    ),
+    "mse complex": (
+        lambda: mse_loss(X + 1j, X + 1j),
+        TypeError,
+        "input has dtype ComplexFloat; expected float64",
+    ),
+    "mse devices": (lambda: mse_loss(META, X), RuntimeError, CPU_META.format("input")),
+    "mse operator": (
+        lambda: torch.ops.gdbp.mse_loss(X, X[0], "mean"),
+        RuntimeError,
+        r"target has shape \[4\].*the same",
+    ),
+    "ce reduction": (
+        lambda: cross_entropy(X, Y, reduction="avg"),
+        ValueError,
+        "avg is not a valid value for reduction",
+    ),
+    "ce batch": (
+        lambda: cross_entropy(X, Y[:2]),
+        ValueError,
+        r"batch_size \(3\) to match target batch_size \(2\)",
+    ),
+    "ce shape": (
+        lambda: cross_entropy(X, Y[:, None]),
+        RuntimeError,
+        r"Expected target size \(3,\), got \(3, 1\); give one",
+    ),
+    "ce images": (
+        lambda: cross_entropy(torch.zeros(3, 4, 5), Y[:, None]),
+        RuntimeError,
+        r"Expected target size \(3, 5\), got \(3, 1\)",
+    ),
+    "ce scalar": (lambda: cross_entropy(X, Y[0]), RuntimeError, r"Expected target size \(3,\), got \(\)"),
+    "ce labels": (
+        lambda: cross_entropy(X, Y.int()),
+        RuntimeError,
+        r"torch.int32; expected .* Long or Byte; .*long\(\)",
+    ),
+    "ce booleans": (
+        lambda: cross_entropy(X, Y.bool()),
+        RuntimeError,
+        r"torch.bool; expected .* Long or Byte",
+    ),
+    "ce integers": (lambda: cross_entropy(X.long(), Y), TypeError, "logits has dtype Long; expected float64"),
+    "ce weight size": (
+        lambda: cross_entropy(X, Y, torch.ones(3)),
+        RuntimeError,
+        r"weight has shape \[3\]; .* all 4 classes or no classes; expected \(4,\)",
+    ),
+    "ce weight dtype": (
+        lambda: cross_entropy(X, Y, torch.ones(4).double()),
+        RuntimeError,
+        "weight has dtype Double and",
+    ),
+    "ce weight graph": (
+        lambda: cross_entropy(X, Y, torch.ones(4, requires_grad=True)),
+        RuntimeError,
+        r"weight requires grad.*detach\(\)",
+    ),
+    "ce smoothing": (
+        lambda: cross_entropy(X, Y, label_smoothing=1.5),
+        RuntimeError,
+        "between 0.0 and 1.0. Got: 1.5",
+    ),
+    "ce devices": (lambda: cross_entropy(META, Y), RuntimeError, "target is " + CPU_META.format("logits")),
+    "ce weight device": (
+        lambda: cross_entropy(X, Y, META[0]),
+        RuntimeError,
+        "weight is on meta and logits on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    call, error, sentence = REFUSED[case]
+    with pytest.raises(error, match=sentence):
+        call()
+
+
+def test_meta():
+    assert mse_loss(META, META).device.type == "meta"
+    loss = cross_entropy(META.clone().requires_grad_(), Y.to("meta"), reduction="none")
+    assert loss.shape == (3,) and loss.requires_grad
+
+
+def test_no_worse_is_not_blind():
+    one = torch.ones(3)
+    with pytest.raises(AssertionError):
+        no_worse(one + 1e-4, one, one.double())
