@@ -40,9 +40,7 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
         if work.limit is not None:
             runs[LIMIT] = work.limit.run
         timings = take_turns(runs, budget, clock_for(setup.device, work.hot))
-        contenders = [
-            _contender(name, timings[name], errors[name], work.tolerance) for name in work.contenders
-        ]
+        contenders = [_contender(name, timings[name], errors[name], work.tolerance) for name in work.contenders]
         limit = None
         if work.limit is not None:
             limit = {"what": work.limit.what, "seconds": timings[LIMIT].median * work.limit.scale}

@@ -36,9 +36,7 @@ def updated(document: str, reports: list[dict[str, Any]]) -> str:
         before, opened, rest = document.partition(start)
         _, closed, after = rest.partition(end)
         if not (opened and closed):
-            raise ReportError(
-                f"the document has no place for the table; expected the lines {start} and {end}"
-            )
+            raise ReportError(f"the document has no place for the table; expected the lines {start} and {end}")
         chosen = [report for report in reports if report["environment"]["device"] == device]
         document = f"{before}{start}\n{tables(chosen)}\n{end}{after}"
     return document
@@ -74,9 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if options.check:
         if new != document:
-            remedy = " ".join(
-                map(str, ["python -m benchmarks.report --update", options.update, *options.files])
-            )
+            remedy = " ".join(map(str, ["python -m benchmarks.report --update", options.update, *options.files]))
             print(f"{options.update} differs from the results; run: {remedy}", file=sys.stderr)
         return int(new != document)
     options.update.write_text(new)

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from gdbp import _load
+from gdbp.testing import cli as testing_cli
 from gdbp.train import cli
 from gdbp.train.errors import InputError
 
@@ -26,11 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show what was built, for which torch, CPU and GPU")
     info.set_defaults(run=_info)
     cli.add_command(commands)
+    testing_cli.add_command(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Runs one command and returns its exit status: 0, 1 for a failed check, 2 for what the user can mend, 130 when
+    interrupted."""
     try:
         options = build_parser().parse_args(argv)
         return options.run(options)

@@ -70,9 +70,7 @@ def build_info() -> dict[str, Any]:
         - ``threads``: torch's number of CPU threads;
         - ``cuda_devices``: names of the GPUs that torch sees.
     """
-    built = dict.fromkeys(
-        ("torch_built", "compiler", "cxx_flags", "openmp", "cuda", "cuda_archs", "instruction_set")
-    )
+    built = dict.fromkeys(("torch_built", "compiler", "cxx_flags", "openmp", "cuda", "cuda_archs", "instruction_set"))
     if available:
         built |= _C.build_info()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

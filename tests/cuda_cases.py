@@ -10,6 +10,7 @@ import torch
 
 from gdbp import nn, optim
 from gdbp._load import available, reason
+from gdbp.ops.linear import ACTIVATIONS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1, 1), (3, 33, 7), (65, 20, 129))  # rows, in_features, out_features
@@ -26,12 +27,14 @@ def layers_and_losses(device: str, dtype: torch.dtype) -> None:
     for rows, features, classes in SHAPES:
         x = torch.randn(rows, features, device=device, dtype=dtype, requires_grad=True)
         labels = torch.randint(classes, (rows,), device=device)
-        for activation in (None, "relu", "gelu", "sigmoid", "tanh"):
-            layer = nn.Linear(features, classes, activation=activation, device=device, dtype=dtype)
+        for activation in ACTIVATIONS:
+            name = None if activation == "none" else activation
+            layer = nn.Linear(features, classes, activation=name, device=device, dtype=dtype)
             for reduction in ("none", "mean", "sum"):
                 output = layer(x)
                 loss = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=0.1)(output, labels)
-                loss = loss.sum() + nn.MSELoss(reduction=reduction)(output, torch.zeros_like(output)).sum()
+                for of_elements in (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss):
+                    loss = loss.sum() + of_elements(reduction=reduction)(output, torch.zeros_like(output)).sum()
                 loss.backward()
         assert torch.isfinite(x.grad).all()
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gdbp.nn.functional import cross_entropy, mse_loss
+from gdbp.nn import functional as ours
+from gdbp.nn.functional import cross_entropy
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FULL_DTYPES = FLOAT_DTYPES[:2]
@@ -134,9 +135,7 @@ def samples(name: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, tuple, dict
         yield sample.input, sample.args, sample.kwargs
 
 
-def compare_samples(
-    name: str, mine: Callable, torchs: Callable, dtype: torch.dtype, takes=lambda *_: True
-) -> int:
+def compare_samples(name: str, mine: Callable, torchs: Callable, dtype: torch.dtype, takes=lambda *_: True) -> int:
     """``compare`` over torch's own samples that ``takes`` accepts; returns their number."""
     count = 0
     for sample in filter(lambda s: takes(*s), samples(name, dtype)):
@@ -159,9 +158,26 @@ def _op(name: str):
     return op
 
 
-def both_mse(**options) -> tuple[Callable, Callable]:
-    """Our mean squared error and torch's."""
-    return (lambda x, y: mse_loss(x, y, **options)), (lambda x, y: F.mse_loss(x, y, **options))
+# Losses of single elements: torch's name and arguments.
+POINTWISE = {
+    "mse": ("mse_loss", {}),
+    "l1": ("l1_loss", {}),
+    "huber": ("huber_loss", {}),
+    "huber-0.3": ("huber_loss", {"delta": 0.3}),
+    "smooth_l1": ("smooth_l1_loss", {}),
+    "smooth_l1-2.5": ("smooth_l1_loss", {"beta": 2.5}),
+    "smooth_l1-0": ("smooth_l1_loss", {"beta": 0.0}),
+}
+
+
+def both_pointwise(loss: str, **options) -> tuple[Callable, Callable]:
+    """Ours and torch's, of a row of POINTWISE."""
+    name, arguments = POINTWISE[loss]
+
+    def of(module):
+        return lambda x, y: getattr(module, name)(x, y, **arguments, **options)
+
+    return of(ours), of(F)
 
 
 def pair(shape, dtype=torch.float64, device="cpu"):

@@ -75,9 +75,7 @@ def test_ce_layouts(layout, reduction):
         x = laid_out(logits(shape).detach(), layout).requires_grad_()
         target = torch.randint(shape[1], (shape[0], *shape[2:]))
         upstream = torch.randn(target.shape if reduction == "none" else (), dtype=torch.float64)
-        weight = laid_out(
-            torch.rand(shape[1], dtype=torch.float64), layout if layout != "expanded" else "strided"
-        )
+        weight = laid_out(torch.rand(shape[1], dtype=torch.float64), layout if layout != "expanded" else "strided")
         arguments = both_ce(laid_out(target, layout), weight, reduction=reduction)
         compare(*arguments, [x], laid_out(upstream, layout))
 
@@ -92,9 +90,7 @@ def test_any_ce(data):
     batched = data.draw(st.booleans())
     shape = (rows, classes, *more) if batched else (classes,)
     scale = data.draw(st.sampled_from((0.0, 1.0, 30.0)))
-    x = laid_out(
-        logits(shape, dtype, scale=scale).detach(), data.draw(st.sampled_from(LAYOUTS))
-    ).requires_grad_()
+    x = laid_out(logits(shape, dtype, scale=scale).detach(), data.draw(st.sampled_from(LAYOUTS))).requires_grad_()
     target = torch.randint(classes, (rows, *more) if batched else ())
     ignore = data.draw(st.integers(-3, classes + 2))
     target[torch.rand(target.shape) < data.draw(st.sampled_from((0.0, 0.3, 1.0)))] = ignore
@@ -151,9 +147,7 @@ def test_ce_of_confident_rows(dtype, classes):
 @reductions
 def test_ce_infinite_logits(reduction):
     inf = math.inf
-    x = torch.tensor(
-        [[-inf, 0, 1], [0, -inf, 1], [-inf, -inf, -inf], [0, inf, 1], [inf, inf, 0], [-inf, 2, -inf]]
-    )
+    x = torch.tensor([[-inf, 0, 1], [0, -inf, 1], [-inf, -inf, -inf], [0, inf, 1], [inf, inf, 0], [-inf, 2, -inf]])
     for label, smoothing in itertools.product(range(3), (0.0, 0.1)):
         for row in x.double():
             row = row.unsqueeze(0).requires_grad_()
@@ -219,9 +213,7 @@ def test_ce_label_out_of_range(target):
     x = torch.randn(3, 3, requires_grad=True)
     before = x.detach().clone()
     row = next(i for i, y in enumerate(target) if not 0 <= y < 3)
-    with pytest.raises(
-        IndexError, match=f"Target {target[row]} is out of bounds: .* row {row}; expected .* 0 to 2"
-    ):
+    with pytest.raises(IndexError, match=f"Target {target[row]} is out of bounds: .* row {row}; expected .* 0 to 2"):
         cross_entropy(x, torch.tensor(target))
     assert torch.equal(x.detach(), before) and x._version == 0 and x.grad is None
 

@@ -54,9 +54,7 @@ def test_constant_input_and_header(tmp_path):
 def test_task_is_inferred(tmp_path, values, task):
     values = list(values)
     path = tmp_path / "table.csv"
-    path.write_text(
-        "x,y\n" + "".join(f"{i},{values[i % len(values)]}\n" for i in range(5 * len(values) + 20))
-    )
+    path.write_text("x,y\n" + "".join(f"{i},{values[i % len(values)]}\n" for i in range(5 * len(values) + 20)))
     assert load_data(str(path)).task == task
 
 
@@ -70,9 +68,7 @@ def test_fit_is_the_plain_loop():
     x, y = linear_problem()
     model, by_hand = nn.Linear(3, 1), nn.Linear(3, 1)
     by_hand.load_state_dict(model.state_dict())
-    history = fit(
-        model, nn.MSELoss(), optim.SGD(model.parameters(), lr=0.1), (x, y), epochs=5, method="batch"
-    )
+    history = fit(model, nn.MSELoss(), optim.SGD(model.parameters(), lr=0.1), (x, y), epochs=5, method="batch")
     for _ in range(5):
         by_hand.zero_grad()
         torch.nn.functional.mse_loss(by_hand(x), y).backward()

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdbp
 from gdbp.nn.functional import linear
+from gdbp.ops.linear import NEED_PRE
 from tests.oracle import (
     FLOAT_DTYPES,
     FULL_DTYPES,
@@ -30,9 +32,14 @@ from tests.oracle import (
 ACTIVATIONS = {
     None: lambda z: z,
     "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "elu": F.elu,
+    "softplus": F.softplus,
 }
 # rows, in, out: empty, single, and around the widths of vectors, of tiles (64) and of column blocks (1024)
 SIZES = [
@@ -48,7 +55,7 @@ def ours(activation):
 
 
 def torchs(activation):
-    return lambda x, w, b=None: ACTIVATIONS[activation](torch.nn.functional.linear(x, w, b))
+    return lambda x, w, b=None: ACTIVATIONS[activation](F.linear(x, w, b))
 
 
 def layer(lead, n_in, n_out, *, dtype=torch.float64, device="cpu", bias=True, grad=(True, True, True)):
@@ -93,42 +100,55 @@ def test_layouts(activation, dtype, layout, which, device):
 def test_upstream_gradient_of_a_sum(device):
     x, w, b = layer((6,), 3, 4, device=device)
     for activation in ACTIVATIONS:
-        mine, other = (
-            torch.autograd.grad(f(x, w, b).sum(), (x, w, b)) for f in (ours(activation), torchs(activation))
-        )
+        mine, other = (torch.autograd.grad(f(x, w, b).sum(), (x, w, b)) for f in (ours(activation), torchs(activation)))
         torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES[1:])
 def test_activations_in_ulp(dtype):
-    # Below -12 the normal distribution leaves the normal numbers, and libraries flush what is smaller.
+    # Below -12 (gelu_tanh: -9.9) the tail leaves the normal numbers, and libraries flush what is smaller.
     z = torch.linspace(-12, 40, 20001).to(dtype)
     exact = z.double()
     cdf, pdf = (
         torch.special.erfc(-exact / math.sqrt(2)) / 2,
         torch.exp(-exact * exact / 2) / math.sqrt(2 * math.pi),
     )
+    sigmoid, rest = torch.sigmoid(exact), torch.sigmoid(-exact)
+    c = 2 * math.sqrt(2 / math.pi)
+    u2 = c * (exact + 0.044715 * exact**3)
+    logistic, bend = torch.sigmoid(u2), exact * torch.sigmoid(u2) * torch.sigmoid(-u2)
+    bend *= c * (1 + 3 * 0.044715 * exact**2)
     # value; derivative; size of the derivative's terms
     expected = {
         None: (exact, exact**0, None),
         "relu": (exact.clamp_min(0), (exact > 0).double(), None),
+        "leaky_relu": (exact.clamp(min=0) + 0.01 * exact.clamp(max=0), (exact > 0) * 0.99 + 0.01, None),
         "gelu": (exact * cdf, cdf + exact * pdf, cdf + (exact * pdf).abs()),
+        "gelu_tanh": (exact * logistic, logistic + bend, logistic + bend.abs()),
+        "silu": (exact * sigmoid, sigmoid + exact * sigmoid * rest, sigmoid + (exact * sigmoid * rest).abs()),
     }
     # What rounds once errs half an ulp; float32 errs by the function's own few.
     bound = 6 if dtype is torch.float32 else 0.51
     x, one = z.unsqueeze(1).requires_grad_(), torch.ones(1, 1, dtype=dtype)
     for activation, (value, derivative, scale) in expected.items():
         y, grad = values_and_grads(ours(activation), [x, one], torch.ones_like(x))
-        assert ulps(y.flatten(), value) <= bound
-        assert ulps(grad.flatten(), derivative, scale) <= bound
-    for activation, f in {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.items():
+        normal = exact >= (-9.9 if activation == "gelu_tanh" else -12)
+        assert ulps(y.flatten()[normal], value[normal]) <= bound, activation
+        scale = None if scale is None else scale[normal]
+        assert ulps(grad.flatten()[normal], derivative[normal], scale) <= bound, activation
+    for activation in ("sigmoid", "tanh", "elu", "softplus"):
         y = linear(x, one, activation=activation)
-        assert ulps(y.flatten(), f(exact)) <= min(bound, 3)
-        # From the rounded output, as in torch: one ulp of 1 - y or 1 - y*y is one ulp of 1.
+        assert ulps(y.flatten(), ACTIVATIONS[activation](exact)) <= min(bound, 3), activation
+        # From the rounded output, as torch's of sigmoid and tanh: one ulp of y is one ulp of 1.
         (grad,) = torch.autograd.grad(y.sum(), x)
         s = y.detach().double().flatten()
-        derivative = s * (1 - s) if activation == "sigmoid" else 1 - s * s
-        assert ulps(grad.flatten(), derivative, torch.ones_like(s)) <= 1
+        derivative = {
+            "sigmoid": s * (1 - s),
+            "tanh": 1 - s * s,
+            "elu": torch.where(s > 0, 1, s + 1),
+            "softplus": -torch.expm1(-s),
+        }[activation]
+        assert ulps(grad.flatten(), derivative, torch.ones_like(s)) <= 1, activation
 
 
 def test_not_finite():
@@ -191,7 +211,7 @@ def test_any_layer(data):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_torchs_samples(dtype):
     matrix = lambda input, args, kwargs: args[0].dim() == 2  # noqa: E731
-    assert compare_samples("nn.functional.linear", linear, torch.nn.functional.linear, dtype, matrix) >= 8
+    assert compare_samples("nn.functional.linear", linear, F.linear, dtype, matrix) >= 8
 
 
 # ---- autograd ----
@@ -227,7 +247,7 @@ def test_only_what_is_asked_for(mask):
     assert masks.seen == [tuple(bool(m) for m in mask)]
     assert [t.grad is not None for t in tensors] == [bool(m) for m in mask]
     x, w, b = (t.detach() for t in tensors)
-    y, _ = torch.ops.gdbp.linear(x, w, b, "relu")
+    y = torch.ops.gdbp.linear(x, w, b, "relu")
     grads = torch.ops.gdbp.linear_backward(torch.ones_like(y), x, w, y, "relu", mask)
     assert [g is not None for g in grads] == [bool(m) for m in mask]
 
@@ -262,13 +282,14 @@ def test_changing_in_place_afterwards():
     model = torch.nn.Sequential(gdbp.nn.Linear(4, 4), torch.nn.ReLU(inplace=True)).double()
     model(x).sum().backward()
     assert model[0].weight.grad is not None
-    # ... with one it is, for gelu its argument, and always input and weight: never a wrong gradient.
-    for activation in ("relu", "sigmoid", "tanh"):
+    # ... with one it is, or its argument, and always input and weight: never a wrong gradient.
+    for activation in filter(None, ACTIVATIONS.keys() - NEED_PRE):
         y = linear(x, w, b, activation=activation)
         y.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
-    linear(x, w, b, activation="gelu").mul_(2).sum().backward()
+    for activation in NEED_PRE:
+        linear(x, w, b, activation=activation).mul_(2).sum().backward()
     y = linear(x, w, b)
     with torch.no_grad():
         w.add_(1)
@@ -326,8 +347,9 @@ def test_opcheck(activation, lead):
     name = activation or "none"
     for bias in (b, None):
         torch.library.opcheck(torch.ops.gdbp.linear, (x, w, bias, name))
-    y, pre = torch.ops.gdbp.linear(x, w, b, name)
-    saved = pre if activation == "gelu" else y
+        torch.library.opcheck(torch.ops.gdbp.linear_with_pre, (x, w, bias, name))
+    y, pre = torch.ops.gdbp.linear_with_pre(x, w, b, name)
+    saved = pre if activation in NEED_PRE else y
     for mask in ((True, True, True), (False, True, False)):
         torch.library.opcheck(torch.ops.gdbp.linear_backward, (torch.randn_like(y), x, w, saved, name, mask))
 
@@ -376,8 +398,14 @@ def test_autocast(activation):
     with torch.autocast("cpu"):
         # The operator itself takes what it is given.
         name = activation or "none"
-        y, _ = torch.ops.gdbp.linear(x.detach(), w.detach(), b.detach(), name)
+        y = torch.ops.gdbp.linear(x.detach(), w.detach(), b.detach(), name)
         torch.testing.assert_close(y, torchs(activation)(*(t.detach().double() for t in (x, w, b))).float())
+
+
+def test_tables_agree():
+    saves = torch.ops.gdbp.activations_that_save
+    assert saves("nothing") == ["none"] and set(saves("pre")) == {"gelu", "gelu_tanh", "silu"}
+    assert {*saves("nothing"), *saves("output"), *saves("pre")} == {name or "none" for name in ACTIVATIONS}
 
 
 # ---- refusals ----
@@ -424,7 +452,7 @@ def test_refusals(case, activation, grad):
 def test_unknown_activation(name):
     for call in (lambda: linear(X, W, B, activation=name), lambda: gdbp.nn.Linear(4, 5, activation=name)):
         with pytest.raises(
-            ValueError, match=f"activation is '{name}'; expected None or one of relu, gelu, sigmoid, tanh"
+            ValueError, match=f"activation is '{name}'; expected None or one of relu, leaky_relu, gelu, "
         ):
             call()
 

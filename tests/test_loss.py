@@ -1,4 +1,4 @@
-"""Mean squared error against float64, and both losses under everything that torch does to a function."""
+"""Losses of single elements against float64, and all losses under everything that torch does to a function."""
 
 import copy
 import math
@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import gdbp
-from gdbp.nn.functional import cross_entropy, mse_loss
+from gdbp import reference
+from gdbp.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss
 from tests.oracle import (
     FLOAT_DTYPES,
     FULL_DTYPES,
     LAYOUTS,
+    POINTWISE,
     REDUCTIONS,
     both_ce,
-    both_mse,
+    both_pointwise,
     compare,
     compare_samples,
     laid_out,
@@ -31,24 +33,27 @@ from tests.oracle import (
 )
 
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
+losses = pytest.mark.parametrize("loss", POINTWISE)
 # around the widths of vectors, of the runs (512) and tiles (16384) of a sum, and of a thread's share
 SIZES = (0, 1, 7, 8, 15, 16, 17, 511, 513, 4097, 16385, 40001)
 
 
-# ---- mean squared error: values ----
+# ---- losses of single elements: values ----
 
 
+@losses
 @reductions
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_mse_sizes(reduction, dtype, device):
+def test_sizes(loss, reduction, dtype, device):
     for shape in (*((n,) for n in SIZES), (), (3, 5), (2, 3, 4), (0, 3), (2, 1, 3, 2)):
-        compare(*both_mse(reduction=reduction), pair(shape, dtype, device))
+        compare(*both_pointwise(loss, reduction=reduction), pair(shape, dtype, device))
 
 
+@losses
 @reductions
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", range(3))
-def test_mse_layouts(reduction, layout, which):
+def test_layouts(loss, reduction, layout, which):
     if which == 2 and reduction != "none":
         layout = "misaligned"
     tensors = [
@@ -57,14 +62,16 @@ def test_mse_layouts(reduction, layout, which):
     ]
     tensors[which] = laid_out(tensors[which], layout)
     x, y, upstream = tensors
-    compare(*both_mse(reduction=reduction), [x.requires_grad_(), y.requires_grad_()], upstream)
+    both = both_pointwise(loss, reduction=reduction)
+    compare(*both, [x.requires_grad_(), y.requires_grad_()], upstream)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(st.data())
-def test_any_mse(data):
+def test_any_pair(data):
     shape = data.draw(st.lists(st.integers(0, 6), max_size=4) | st.tuples(st.sampled_from(SIZES[:-2])))
     dtype, reduction = data.draw(st.sampled_from(FULL_DTYPES)), data.draw(st.sampled_from(REDUCTIONS))
+    loss = data.draw(st.sampled_from(list(POINTWISE)))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     tensors = [
         laid_out(t.detach(), data.draw(st.sampled_from(LAYOUTS))).requires_grad_(data.draw(st.booleans()))
@@ -72,15 +79,17 @@ def test_any_mse(data):
     ]
     upstream = torch.randn(shape if reduction == "none" else (), dtype=dtype)
     upstream = laid_out(upstream, data.draw(st.sampled_from(LAYOUTS)))
-    compare(*both_mse(reduction=reduction), tensors, upstream)
+    compare(*both_pointwise(loss, reduction=reduction), tensors, upstream)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_mse_on_torchs_samples(dtype):
-    assert compare_samples("nn.functional.mse_loss", mse_loss, F.mse_loss, dtype) >= 6
+@pytest.mark.parametrize("mine", [mse_loss, l1_loss, huber_loss, smooth_l1_loss])
+def test_torchs_samples(mine, dtype):
+    name = mine.__name__
+    assert compare_samples(f"nn.functional.{name}", mine, getattr(F, name), dtype) >= 6
 
 
-def test_mse_of_integers():
+def test_integers():
     x, y = torch.randn(5, requires_grad=True), torch.arange(5)
     for mine, other in ((mse_loss(x, y), F.mse_loss(x, y)), (mse_loss(y, x), F.mse_loss(y, x))):
         torch.testing.assert_close(mine, other)
@@ -91,44 +100,71 @@ def test_mse_of_integers():
         mse_loss(y, y)
 
 
-def test_mse_broadcasts_with_a_warning():
+@losses
+def test_broadcasts_with_a_warning(loss):
+    f, other = both_pointwise(loss)
     x, y = torch.randn(4, 1, requires_grad=True), torch.randn(3, requires_grad=True)
-    with pytest.warns(UserWarning, match=r"target size \(torch.Size\(\[3\]\)\) that is different"):
-        mine = torch.autograd.grad(mse_loss(x, y), (x, y))
+    with pytest.warns(UserWarning, match=r"target size \(torch.Size\(\[3\]\)\) that is different") as raised:
+        mine = torch.autograd.grad(f(x, y), (x, y))
+    assert raised[0].filename.endswith("oracle.py")  # where it was called
     with pytest.warns(UserWarning):
-        other = torch.autograd.grad(F.mse_loss(x, y), (x, y))
-    torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(mine, torch.autograd.grad(other(x, y), (x, y)))
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match"):
-        mse_loss(torch.zeros(4), y)
+        f(torch.zeros(4), y)
 
 
-def test_mse_upstream_of_a_sum():
+@losses
+def test_upstream_of_a_sum(loss):
     x, y = pair((4, 5))
     for keep in (lambda loss: loss.sum(), lambda loss: loss.sum(0)[2]):
-        mine, other = (torch.autograd.grad(keep(f(x, y)), (x, y)) for f in both_mse(reduction="none"))
-        torch.testing.assert_close(mine, other)
+        both = both_pointwise(loss, reduction="none")
+        torch.testing.assert_close(*(torch.autograd.grad(keep(f(x, y)), (x, y)) for f in both))
 
 
-def test_mse_special_values():
+@losses
+def test_special_values(loss):
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 3e38, 1e-30], requires_grad=True)
     for y in (torch.zeros(7), x.detach().clone()):
-        mine, other = (values_and_grads(f, [x, y], torch.ones(7)) for f in both_mse(reduction="none"))
-        torch.testing.assert_close(mine, other, equal_nan=True, rtol=0, atol=0)
+        mine, other = (values_and_grads(f, [x, y], torch.ones(7)) for f in both_pointwise(loss, reduction="none"))
+        # torch's l1_loss alone gives NaN the gradient 0.
+        other[1] = torch.where(mine[0].isnan(), math.nan, other[1])
+        torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-6, atol=0)
+
+
+@losses
+def test_at_the_knee(loss):
+    points = torch.tensor([0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 2.5, -2.5], dtype=torch.float64)
+    points = torch.cat((points, points.nextafter(points + 1), points.nextafter(points - 1)))
+    compare(*both_pointwise(loss, reduction="none"), [points.requires_grad_(), torch.zeros_like(points)])
+
+
+def test_float16_and_bfloat16():
     assert mse_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).isinf()  # 90000 has no float16
     many = torch.full((100_000,), 4.0).bfloat16()
-    assert (
-        mse_loss(many, torch.zeros_like(many)) == 16
-        and mse_loss(many, many * 0, reduction="sum") == 1_597_440
-    )
+    assert mse_loss(many, torch.zeros_like(many)) == 16 and mse_loss(many, many * 0, reduction="sum") == 1_597_440
 
 
+@losses
 @reductions
-def test_mse_threads_do_not_change_bits(reduction):
+def test_threads_do_not_change_bits(loss, reduction):
     x, y = pair((300_001,), torch.float32)
-    for one, two in on_one_and_two_threads(
-        lambda: values_and_grads(both_mse(reduction=reduction)[0], (x, y))
-    ):
+    both = both_pointwise(loss, reduction=reduction)
+    for one, two in on_one_and_two_threads(lambda: values_and_grads(both[0], (x, y))):
         assert torch.equal(one, two)
+
+
+def test_what_torch_computes():
+    x, y, weight = (t.detach() for t in (*pair((4, 3)), pair((4, 3))[0]))
+    for mine, other in ((mse_loss, F.mse_loss), (l1_loss, F.l1_loss), (huber_loss, F.huber_loss)):
+        assert torch.equal(mine(x, y, weight=weight), other(x, y, weight=weight))
+    assert torch.equal(l1_loss(x + 1j, y - 1j), F.l1_loss(x + 1j, y - 1j))
+
+
+def test_tables_agree():
+    with pytest.raises(ValueError, match="kind is 'hinge'; expected one of ") as error:
+        torch.ops.gdbp.pointwise_loss(X, X, "hinge", 0, "mean")
+    names = str(error.value).split("expected one of ")[1].splitlines()[0].split(", ")
+    assert set(names) == set(reference.POINTWISE_LOSSES) == {name for name, _ in POINTWISE.values()}
 
 
 # ---- autograd, torch.func, torch.compile, the dispatcher ----
@@ -136,7 +172,8 @@ def test_mse_threads_do_not_change_bits(reduction):
 TARGET = torch.tensor([2, 0, -100, 1])
 SMOOTH = {"label_smoothing": 0.2}
 FUNCTIONS = {
-    **{f"mse-{r}": (*both_mse(reduction=r), lambda: pair((4, 3))) for r in REDUCTIONS},
+    **{f"mse-{r}": (*both_pointwise("mse", reduction=r), lambda: pair((4, 3))) for r in REDUCTIONS},
+    **{loss: (*both_pointwise(loss), lambda: pair((4, 3))) for loss in POINTWISE if loss != "mse"},
     **{f"ce-{r}": (*both_ce(TARGET, reduction=r), lambda: [logits((4, 3))]) for r in REDUCTIONS},
     "ce-weighted": (*both_ce(TARGET, torch.tensor([0.5, 1, 2]), **SMOOTH), lambda: [logits((4, 3))]),
     "ce-images": (*both_ce(torch.tensor([[0, 1], [2, -100]]), **SMOOTH), lambda: [logits((2, 3, 2))]),
@@ -227,24 +264,24 @@ def test_opcheck(reduction, dtype):
     nothing = [0] if reduction != "mean" else []
     for shape in ((4, 3), (), *((n, 3) for n in nothing)):
         x, y = (t.detach() for t in pair(shape, dtype))
-        check(ops.mse_loss, (x, y, reduction))
-        upstream = torch.ones_like(ops.mse_loss(x, y, reduction))
-        for mask in ((True, True), (True, False), (False, True)):
-            check(ops.mse_loss_backward, (upstream, x, y, reduction, mask))
+        for loss in (("mse_loss", 0.0, reduction), ("huber_loss", 0.5, reduction)):
+            check(ops.pointwise_loss, (x, y, *loss))
+            upstream = torch.ones_like(ops.pointwise_loss(x, y, *loss))
+            for mask in ((True, True), (True, False), (False, True)):
+                check(ops.pointwise_loss_backward, (upstream, x, y, *loss, mask))
     for rows, weight in ((4, None), (4, torch.rand(3, dtype=dtype)), *((n, None) for n in nothing)):
         x, target = logits((rows, 3), dtype).detach(), TARGET[:rows]
         arguments = (x, target, weight, reduction, -100, 0.1)
         check(ops.cross_entropy, arguments)
         loss, stats, total = ops.cross_entropy(*arguments)
-        check(
-            ops.cross_entropy_backward, (torch.ones_like(loss), *arguments[:3], stats, total, *arguments[3:])
-        )
+        check(ops.cross_entropy_backward, (torch.ones_like(loss), *arguments[:3], stats, total, *arguments[3:]))
 
 
 @pytest.mark.parametrize("mask", [(True, False), (False, True)])
-def test_mse_gradients_that_are_asked_for(mask):
+def test_gradients_that_are_asked_for(mask):
     x, y = (t.detach() for t in pair((3,)))
-    grads = torch.ops.gdbp.mse_loss_backward(torch.ones((), dtype=x.dtype), x, y, "mean", mask)
+    one = torch.ones((), dtype=x.dtype)
+    grads = torch.ops.gdbp.pointwise_loss_backward(one, x, y, "l1_loss", 0, "mean", mask)
     assert [g is not None for g in grads] == list(mask)
 
 
@@ -252,22 +289,34 @@ def test_mse_gradients_that_are_asked_for(mask):
 def test_autocast(dtype):
     x, y = pair((4, 3), dtype)
     results = []
-    for mse, ce in ((mse_loss, cross_entropy), (F.mse_loss, F.cross_entropy)):
+    for module in (gdbp.nn.functional, F):
+        ce = module.cross_entropy
         with torch.autocast("cpu"):
-            losses = mse(x, y), ce(x, TARGET), ce(x, TARGET, torch.ones(3, dtype=dtype))
-        results.append([*losses, *torch.autograd.grad(sum(losses), (x, y))])
+            values = [getattr(module, name)(x, y, **options) for name, options in POINTWISE.values()]
+            values += [ce(x, TARGET), ce(x, TARGET, torch.ones(3, dtype=dtype))]
+        results.append([*values, *torch.autograd.grad(sum(values), (x, y))])
     torch.testing.assert_close(*results)
 
 
 # ---- the modules and torch's older arguments ----
 
 
+MODULES = (
+    ("MSELoss", {}),
+    ("L1Loss", {}),
+    ("HuberLoss", {"delta": 0.3}),
+    ("SmoothL1Loss", {"beta": 0.0}),
+    ("SmoothL1Loss", {"beta": 0.3}),
+)
+
+
 def test_modules_are_torchs():
     x, y, weight = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0.5, 1.0, 2.0])
     for options in ({}, {"reduction": "sum"}, {"reduction": "none"}):
-        mine, other = gdbp.nn.MSELoss(**options), torch.nn.MSELoss(**options)
-        torch.testing.assert_close(mine(x, y), other(x, y))
-        assert repr(mine) == repr(other) and isinstance(mine, torch.nn.MSELoss)
+        for name, own in MODULES:
+            mine, other = (getattr(m, name)(**own, **options) for m in (gdbp.nn, torch.nn))
+            torch.testing.assert_close(mine(x, y), other(x, y))
+            assert repr(mine) == repr(other) and isinstance(mine, getattr(torch.nn, name))
         for more in ({}, {"weight": weight, "ignore_index": 1, "label_smoothing": 0.1}):
             mine, other = (m.CrossEntropyLoss(**more, **options) for m in (gdbp.nn, torch.nn))
             for module in (mine, copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
@@ -287,19 +336,19 @@ def test_modules_are_torchs():
 def test_legacy_arguments(size_average, reduce):
     x, y = (t.detach() for t in pair((4, 3)))
     old = {"size_average": size_average, "reduce": reduce}
-    torch.testing.assert_close(mse_loss(x, y, **old), F.mse_loss(x, y, **old))
-    torch.testing.assert_close(mse_loss(x, y, size_average, reduce), F.mse_loss(x, y, size_average, reduce))
+    for name in ("mse_loss", "l1_loss", "smooth_l1_loss"):
+        mine, other = getattr(gdbp.nn.functional, name), getattr(F, name)
+        torch.testing.assert_close(mine(x, y, **old), other(x, y, **old))
+        torch.testing.assert_close(mine(x, y, size_average, reduce), other(x, y, size_average, reduce))
     torch.testing.assert_close(cross_entropy(x, TARGET, **old), F.cross_entropy(x, TARGET, **old))
-    for name in ("MSELoss", "CrossEntropyLoss"):
+    for name in ("MSELoss", "L1Loss", "SmoothL1Loss", "CrossEntropyLoss"):
         assert getattr(gdbp.nn, name)(**old).reduction == getattr(torch.nn, name)(**old).reduction
 
 
 def test_probabilities_are_torchs():
     x, p = logits((4, 3)), torch.rand(4, 3, dtype=torch.float64).softmax(-1).requires_grad_()
     for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(3).double(), "reduction": "sum"}):
-        mine, other = (
-            torch.autograd.grad(f(x, p, **options), (x, p)) for f in (cross_entropy, F.cross_entropy)
-        )
+        mine, other = (torch.autograd.grad(f(x, p, **options), (x, p)) for f in (cross_entropy, F.cross_entropy))
         assert all(map(torch.equal, mine, other))
 
 
@@ -326,10 +375,31 @@ REFUSED = {
     ),
     "mse devices": (lambda: mse_loss(META, X), RuntimeError, CPU_META.format("input")),
     "mse operator": (
-        lambda: torch.ops.gdbp.mse_loss(X, X[0], "mean"),
+        lambda: torch.ops.gdbp.pointwise_loss(X, X[0], "mse_loss", 0, "mean"),
         RuntimeError,
         r"target has shape \[4\].*the same",
     ),
+    "huber delta": (
+        lambda: huber_loss(X, X, delta=0),
+        RuntimeError,
+        "does not support non-positive values for delta. Got: 0; expected",
+    ),
+    "huber operator": (
+        lambda: torch.ops.gdbp.pointwise_loss(X, X, "huber_loss", -1, "mean"),
+        ValueError,
+        "huber_loss: parameter is -1; expected a number above 0",
+    ),
+    "smooth_l1 beta": (
+        lambda: smooth_l1_loss(X, X, beta=-0.5),
+        RuntimeError,
+        "does not support negative values for beta. Got: -0.5; expected",
+    ),
+    "smooth_l1 reduction": (
+        lambda: smooth_l1_loss(X, X, reduction="avg"),
+        ValueError,
+        "avg is not a valid value for reduction",
+    ),
+    "l1 devices": (lambda: l1_loss(META, X), RuntimeError, CPU_META.format("input")),
     "ce reduction": (
         lambda: cross_entropy(X, Y, reduction="avg"),
         ValueError,

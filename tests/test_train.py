@@ -79,9 +79,7 @@ def test_breast_cancer(tmp_path):
 def test_diabetes(tmp_path):
     config = train(tmp_path, "--data", "diabetes")
     assert config["test"]["r2"] >= 0.35
-    assert config["test"]["rmse"] == pytest.approx(
-        math.sqrt(config["test"]["loss"]) * config["data"]["y_std"]
-    )
+    assert config["test"]["rmse"] == pytest.approx(math.sqrt(config["test"]["loss"]) * config["data"]["y_std"])
 
 
 # The command
@@ -205,9 +203,7 @@ def test_regularisation(tmp_path, waves):
     train(tmp_path / "plain", *common)
     train(tmp_path / "l1", *common, "--l1", "0.05")
     train(tmp_path / "l2", *common, "--l2", "0.5")
-    plain, l1, l2 = (
-        load_run(tmp_path / name).model.state_dict()["0.weight"] for name in ("plain", "l1", "l2")
-    )
+    plain, l1, l2 = (load_run(tmp_path / name).model.state_dict()["0.weight"] for name in ("plain", "l1", "l2"))
     assert (l1 == 0).float().mean() > 0.3 and (plain == 0).sum() == 0
     assert l2.norm() < 0.7 * plain.norm()
 
@@ -329,9 +325,7 @@ def test_unusable_npz(tmp_path, capsys, arrays, expected):
     assert expected in sentence(capsys, "train", "--data", str(path))
 
 
-@pytest.mark.parametrize(
-    "content, expected", [(b"", "is empty"), (b"not a zip file", "not a readable NPZ file")]
-)
+@pytest.mark.parametrize("content, expected", [(b"", "is empty"), (b"not a zip file", "not a readable NPZ file")])
 def test_damaged_npz(tmp_path, capsys, content, expected):
     path = tmp_path / "table.npz"
     path.write_bytes(content)

@@ -3,10 +3,12 @@
 #pragma once
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "common/dtype.h"
+#include "common/reduction.h"
 
 // A CUDA launcher, or null in a build without CUDA.
 #ifdef GDBP_WITH_CUDA
@@ -44,6 +46,27 @@ inline void check_same(const at::Tensor& a, const char* a_name, const at::Tensor
 // The compute type of a stored type, as torch names it.
 inline at::ScalarType compute_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// ---- what the losses share ----
+
+inline Reduction parse_reduction(c10::string_view name) {
+  for (Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum})
+    if (name == kReductionNames[int(reduction)]) return reduction;
+  TORCH_CHECK_VALUE(false, "reduction is '", name, "'; expected one of none, mean, sum");
+}
+
+// What a loss returns: `sizes` where nothing is reduced, else a number.
+inline at::Tensor empty_loss(const at::Tensor& like, Reduction reduction, at::IntArrayRef sizes) {
+  return at::empty(reduction == Reduction::none ? sizes : at::IntArrayRef(), like.options());
+}
+
+inline void check_grad_output(const at::Tensor& grad, const at::Tensor& input, Reduction reduction, int64_t elements,
+                              const char* op) {
+  check_same(input, "input", grad, "grad_output", op);
+  const int64_t expected = reduction == Reduction::none ? elements : 1;
+  TORCH_CHECK(grad.numel() == expected, op, ": grad_output has shape ", grad.sizes(), "; expected ", expected,
+              " element(s) for this reduction");
 }
 
 // Runs a launcher where `where` lives, on that device's current stream.

@@ -8,7 +8,8 @@
 
 namespace gdbp {
 
-enum class Dtype : int { float64, float32, bfloat16, float16 };
+// blockwise8 is for optimizer states alone, see optim/blockwise8.h.
+enum class Dtype : int { float64, float32, bfloat16, float16, blockwise8 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -18,7 +19,7 @@ struct Float16 {
 };
 
 GDBP_HD constexpr int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : dtype == Dtype::blockwise8 ? 1 : 2;
 }
 
 // The type that arithmetic on a stored T is done in.

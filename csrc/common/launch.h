@@ -14,9 +14,8 @@
 #define GDBP_GRID_CONSTANT(...) const __VA_ARGS__&
 #else
 #include <cuda_runtime.h>
-#define GDBP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
-  (kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
-   int(cudaGetLastError()))
+#define GDBP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), int(cudaGetLastError()))
 #define GDBP_DYNAMIC_SHARED(type, name)                         \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)

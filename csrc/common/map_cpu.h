@@ -24,9 +24,8 @@ GDBP_CLONES void loop(const F f, int64_t begin, int64_t end) {
 
 template <class F>
 void map(int64_t n, const F& f) {
-  parallel_for(0, (n + kPiece - 1) / kPiece, kGrain / kPiece, [&](int64_t lo, int64_t hi) {
-    loop(f, lo * kPiece, std::min(n, hi * kPiece));
-  });
+  parallel_for(0, (n + kPiece - 1) / kPiece, kGrain / kPiece,
+               [&](int64_t lo, int64_t hi) { loop(f, lo * kPiece, std::min(n, hi * kPiece)); });
 }
 
 }  // namespace gdbp::cpu

@@ -25,8 +25,7 @@ template <>
 struct Format<float> {
   using Bits = uint32_t;
   static constexpr int mantissa_bits = 23, bias = 127;
-  static constexpr Bits one = 0x3f800000, root_half = 0x3f3504f3, mantissa = 0x007fffff,
-                        upper_half = 0xfffff000;
+  static constexpr Bits one = 0x3f800000, root_half = 0x3f3504f3, mantissa = 0x007fffff, upper_half = 0xfffff000;
   static constexpr float smallest_normal = 0x1p-126f, infinity = std::numeric_limits<float>::infinity();
   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the sum.
   static constexpr float shifter = 0x1.8p23f;
@@ -40,8 +39,8 @@ template <>
 struct Format<double> {
   using Bits = uint64_t;
   static constexpr int mantissa_bits = 52, bias = 1023;
-  static constexpr Bits one = 0x3ff0000000000000, root_half = 0x3fe6a09e667f3bcd,
-                        mantissa = 0x000fffffffffffff, upper_half = 0xfffffffff8000000;
+  static constexpr Bits one = 0x3ff0000000000000, root_half = 0x3fe6a09e667f3bcd, mantissa = 0x000fffffffffffff,
+                        upper_half = 0xfffffffff8000000;
   static constexpr double smallest_normal = 0x1p-1022, infinity = std::numeric_limits<double>::infinity();
   static constexpr double shifter = 0x1.8p52;
   static constexpr double ln2_hi = 0x1.62e42fefa4p-1, ln2_lo = -1.7239444525614835e-13;
@@ -82,6 +81,13 @@ GDBP_HD T polynomial(T x, T c, Rest... rest) {
   return c + x * polynomial(x, rest...);
 }
 
+// x with the lower half of its digits cleared: the product of two such numbers is exact.
+template <class T>
+GDBP_HD T upper_half(T x) {
+  using F = Format<T>;
+  return bit_cast<T>(typename F::Bits(bit_cast<typename F::Bits>(x) & F::upper_half));
+}
+
 template <class T>
 GDBP_HD T nearest_integer(T x) {
   return (x + Format<T>::shifter) - Format<T>::shifter;
@@ -113,10 +119,9 @@ GDBP_HD T exp_tail(T r) {
   if constexpr (is_float<T>) {
     return polynomial(r, 0.5f, 0.166666672f, 0.041666463f, 0.00833331048f, 0.0013933751f, 0.000198911031f);
   } else {
-    return polynomial(r, 0.5, 0.16666666666666671, 0.041666666666666671, 0.0083333333333260699,
-                      0.0013888888888883703, 0.00019841269875048905, 2.4801587325710759e-05,
-                      2.7557255110978891e-06, 2.7557273436570488e-07, 2.5105337244665209e-08,
-                      2.0914772832248089e-09);
+    return polynomial(r, 0.5, 0.16666666666666671, 0.041666666666666671, 0.0083333333333260699, 0.0013888888888883703,
+                      0.00019841269875048905, 2.4801587325710759e-05, 2.7557255110978891e-06, 2.7557273436570488e-07,
+                      2.5105337244665209e-08, 2.0914772832248089e-09);
   }
 }
 
@@ -162,8 +167,8 @@ GDBP_HD T log_of_sum(T u, T correction) {
   const Bits bits = bit_cast<Bits>(normal) + (F::one - F::root_half);
   const T m = bit_cast<T>(Bits((bits & F::mantissa) + F::root_half));
   const T integer = T(Bits(1) << F::mantissa_bits);  // its low bits are those of an integer
-  const T k = bit_cast<T>(Bits((bits >> F::mantissa_bits) | bit_cast<Bits>(integer))) -
-              (integer + T(F::bias)) - (subnormal ? T(F::mantissa_bits + 1) : T(0));
+  const T k = bit_cast<T>(Bits((bits >> F::mantissa_bits) | bit_cast<Bits>(integer))) - (integer + T(F::bias)) -
+              (subnormal ? T(F::mantissa_bits + 1) : T(0));
   const T f = m - T(1);
   const T s = f / (T(2) + f);
   const T z = s * s;
@@ -198,15 +203,18 @@ GDBP_HD T log1p(T x) {
   return abs(x) < half_epsilon<T> ? x : log_or_edge(u, log_of_sum(u, c / u));
 }
 
-// 1 / (1 + exp(-x)), with the exponential never above 1. What 1 + e loses by rounding is put back, its
-// quotient by 1 + e being wanted to a digit or so: hence 1 - e / 2.
+// 1 / (1 + exp(-x)), from e = exp(-|x|): an exponential never above 1. What 1 + e loses by rounding is put
+// back, its quotient by 1 + e being wanted to a digit or so: hence 1 - e / 2.
 template <class T>
-GDBP_HD T sigmoid(T x) {
-  const T e = exp(-abs(x));
+GDBP_HD T logistic(T e, bool negative) {
   const T sum = T(1) + e;
   const T lost = e - (sum - T(1));
-  const T y = (x < T(0) ? e : T(1)) / sum;
+  const T y = (negative ? e : T(1)) / sum;
   return y - y * (lost * (T(1) - T(0.5) * e));
+}
+template <class T>
+GDBP_HD T sigmoid(T x) {
+  return logistic(exp(-abs(x)), x < T(0));
 }
 
 // A polynomial around 0, 1 - 2 / (exp(2x) + 1) from where that no longer cancels.
@@ -216,13 +224,11 @@ GDBP_HD T tanh(T x) {
   const T z = a * a;
   T p;
   if constexpr (is_float<T>) {
-    p = polynomial(z, -0.333333343f, 0.133333042f, -0.0539592542f, 0.021768868f, -0.00834378041f,
-                   0.00229255762f);
+    p = polynomial(z, -0.333333343f, 0.133333042f, -0.0539592542f, 0.021768868f, -0.00834378041f, 0.00229255762f);
   } else {
     p = polynomial(z, -0.33333333333333331, 0.13333333333333042, -0.053968253967896361, 0.02186948851898143,
-                   -0.0088632351026534835, 0.0035921217436959856, -0.0014557753532096296,
-                   0.00058966036065526714, -0.00023758968852117011, 9.256923588512033e-05,
-                   -3.1198926667734871e-05, 6.4841049824054789e-06);
+                   -0.0088632351026534835, 0.0035921217436959856, -0.0014557753532096296, 0.00058966036065526714,
+                   -0.00023758968852117011, 9.256923588512033e-05, -3.1198926667734871e-05, 6.4841049824054789e-06);
   }
   const Exponential<T> e = exp_of_sum(T(2) * a, T(-0.0));
   const T far = T(1) - T(2) / (power_of_two(e.exponent) * (T(1) + e.excess) + T(1));

@@ -22,8 +22,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& f) {
     return;
   }
   parallel_ranges(
-      begin, end, grain,
-      [](void* context, int64_t lo, int64_t hi) { (*static_cast<Body*>(context))(lo, hi); },
+      begin, end, grain, [](void* context, int64_t lo, int64_t hi) { (*static_cast<Body*>(context))(lo, hi); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 

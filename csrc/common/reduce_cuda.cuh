@@ -56,9 +56,7 @@ struct Team {
   static_assert(threads == kThreads || threads == kWarp);
 
   __device__ __forceinline__ static int rank() { return int(threadIdx.x) % threads; }
-  __device__ __forceinline__ static int64_t row() {
-    return int64_t(blockIdx.x) * per_block + threadIdx.x / threads;
-  }
+  __device__ __forceinline__ static int64_t row() { return int64_t(blockIdx.x) * per_block + threadIdx.x / threads; }
   __device__ __forceinline__ static void sync() {
     if constexpr (threads == kWarp) {
       __syncwarp();

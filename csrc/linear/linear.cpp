@@ -17,10 +17,23 @@ namespace {
 using at::Tensor;
 
 Activation parse(c10::string_view name) {
-  for (size_t i = 0; i < std::size(kActivationNames); ++i)
-    if (name == kActivationNames[i]) return Activation(i);
-  TORCH_CHECK_VALUE(false, "linear: activation is '", name,
-                    "'; expected one of none, relu, gelu, sigmoid, tanh; pass activation=None for none");
+  std::string names;
+  for (Activation activation : kActivations) {
+    const char* const known = kActivationNames[int(activation)];
+    if (name == known) return activation;
+    names += (names.empty() ? "" : ", ") + std::string(known);
+  }
+  TORCH_CHECK_VALUE(false, "linear: activation is '", name, "'; expected one of ", names,
+                    "; pass activation=None for none");
+}
+
+// The names of the activations whose backward pass needs "nothing", the "output", or the pre-activation, "pre".
+std::vector<std::string> activations_that_save(c10::string_view what) {
+  constexpr const char* kSavedNames[] = {"nothing", "output", "pre"};
+  std::vector<std::string> names;
+  for (Activation activation : kActivations)
+    if (what == kSavedNames[int(saves(activation))]) names.emplace_back(kActivationNames[int(activation)]);
+  return names;
 }
 
 // Not reshape({-1, ...}), which cannot tell the number of rows where they are empty.
@@ -44,8 +57,8 @@ void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor
   TORCH_CHECK(weight.dim() == 2, "linear: weight has ", weight.dim(),
               " dimensions; expected 2, (out_features, in_features)");
   TORCH_CHECK(input.dim() >= 1 && input.size(-1) == weight.size(1), "linear: input has shape ", input.sizes(),
-              " and weight ", weight.sizes(), "; expected the input's last dimension to be in_features = ",
-              weight.size(1));
+              " and weight ", weight.sizes(),
+              "; expected the input's last dimension to be in_features = ", weight.size(1));
   check_same(input, "input", weight, "weight", "linear");
   if (bias) {
     check_same(input, "input", *bias, "bias", "linear");
@@ -54,27 +67,39 @@ void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor
   }
 }
 
-// Returns the output and, where the backward pass needs it, the pre-activation (else an empty tensor).
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                   c10::string_view activation_name) {
+// The output and, where it is kept, the pre-activation (else undefined).
+std::pair<Tensor, Tensor> compute(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                  c10::string_view activation_name, bool keep_pre) {
   const BelowAutogradAndAutocast guard;
   const Activation activation = parse(activation_name);
   check(input, weight, bias);
   const Tensor x = as_matrix(input);
-  const Tensor nothing = at::empty({0}, input.options());
   // The library adds the bias where there is no activation, hence no pass of ours to do it in, and for half
   // types, whose product would be rounded before the sum: where the two cancel, few digits would be left.
   const bool add_bias_here = bias && activation != Activation::none && input.element_size() > 2;
   const Tensor pre = bias && !add_bias_here ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
-  if (activation == Activation::none) return {as_batch(pre, input), nothing};
-  const bool keep_pre = saves(activation) == Saved::pre;
+  if (activation == Activation::none && !keep_pre) return {as_batch(pre, input), Tensor()};
   const Tensor output = keep_pre ? at::empty_like(pre) : pre;
   const Tensor bias_values = add_bias_here ? bias->contiguous() : Tensor();
-  const Forward args{dtype_of(pre, "linear", "input"), activation,          pre.size(0), pre.size(1),
-                     pre.mutable_data_ptr(),           add_bias_here ? bias_values.const_data_ptr() : nullptr,
+  const Forward args{dtype_of(pre, "linear", "input"),
+                     activation,
+                     pre.size(0),
+                     pre.size(1),
+                     pre.mutable_data_ptr(),
+                     add_bias_here ? bias_values.const_data_ptr() : nullptr,
                      output.mutable_data_ptr()};
   run_on(input.device(), "linear", forward_cpu, GDBP_CUDA_LAUNCHER(forward_cuda), args);
-  return {as_batch(output, input), keep_pre ? as_batch(pre, input) : nothing};
+  return {as_batch(output, input), keep_pre ? as_batch(pre, input) : Tensor()};
+}
+
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+               c10::string_view activation) {
+  return compute(input, weight, bias, activation, false).first;
+}
+
+std::tuple<Tensor, Tensor> forward_with_pre(const Tensor& input, const Tensor& weight,
+                                            const std::optional<Tensor>& bias, c10::string_view activation) {
+  return compute(input, weight, bias, activation, true);
 }
 
 // Gradients of input, weight and bias, each only where its mask is set (else undefined).
@@ -108,7 +133,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     workspace = at::empty({workspace_bytes(dtype, g.size(0), g.size(1))}, g.options().dtype(at::kByte));
   }
   if (through_activation || mask[2]) {
-    const Backward args{dtype, activation, g.size(0), g.size(1), g.const_data_ptr(),
+    const Backward args{dtype,
+                        activation,
+                        g.size(0),
+                        g.size(1),
+                        g.const_data_ptr(),
                         kept.defined() ? kept.const_data_ptr() : nullptr,
                         through_activation ? grad_pre.mutable_data_ptr() : nullptr,
                         mask[2] ? grad_bias.mutable_data_ptr() : nullptr,
@@ -125,7 +154,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> (Tensor output, Tensor pre)",
+  m.def("activations_that_save(str what) -> str[]", &activations_that_save);
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("linear_with_pre(Tensor input, Tensor weight, Tensor? bias, str activation) -> (Tensor output, Tensor pre)",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor saved, str activation, bool[3] mask)"
@@ -135,11 +166,13 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
 
 TORCH_LIBRARY_IMPL(gdbp, CPU, m) {
   m.impl("linear", &forward);
+  m.impl("linear_with_pre", &forward_with_pre);
   m.impl("linear_backward", &backward);
 }
 
 TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {
   m.impl("linear", &forward);
+  m.impl("linear_with_pre", &forward_with_pre);
   m.impl("linear_backward", &backward);
 }
 

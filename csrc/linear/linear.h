@@ -23,7 +23,7 @@ struct Backward {
   int64_t rows, cols;
   const void* grad_output;  // (rows, cols)
   const void* saved;        // (rows, cols): what saves(activation) says; null for Saved::nothing
-  void* grad_pre;           // (rows, cols), or null where only grad_bias is wanted
+  void* grad_pre;           // (rows, cols); for Activation::none null where only grad_bias is wanted
   void* grad_bias;          // (cols) or null
   void* workspace;          // workspace_bytes(...), or null where grad_bias is null
 };

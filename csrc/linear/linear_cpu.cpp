@@ -9,19 +9,17 @@ namespace {
 // Columns per work item: an accumulator row of this length stays in the first-level cache.
 constexpr int64_t kColumnBlock = 1024;
 
-template <class Op, class T>
+// What is asked for is known when these loops are compiled: a question inside would keep them from vectorising.
+template <class Op, class T, bool with_bias, bool keep_pre>
 GDBP_CLONES void forward_rows(const Forward a, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  T* const pre = static_cast<T*>(a.pre);
-  T* const output = static_cast<T*>(a.output);
   const T* const bias = static_cast<const T*>(a.bias);
-  const bool keep_pre = output != pre;
   for (int64_t row = begin; row < end; ++row) {
-    T* const z = pre + row * a.cols;
-    T* const y = output + row * a.cols;
+    T* const z = static_cast<T*>(a.pre) + row * a.cols;
+    T* const y = static_cast<T*>(a.output) + row * a.cols;
 #pragma GCC ivdep
     for (int64_t col = 0; col < a.cols; ++col) {
-      const C sum = widen(z[col]) + (bias ? widen(bias[col]) : C(0));
+      const C sum = widen(z[col]) + (with_bias ? widen(bias[col]) : C(0));
       if (keep_pre) z[col] = narrow<T>(sum);
       y[col] = narrow<T>(Op::forward(sum));
     }
@@ -29,23 +27,24 @@ GDBP_CLONES void forward_rows(const Forward a, int64_t begin, int64_t end) {
 }
 
 // One tile of rows, one block of columns: gradients of the pre-activation, and their column sums.
-template <class Op, class T>
+template <class Op, class T, bool with_sums>
 GDBP_CLONES void backward_block(const Backward a, int64_t tile, int64_t first_col, int64_t last_col) {
   using C = Compute<T>;
+  constexpr bool linear = Op::saves == Saved::nothing;
   const T* const grad_output = static_cast<const T*>(a.grad_output);
   const T* const saved = static_cast<const T*>(a.saved);
   T* const grad_pre = static_cast<T*>(a.grad_pre);
-  C* const sums = a.grad_bias ? static_cast<C*>(a.workspace) + tile * a.cols : nullptr;
-  if (sums) std::fill(sums + first_col, sums + last_col, C(0));
+  C* const sums = with_sums ? static_cast<C*>(a.workspace) + tile * a.cols : nullptr;
+  if (with_sums) std::fill(sums + first_col, sums + last_col, C(0));
   const int64_t last_row = std::min(a.rows, (tile + 1) * kRowTile);
   for (int64_t row = tile * kRowTile; row < last_row; ++row) {
     const int64_t offset = row * a.cols;
 #pragma GCC ivdep
     for (int64_t col = first_col; col < last_col; ++col) {
-      const C s = saved ? widen(saved[offset + col]) : C(0);
+      const C s = linear ? C(0) : widen(saved[offset + col]);
       const C g = Op::backward(widen(grad_output[offset + col]), s);
-      if (grad_pre) grad_pre[offset + col] = narrow<T>(g);
-      if (sums) sums[col] += g;
+      if (!linear || grad_pre) grad_pre[offset + col] = narrow<T>(g);
+      if (with_sums) sums[col] += g;
     }
   }
 }
@@ -69,10 +68,13 @@ int forward_cpu(const Forward& a, void*) {
   if (a.rows == 0 || a.cols == 0) return 0;
   dispatch(a.activation, [&](auto op) {
     dispatch(a.dtype, [&](auto type) {
+      using Op = decltype(op);
+      using T = typename decltype(type)::type;
+      const bool keep_pre = a.output != a.pre;
+      const auto rows = a.bias ? (keep_pre ? forward_rows<Op, T, true, true> : forward_rows<Op, T, true, false>)
+                               : (keep_pre ? forward_rows<Op, T, false, true> : forward_rows<Op, T, false, false>);
       const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 4 / a.cols);
-      parallel_for(0, a.rows, grain, [&](int64_t lo, int64_t hi) {
-        forward_rows<decltype(op), typename decltype(type)::type>(a, lo, hi);
-      });
+      parallel_for(0, a.rows, grain, [&](int64_t lo, int64_t hi) { rows(a, lo, hi); });
     });
   });
   return 0;
@@ -87,10 +89,12 @@ int backward_cpu(const Backward& a, void*) {
   dispatch(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch(a.activation, [&](auto op) {
+      using Op = decltype(op);
+      const auto block = a.grad_bias ? backward_block<Op, T, true> : backward_block<Op, T, false>;
       parallel_for(0, tiles * blocks, grain, [&](int64_t lo, int64_t hi) {
         for (int64_t i = lo; i < hi; ++i) {
           const int64_t col = i % blocks * kColumnBlock;
-          backward_block<decltype(op), T>(a, i / blocks, col, std::min(a.cols, col + kColumnBlock));
+          block(a, i / blocks, col, std::min(a.cols, col + kColumnBlock));
         }
       });
     });

@@ -25,9 +25,7 @@ Shape shape_of(int64_t cols, int most) {
 
 // blockIdx.y counts blocks of columns, and loops where the hardware's limit is below the need.
 constexpr int64_t kMaxGridY = 65535;
-unsigned grid_y(int64_t column_blocks) {
-  return unsigned(column_blocks < kMaxGridY ? column_blocks : kMaxGridY);
-}
+unsigned grid_y(int64_t column_blocks) { return unsigned(column_blocks < kMaxGridY ? column_blocks : kMaxGridY); }
 
 template <int width>
 __device__ __forceinline__ int64_t first_column() {
@@ -138,24 +136,23 @@ int backward(const Backward& args, void* stream) {
   constexpr int width = cuda::kWidth<T>;
   C* const tile_sums = args.grad_bias != nullptr ? static_cast<C*>(args.workspace) : nullptr;
   const int64_t tiles = cuda::ceil_div(args.rows, kRowTile);
-  const bool vectors = args.cols % width == 0 && cuda::aligned(args.grad_output) &&
-                       cuda::aligned(args.saved) && cuda::aligned(args.grad_pre);
+  const bool vectors = args.cols % width == 0 && cuda::aligned(args.grad_output) && cuda::aligned(args.saved) &&
+                       cuda::aligned(args.grad_pre);
   if (tiles > 0 && (tile_sums != nullptr || args.grad_pre != nullptr)) {
     // At most 32 column groups across, so that at least 8 rows of a tile are in flight.
     const Shape shape = shape_of<width>(args.cols, 32);
     const int error = dispatch(args.activation, [&](auto op) {
       const auto kernel = backward_kernel<T, decltype(op)>;
-      return GDBP_LAUNCH(kernel, dim3(unsigned(tiles), grid_y(shape.column_blocks)), shape.block, 0, stream,
-                         args.rows, args.cols, static_cast<const T*>(args.grad_output),
-                         static_cast<const T*>(args.saved), static_cast<T*>(args.grad_pre), tile_sums,
-                         vectors);
+      return GDBP_LAUNCH(kernel, dim3(unsigned(tiles), grid_y(shape.column_blocks)), shape.block, 0, stream, args.rows,
+                         args.cols, static_cast<const T*>(args.grad_output), static_cast<const T*>(args.saved),
+                         static_cast<T*>(args.grad_pre), tile_sums, vectors);
     });
     if (error != 0) return error;
   }
   if (args.grad_bias == nullptr) return 0;
   const Shape shape = shape_of<1>(args.cols, 32);
-  return GDBP_LAUNCH(bias_kernel<T>, unsigned(shape.column_blocks), shape.block, 0, stream, tiles, args.cols,
-                     tile_sums, static_cast<T*>(args.grad_bias));
+  return GDBP_LAUNCH(bias_kernel<T>, unsigned(shape.column_blocks), shape.block, 0, stream, tiles, args.cols, tile_sums,
+                     static_cast<T*>(args.grad_bias));
 }
 
 }  // namespace
@@ -165,25 +162,23 @@ int forward_cuda(const Forward& args, void* stream) {
   return gdbp::dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int width = cuda::kWidth<T>;
-    const bool vectors = args.cols % width == 0 && cuda::aligned(args.pre) && cuda::aligned(args.bias) &&
-                         cuda::aligned(args.output);
+    const bool vectors =
+        args.cols % width == 0 && cuda::aligned(args.pre) && cuda::aligned(args.bias) && cuda::aligned(args.output);
     const Shape shape = shape_of<width>(args.cols, kThreads);
     const int64_t row_blocks = cuda::ceil_div(args.rows, shape.block.y);
     const int64_t most = cuda::ceil_div(cuda::kMaxBlocks, shape.column_blocks);
     const dim3 grid(unsigned(row_blocks < most ? row_blocks : most), grid_y(shape.column_blocks));
     return dispatch(args.activation, [&](auto op) {
       const auto kernel = forward_kernel<T, decltype(op)>;
-      return GDBP_LAUNCH(kernel, grid, shape.block, 0, stream, args.rows, args.cols,
-                         static_cast<T*>(args.pre), static_cast<const T*>(args.bias),
-                         static_cast<T*>(args.output), vectors);
+      return GDBP_LAUNCH(kernel, grid, shape.block, 0, stream, args.rows, args.cols, static_cast<T*>(args.pre),
+                         static_cast<const T*>(args.bias), static_cast<T*>(args.output), vectors);
     });
   });
 }
 
 int backward_cuda(const Backward& args, void* stream) {
   if (args.cols == 0) return 0;
-  return gdbp::dispatch(args.dtype,
-                        [&](auto tag) { return backward<typename decltype(tag)::type>(args, stream); });
+  return gdbp::dispatch(args.dtype, [&](auto tag) { return backward<typename decltype(tag)::type>(args, stream); });
 }
 
 }  // namespace gdbp::linear

@@ -4,8 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include <array>
-
 #include "common/binding.h"
 
 namespace gdbp::loss {
@@ -13,65 +11,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-Reduction parse(c10::string_view name) {
-  if (name == "none") return Reduction::none;
-  if (name == "mean") return Reduction::mean;
-  if (name == "sum") return Reduction::sum;
-  TORCH_CHECK_VALUE(false, "reduction is '", name, "'; expected one of none, mean, sum");
-}
-
-Tensor result_like(const Tensor& full, Reduction reduction, at::IntArrayRef sizes) {
-  return reduction == Reduction::none ? at::empty(sizes, full.options()) : at::empty({}, full.options());
-}
-
-void check_grad(const Tensor& grad, const Tensor& input, Reduction reduction, int64_t elements, const char* op) {
-  check_same(input, "input", grad, "grad_output", op);
-  const int64_t expected = reduction == Reduction::none ? elements : 1;
-  TORCH_CHECK(grad.numel() == expected, op, ": grad_output has shape ", grad.sizes(), "; expected ", expected,
-              " element(s) for this reduction");
-}
-
-// ---- mean squared error ----
-
-void check_pair(const Tensor& input, const Tensor& target, const char* op) {
-  dtype_of(input, op, "input");
-  check_same(input, "input", target, "target", op);
-  TORCH_CHECK(input.sizes() == target.sizes(), op, ": target has shape ", target.sizes(), " and input ",
-              input.sizes(), "; expected the same shape; broadcast them first");
-}
-
-Tensor mse(const Tensor& input, const Tensor& target, c10::string_view reduction_name) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Reduction reduction = parse(reduction_name);
-  check_pair(input, target, "mse_loss");
-  const Tensor x = input.contiguous(), y = target.contiguous();
-  const Tensor output = result_like(x, reduction, x.sizes());
-  const Tensor workspace = at::empty({tiles(x.numel(), kTile)}, x.options().dtype(at::kDouble));
-  const MseForward args{dtype_of(x, "mse_loss", "input"), reduction, x.numel(), x.const_data_ptr(),
-                        y.const_data_ptr(), output.mutable_data_ptr(), workspace.mutable_data_ptr()};
-  run_on(x.device(), "mse_loss", mse_forward_cpu, GDBP_CUDA_LAUNCHER(mse_forward_cuda), args);
-  return output;
-}
-
-std::tuple<Tensor, Tensor> mse_grad(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                                    c10::string_view reduction_name, std::array<bool, 2> mask) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Reduction reduction = parse(reduction_name);
-  check_pair(input, target, "mse_loss_backward");
-  check_grad(grad_output, input, reduction, input.numel(), "mse_loss_backward");
-  const Tensor g = grad_output.contiguous(), x = input.contiguous(), y = target.contiguous();
-  const Tensor grad_input = mask[0] ? at::empty_like(x) : Tensor();
-  const Tensor grad_target = mask[1] ? at::empty_like(x) : Tensor();
-  const MseBackward args{dtype_of(x, "mse_loss_backward", "input"), reduction, x.numel(),
-                         g.const_data_ptr(), x.const_data_ptr(), y.const_data_ptr(),
-                         mask[0] ? grad_input.mutable_data_ptr() : nullptr,
-                         mask[1] ? grad_target.mutable_data_ptr() : nullptr};
-  run_on(x.device(), "mse_loss_backward", mse_backward_cpu, GDBP_CUDA_LAUNCHER(mse_backward_cuda), args);
-  return {grad_input, grad_target};
-}
-
-// ---- cross-entropy ----
 
 void check_classes(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, double smoothing,
                    const char* op) {
@@ -85,8 +24,8 @@ void check_classes(const Tensor& logits, const Tensor& target, const OptionalTen
               logits.device(), "; expected the same device; move one of them with .to()");
   if (weight) {
     check_same(logits, "logits", *weight, "weight", op);
-    TORCH_CHECK(weight->dim() == 1 && weight->size(0) == logits.size(1), op, ": weight has shape ",
-                weight->sizes(), "; weight tensor should be defined either for all ", logits.size(1),
+    TORCH_CHECK(weight->dim() == 1 && weight->size(0) == logits.size(1), op, ": weight has shape ", weight->sizes(),
+                "; weight tensor should be defined either for all ", logits.size(1),
                 " classes or no classes; expected (", logits.size(1), ",)");
   }
   TORCH_CHECK_VALUE(smoothing >= 0 && smoothing <= 1, op, ": label_smoothing is ", smoothing,
@@ -99,20 +38,26 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  int64_t ignore_index, double label_smoothing) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const char* const op = "cross_entropy";
-  const Reduction reduction = parse(reduction_name);
+  const Reduction reduction = parse_reduction(reduction_name);
   check_classes(logits, target, weight, label_smoothing, op);
   const Tensor x = logits.contiguous(), y = target.contiguous();
   const Tensor w = weight ? weight->contiguous() : Tensor();
   const int64_t rows = x.size(0);
   const Tensor stats = at::empty({rows, 2}, x.options().dtype(compute_type(x)));
-  const Tensor output = result_like(x, reduction, {rows});
+  const Tensor output = empty_loss(x, reduction, {rows});
   const Tensor total_weight = at::empty({}, x.options().dtype(at::kDouble));
   const Tensor workspace = at::empty({2 * rows}, x.options().dtype(at::kDouble));
   const Tensor bad_row = at::empty({}, y.options());
   CrossEntropyForward args;
-  static_cast<CrossEntropy&>(args) = {dtype_of(x, op, "logits"), reduction, rows, x.size(1), x.const_data_ptr(),
+  static_cast<CrossEntropy&>(args) = {dtype_of(x, op, "logits"),
+                                      reduction,
+                                      rows,
+                                      x.size(1),
+                                      x.const_data_ptr(),
                                       static_cast<const int64_t*>(y.const_data_ptr()),
-                                      w.defined() ? w.const_data_ptr() : nullptr, ignore_index, label_smoothing};
+                                      w.defined() ? w.const_data_ptr() : nullptr,
+                                      ignore_index,
+                                      label_smoothing};
   args.stats = stats.mutable_data_ptr();
   args.output = output.mutable_data_ptr();
   args.total_weight = total_weight.mutable_data_ptr();
@@ -133,9 +78,9 @@ Tensor cross_entropy_grad(const Tensor& grad_output, const Tensor& logits, const
                           c10::string_view reduction_name, int64_t ignore_index, double label_smoothing) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const char* const op = "cross_entropy_backward";
-  const Reduction reduction = parse(reduction_name);
+  const Reduction reduction = parse_reduction(reduction_name);
   check_classes(logits, target, weight, label_smoothing, op);
-  check_grad(grad_output, logits, reduction, logits.size(0), op);
+  check_grad_output(grad_output, logits, reduction, logits.size(0), op);
   TORCH_CHECK(stats.is_contiguous() && stats.numel() == 2 * logits.size(0) &&
                   stats.scalar_type() == compute_type(logits) && total_weight.scalar_type() == at::kDouble,
               op, ": stats and total_weight are not those that cross_entropy returned for these logits");
@@ -143,9 +88,15 @@ Tensor cross_entropy_grad(const Tensor& grad_output, const Tensor& logits, const
   const Tensor w = weight ? weight->contiguous() : Tensor();
   const Tensor grad_logits = at::empty_like(x);
   CrossEntropyBackward args;
-  static_cast<CrossEntropy&>(args) = {dtype_of(x, op, "logits"), reduction, x.size(0), x.size(1),
-                                      x.const_data_ptr(), static_cast<const int64_t*>(y.const_data_ptr()),
-                                      w.defined() ? w.const_data_ptr() : nullptr, ignore_index, label_smoothing};
+  static_cast<CrossEntropy&>(args) = {dtype_of(x, op, "logits"),
+                                      reduction,
+                                      x.size(0),
+                                      x.size(1),
+                                      x.const_data_ptr(),
+                                      static_cast<const int64_t*>(y.const_data_ptr()),
+                                      w.defined() ? w.const_data_ptr() : nullptr,
+                                      ignore_index,
+                                      label_smoothing};
   args.stats = stats.const_data_ptr();
   args.total_weight = total_weight.const_data_ptr();
   args.grad_output = g.const_data_ptr();
@@ -158,11 +109,6 @@ Tensor cross_entropy_grad(const Tensor& grad_output, const Tensor& logits, const
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   const auto tags = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
-  m.def("mse_loss(Tensor input, Tensor target, str reduction) -> Tensor", tags);
-  m.def(
-      "mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, str reduction, bool[2] mask)"
-      " -> (Tensor grad_input, Tensor grad_target)",
-      tags);
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, str reduction, int ignore_index,"
       " float label_smoothing) -> (Tensor loss, Tensor stats, Tensor total_weight)",
@@ -173,12 +119,10 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       tags);
 }
 
-#define GDBP_LOSS_IMPL(key)                                   \
-  TORCH_LIBRARY_IMPL(gdbp, key, m) {                          \
-    m.impl("mse_loss", &mse);                                 \
-    m.impl("mse_loss_backward", &mse_grad);                   \
-    m.impl("cross_entropy", &cross_entropy);                  \
-    m.impl("cross_entropy_backward", &cross_entropy_grad);    \
+#define GDBP_LOSS_IMPL(key)                                \
+  TORCH_LIBRARY_IMPL(gdbp, key, m) {                       \
+    m.impl("cross_entropy", &cross_entropy);               \
+    m.impl("cross_entropy_backward", &cross_entropy_grad); \
   }
 GDBP_LOSS_IMPL(CPU)
 GDBP_LOSS_IMPL(CUDA)

@@ -1,40 +1,14 @@
-// Launchers of the loss family. Plain pointers to contiguous memory, the same signatures on CPU and
-// CUDA; each returns 0, or the cudaError of the launch.
+// Launchers of the loss family: losses of whole rows. Plain pointers to contiguous memory, the same signatures on CPU
+// and CUDA; each returns 0, or the cudaError of the launch.
 #pragma once
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/reduction.h"
 
 namespace gdbp::loss {
 
-enum class Reduction : int { none, mean, sum };
-
-// Sums are taken over tiles of elements (or of rows) that do not depend on the number of threads or
-// blocks, then over the tiles in order, so they are bitwise reproducible.
-constexpr int64_t kTile = 16384;
 constexpr int64_t kRowTile = 256;
-inline int64_t tiles(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
-
-struct MseForward {
-  Dtype dtype;
-  Reduction reduction;
-  int64_t numel;
-  const void* input;
-  const void* target;
-  void* output;     // (numel) for none, else one element
-  void* workspace;  // tiles(numel, kTile) doubles, or null for none
-};
-
-struct MseBackward {
-  Dtype dtype;
-  Reduction reduction;
-  int64_t numel;
-  const void* grad_output;  // (numel) for none, else one element
-  const void* input;
-  const void* target;
-  void* grad_input;   // (numel) or null
-  void* grad_target;  // (numel) or null
-};
 
 // Class-index cross-entropy over (rows, classes). A row whose target is ignore_index gives loss 0 and
 // gradient 0, whatever its logits hold.
@@ -67,10 +41,6 @@ struct CrossEntropyBackward : CrossEntropy {
   void* grad_logits;        // (rows, classes); may be the logits themselves
 };
 
-int mse_forward_cpu(const MseForward& args, void* stream);
-int mse_forward_cuda(const MseForward& args, void* stream);
-int mse_backward_cpu(const MseBackward& args, void* stream);
-int mse_backward_cuda(const MseBackward& args, void* stream);
 int cross_entropy_forward_cpu(const CrossEntropyForward& args, void* stream);
 int cross_entropy_forward_cuda(const CrossEntropyForward& args, void* stream);
 int cross_entropy_backward_cpu(const CrossEntropyBackward& args, void* stream);

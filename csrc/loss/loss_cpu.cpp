@@ -2,51 +2,11 @@
 #include <limits>
 
 #include "common/map_cpu.h"
-#include "common/reduce_cpu.h"
 #include "loss/loss.h"
 #include "loss/loss_math.h"
 
 namespace gdbp::loss {
 namespace {
-
-// ---- mean squared error ----
-
-template <class T>
-void mse_forward(const MseForward& a) {
-  const T* const input = static_cast<const T*>(a.input);
-  const T* const target = static_cast<const T*>(a.target);
-  T* const output = static_cast<T*>(a.output);
-  const auto error = [=](int64_t i) __attribute__((always_inline)) {
-    return SquaredError::forward(widen(input[i]), widen(target[i]));
-  };
-  if (a.reduction == Reduction::none) {
-    cpu::map(a.numel, [=](int64_t i) __attribute__((always_inline)) { output[i] = narrow<T>(error(i)); });
-    return;
-  }
-  double total = cpu::tiled_sum<Compute<T>>(a.numel, kTile, static_cast<double*>(a.workspace), error);
-  if (a.reduction == Reduction::mean) total /= double(a.numel);
-  output[0] = narrow<T>(Compute<T>(total));
-}
-
-template <class T>
-void mse_backward(const MseBackward& a) {
-  using C = Compute<T>;
-  const T* const grad_output = static_cast<const T*>(a.grad_output);
-  const T* const input = static_cast<const T*>(a.input);
-  const T* const target = static_cast<const T*>(a.target);
-  T* const grad_input = static_cast<T*>(a.grad_input);
-  T* const grad_target = static_cast<T*>(a.grad_target);
-  const bool none = a.reduction == Reduction::none;
-  const double scale = none || a.numel == 0 ? 1 : double(widen(grad_output[0]));
-  const C factor = C(a.reduction == Reduction::mean ? scale / double(a.numel) : scale);
-  cpu::map(a.numel, [=](int64_t i) __attribute__((always_inline)) {
-    const C g = (none ? widen(grad_output[i]) : factor) * SquaredError::backward(widen(input[i]), widen(target[i]));
-    if (grad_input) grad_input[i] = narrow<T>(g);
-    if (grad_target) grad_target[i] = narrow<T>(-g);
-  });
-}
-
-// ---- cross-entropy ----
 
 template <class C, class F>
 GDBP_HD C sum_range(const F& f, int64_t begin, int64_t end) {
@@ -172,13 +132,11 @@ void cross_entropy_backward(const CrossEntropyBackward& a) {
 
 }  // namespace
 
-#define GDBP_LOSS_LAUNCHER(name, Args)                                                         \
-  int name##_cpu(const Args& a, void*) {                                                       \
-    dispatch(a.dtype, [&](auto type) { name<typename decltype(type)::type>(a); });             \
-    return 0;                                                                                  \
+#define GDBP_LOSS_LAUNCHER(name, Args)                                             \
+  int name##_cpu(const Args& a, void*) {                                           \
+    dispatch(a.dtype, [&](auto type) { name<typename decltype(type)::type>(a); }); \
+    return 0;                                                                      \
   }
-GDBP_LOSS_LAUNCHER(mse_forward, MseForward)
-GDBP_LOSS_LAUNCHER(mse_backward, MseBackward)
 GDBP_LOSS_LAUNCHER(cross_entropy_forward, CrossEntropyForward)
 GDBP_LOSS_LAUNCHER(cross_entropy_backward, CrossEntropyBackward)
 

@@ -1,4 +1,4 @@
-// Mean squared error on CUDA, and cross-entropy with class indices. Every sum is taken in two stages over
+// Cross-entropy with class indices on CUDA. Every sum is taken in two stages over
 // tiles of fixed size, without atomics, so it has the same bits in every run.
 #include "common/reduce_cuda.cuh"
 #include "loss/loss.h"
@@ -10,122 +10,6 @@ namespace {
 using cuda::kThreads;
 using cuda::load;
 using cuda::store;
-
-// ---- mean squared error ----
-
-template <class T>
-struct MseMap {
-  static constexpr int width = cuda::kWidth<T>;
-  const T* input;
-  const T* target;
-  T* output;
-  bool vectors;
-
-  __device__ void operator()(int64_t begin, int count) const {
-    Compute<T> x[width], y[width];
-    load(input + begin, count, vectors, x);
-    load(target + begin, count, vectors, y);
-#pragma unroll
-    for (int k = 0; k < width; ++k) x[k] = SquaredError::forward(x[k], y[k]);
-    store(output + begin, count, vectors, x);
-  }
-};
-
-template <class T>
-struct MseGradient {
-  static constexpr int width = cuda::kWidth<T>;
-  const T* grad_output;
-  const T* input;
-  const T* target;
-  T* grad_input;
-  T* grad_target;
-  double scale;
-  bool each;  // one gradient per element, and not one for all
-  bool vectors;
-
-  __device__ void operator()(int64_t begin, int count) const {
-    Compute<T> x[width], y[width], g[width];
-    load(input + begin, count, vectors, x);
-    load(target + begin, count, vectors, y);
-    if (each) {
-      load(grad_output + begin, count, vectors, g);
-    } else {
-      const auto one = Compute<T>(double(cuda::widen_fast(*grad_output)) * scale);
-#pragma unroll
-      for (int k = 0; k < width; ++k) g[k] = one;
-    }
-#pragma unroll
-    for (int k = 0; k < width; ++k) x[k] = g[k] * SquaredError::backward(x[k], y[k]);
-    if (grad_input != nullptr) store(grad_input + begin, count, vectors, x);
-#pragma unroll
-    for (int k = 0; k < width; ++k) x[k] = -x[k];
-    if (grad_target != nullptr) store(grad_target + begin, count, vectors, x);
-  }
-};
-
-// One block per tile of kTile elements.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    mse_tile_kernel(int64_t numel, const T* GDBP_RESTRICT input, const T* GDBP_RESTRICT target, double* sums,
-                    bool vectors) {
-  constexpr int width = cuda::kWidth<T>;
-  const int64_t first = int64_t(blockIdx.x) * kTile;
-  const int64_t end = first + kTile < numel ? first + kTile : numel;
-  double sum = 0;
-  for (int64_t at = first + int64_t(threadIdx.x) * width; at < end; at += kThreads * width) {
-    const int count = int(end - at < width ? end - at : width);
-    Compute<T> x[width], y[width];
-    load(input + at, count, vectors, x);
-    load(target + at, count, vectors, y);
-#pragma unroll
-    for (int k = 0; k < width; ++k) sum += double(SquaredError::forward(x[k], y[k]));
-  }
-  sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    mse_total_kernel(int64_t tiles, const double* GDBP_RESTRICT sums, double divisor, T* output) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < tiles; i += kThreads) sum += sums[i];
-  sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
-  if (threadIdx.x == 0) *output = cuda::narrow_fast<T>(Compute<T>(sum / divisor));
-}
-
-template <class T>
-int mse_forward(const MseForward& args, void* stream) {
-  const T* const input = static_cast<const T*>(args.input);
-  const T* const target = static_cast<const T*>(args.target);
-  T* const output = static_cast<T*>(args.output);
-  const bool vectors = cuda::aligned(input) && cuda::aligned(target);
-  if (args.reduction == Reduction::none) {
-    return cuda::map(args.numel, MseMap<T>{input, target, output, vectors && cuda::aligned(output)}, stream);
-  }
-  double* const sums = static_cast<double*>(args.workspace);
-  const int64_t count = tiles(args.numel, kTile);
-  if (count > 0) {
-    const int error = GDBP_LAUNCH(mse_tile_kernel<T>, unsigned(count), kThreads, 0, stream, args.numel, input,
-                                  target, sums, vectors);
-    if (error != 0) return error;
-  }
-  const double divisor = args.reduction == Reduction::mean ? double(args.numel) : 1.0;
-  return GDBP_LAUNCH(mse_total_kernel<T>, 1, kThreads, 0, stream, count, sums, divisor, output);
-}
-
-template <class T>
-int mse_backward(const MseBackward& args, void* stream) {
-  const double scale = args.reduction == Reduction::mean ? 1.0 / double(args.numel) : 1.0;
-  MseGradient<T> op{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.input),
-                    static_cast<const T*>(args.target),      static_cast<T*>(args.grad_input),
-                    static_cast<T*>(args.grad_target),       scale,
-                    args.reduction == Reduction::none,       false};
-  op.vectors = cuda::aligned(op.input) && cuda::aligned(op.target) && cuda::aligned(op.grad_input) &&
-               cuda::aligned(op.grad_target) && (!op.each || cuda::aligned(op.grad_output));
-  return cuda::map(args.numel, op, stream);
-}
-
-// ---- cross-entropy ----
 
 // What a kernel needs to know of the rows. C is the compute type.
 template <class T>
@@ -183,9 +67,8 @@ __device__ __forceinline__ Compute<T> weight_sum(const Rows<T>& in) {
 }
 
 template <class T, int threads>
-__global__ void __launch_bounds__(kThreads)
-    rows_forward_kernel(const Rows<T> in, Compute<T>* stats, double* losses, double* weights, T* output,
-                        int64_t* bad_row) {
+__global__ void __launch_bounds__(kThreads) rows_forward_kernel(const Rows<T> in, Compute<T>* stats, double* losses,
+                                                                double* weights, T* output, int64_t* bad_row) {
   using C = Compute<T>;
   using Team = cuda::Team<threads>;
   constexpr int width = cuda::kWidth<T>;
@@ -276,8 +159,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    rows_total_kernel(int64_t rows, const double* losses, const double* weights, int64_t* bad_row,
-                      Totals<T> totals) {
+    rows_total_kernel(int64_t rows, const double* losses, const double* weights, int64_t* bad_row, Totals<T> totals) {
   double loss = 0, weight = 0;
   for (int64_t row = threadIdx.x * kRowTile; row < rows; row += kThreads * kRowTile) {
     loss += losses[row];
@@ -357,15 +239,13 @@ int forward(const CrossEntropyForward& args, void* stream) {
     const bool warps = args.classes <= kWarpClasses;
     const auto kernel = warps ? rows_forward_kernel<T, cuda::kWarp> : rows_forward_kernel<T, kThreads>;
     const unsigned blocks = warps ? row_blocks<cuda::kWarp>(args.rows) : row_blocks<kThreads>(args.rows);
-    int error = GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, in, stats, losses, weights,
-                            each ? output : nullptr, args.bad_row);
+    int error = GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, in, stats, losses, weights, each ? output : nullptr,
+                            args.bad_row);
     if (error != 0) return error;
-    error = GDBP_LAUNCH(rows_tile_kernel<T>, row_tiles, kThreads, 0, stream, in, losses, weights,
-                        args.bad_row, totals);
+    error = GDBP_LAUNCH(rows_tile_kernel<T>, row_tiles, kThreads, 0, stream, in, losses, weights, args.bad_row, totals);
     if (error != 0 || row_tiles == 1) return error;
   }
-  return GDBP_LAUNCH(rows_total_kernel<T>, 1, kThreads, 0, stream, args.rows, losses, weights, args.bad_row,
-                     totals);
+  return GDBP_LAUNCH(rows_total_kernel<T>, 1, kThreads, 0, stream, args.rows, losses, weights, args.bad_row, totals);
 }
 
 template <class T>
@@ -374,23 +254,12 @@ int backward(const CrossEntropyBackward& args, void* stream) {
   const bool warps = args.classes <= kWarpClasses;
   const auto kernel = warps ? rows_backward_kernel<T, cuda::kWarp> : rows_backward_kernel<T, kThreads>;
   const unsigned blocks = warps ? row_blocks<cuda::kWarp>(args.rows) : row_blocks<kThreads>(args.rows);
-  return GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, Rows<T>(args),
-                     static_cast<const Compute<T>*>(args.stats),
+  return GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, Rows<T>(args), static_cast<const Compute<T>*>(args.stats),
                      static_cast<const double*>(args.total_weight), static_cast<const T*>(args.grad_output),
                      args.reduction, static_cast<T*>(args.grad_logits));
 }
 
 }  // namespace
-
-int mse_forward_cuda(const MseForward& args, void* stream) {
-  return dispatch(args.dtype,
-                  [&](auto tag) { return mse_forward<typename decltype(tag)::type>(args, stream); });
-}
-
-int mse_backward_cuda(const MseBackward& args, void* stream) {
-  return dispatch(args.dtype,
-                  [&](auto tag) { return mse_backward<typename decltype(tag)::type>(args, stream); });
-}
 
 int cross_entropy_forward_cuda(const CrossEntropyForward& args, void* stream) {
   return dispatch(args.dtype, [&](auto tag) { return forward<typename decltype(tag)::type>(args, stream); });

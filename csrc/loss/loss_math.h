@@ -1,21 +1,8 @@
-// Losses: the arithmetic of one element or one row. T is float, or double for float64.
+// Losses of whole rows: the arithmetic of one row. T is float, or double for float64.
 #pragma once
 #include "common/math.h"
 
 namespace gdbp::loss {
-
-// Squared error. forward: (x - y)^2; backward: its derivative in x.
-struct SquaredError {
-  template <class T>
-  static GDBP_HD T forward(T x, T y) {
-    const T d = x - y;
-    return d * d;
-  }
-  template <class T>
-  static GDBP_HD T backward(T x, T y) {
-    return T(2) * (x - y);
-  }
-};
 
 // Softmax cross-entropy of one row, from the statistics that a pass over it leaves: with m the largest
 // logit, own = exp(x_y - m) for the target y, and others = the sum of exp(x_j - m) over j != y.

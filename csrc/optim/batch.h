@@ -8,24 +8,48 @@
 
 namespace gdbp::optim {
 
+// One parameter and what goes with it.
+struct Member {
+  at::Tensor param, grad;
+  at::Tensor states[kMaxStates];
+  at::Tensor scales[kMaxStates];  // for states of 8 bits: float32, one for each kQuantBlock elements
+  at::Tensor master;              // float32 or float64 original, of which param is the rounded copy; or undefined
+  at::Tensor average;             // moving average of the parameter; or undefined
+  double average_weight = 0;
+  uint64_t seed = 0;  // for stochastic rounding of bfloat16 parameters; 0 for none
+  Clock clock{};
+};
+
 // Checks and collects; nothing is changed before run(). Kept between steps for its memory alone.
 class Batch {
  public:
-  // states: rule_states(rule) tensors of the parameter's shape. step: 1 for the first update.
-  void add(int rule, const at::Tensor& param, const at::Tensor& grad, const at::Tensor* states, double step);
-  // One launch a device; then repaired layouts are copied back and version counters bumped.
-  void run(int rule, const Hyper& hyper);
-  void clear();
-
- private:
+  // Tensors that are stepped together: one device, one rule.
   struct Lane {
     at::Device device;
+    int rule;
     std::vector<Slot> slots;
   };
+
+  // hyper must live until run().
+  void add(int rule, const Hyper* hyper, const Member& member);
+  // One launch a lane; then repaired layouts are copied back and version counters bumped.
+  // control: for each device the address of its Control, or null for none.
+  template <class ControlOf>
+  void run(const ControlOf& control_of) {
+    for (const Lane& lane : lanes_)
+      if (!lane.slots.empty()) launch(lane, control_of(lane.device));
+    finish();
+  }
+  void clear();
+  const std::vector<Lane>& lanes() const { return lanes_; }
+
+ private:
   struct Copy {
     at::Tensor to, from;
   };
-  void add_dense(int rule, const at::Tensor& param, const at::Tensor& grad, const at::Tensor* states, double step);
+  void add_dense(int rule, const Hyper* hyper, const Member& member);
+  void launch(const Lane& lane, const Control* control);
+  void finish();
 
   std::vector<Lane> lanes_;
   std::vector<at::Tensor> temporaries_;
@@ -36,5 +60,21 @@ class Batch {
 int parse_rule(c10::string_view name);
 // From the flat list in the order of Hyper's fields.
 Hyper parse_hyper(const double* values, size_t count);
+
+// What a parameter counts: its step and, for NAdam, a product, as 0-dim CPU tensors of float or double;
+// undefined for rules that count nothing and ask only whether this update is the first.
+struct Counts {
+  at::Tensor step, product;
+  bool fresh = false;
+
+  // Whether a tensor can be a count here.
+  static bool fits(const at::Tensor& count);
+  // The clock of the next update, without moving the counts.
+  Clock tick(int rule, const Hyper& hyper) const;
+  void set(const Clock& clock);
+};
+
+// The step's view of grad::Norm (total, coefficient, skip), a tensor of three doubles.
+const Control* control_of(const at::Tensor& norm);
 
 }  // namespace gdbp::optim

@@ -7,6 +7,7 @@
 
 #include "common/binding.h"
 #include "optim/batch.h"
+#include "optim/blockwise8.h"
 
 namespace gdbp::optim {
 
@@ -20,11 +21,57 @@ int parse_rule(c10::string_view name) {
 
 Hyper parse_hyper(const double* values, size_t count) {
   constexpr size_t most = sizeof(Hyper) / sizeof(double);
-  TORCH_CHECK_VALUE(count >= kSharedHyper && count <= most, "optim_step_: hyper has ", count,
-                    " values; expected ", kSharedHyper, " to ", most, " in the order of struct Hyper");
+  TORCH_CHECK_VALUE(count >= kSharedHyper && count <= most, "optim_step_: hyper has ", count, " values; expected ",
+                    kSharedHyper, " to ", most, " in the order of struct Hyper");
   Hyper hyper{};
   std::copy(values, values + count, reinterpret_cast<double*>(&hyper));
   return hyper;
+}
+
+bool Counts::fits(const Tensor& count) {
+  return count.defined() && count.device().is_cpu() && count.numel() == 1 &&
+         (count.scalar_type() == at::kFloat || count.scalar_type() == at::kDouble);
+}
+
+namespace {
+
+double read(const Tensor& count) {
+  return count.scalar_type() == at::kDouble ? *count.const_data_ptr<double>() : *count.const_data_ptr<float>();
+}
+
+void write(const Tensor& count, double value) {
+  if (count.scalar_type() == at::kDouble) {
+    *count.mutable_data_ptr<double>() = value;
+  } else {
+    *count.mutable_data_ptr<float>() = float(value);
+  }
+  if (!count.is_inference()) count.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+Clock Counts::tick(int rule, const Hyper& hyper) const {
+  if (!step.defined()) return {fresh ? 1.0 : 2.0, 1};
+  const double next = read(step) + 1;
+  if (!product.defined()) return {next, 1};
+  // As torch multiplies it, in the count's own type.
+  const double momentum = scheduled_momentum(rule, hyper, next);
+  const double in_double = read(product) * momentum;
+  return {next, product.scalar_type() == at::kDouble ? in_double : double(float(read(product)) * float(momentum))};
+}
+
+void Counts::set(const Clock& clock) {
+  if (step.defined()) write(step, clock.step);
+  if (product.defined()) write(product, clock.product);
+  fresh = false;
+}
+
+const Control* control_of(const Tensor& norm) {
+  TORCH_CHECK(norm.scalar_type() == at::kDouble && norm.numel() == 3 && norm.is_contiguous(),
+              "optim_step_: norm has shape ", norm.sizes(), " and dtype ", norm.scalar_type(),
+              "; expected the three float64 numbers that grad_norm returns");
+  static_assert(sizeof(Control) == 2 * sizeof(double));
+  return reinterpret_cast<const Control*>(norm.const_data_ptr<double>() + 1);
 }
 
 void Batch::clear() {
@@ -34,73 +81,118 @@ void Batch::clear() {
   written_.clear();
 }
 
-void Batch::add(int rule, const Tensor& param, const Tensor& grad, const Tensor* states, double step) {
-  const int count = rule_states(rule);
-  TORCH_CHECK(grad.layout() == at::kStrided, "optimizer step: a gradient is sparse; expected a dense one; "
+namespace {
+
+void check_grad(const Member& m) {
+  TORCH_CHECK(m.grad.layout() == at::kStrided,
+              "optimizer step: a gradient is sparse; expected a dense one; "
               "use torch.optim.SparseAdam or SGD, or set sparse=False in the embedding");
-  TORCH_CHECK(grad.sizes() == param.sizes(), "optimizer step: a gradient has shape ", grad.sizes(),
-              " and its parameter ", param.sizes(), "; expected the same");
-  TORCH_CHECK(grad.device() == param.device(), "optimizer step: a gradient is on ", grad.device(),
-              " and its parameter on ", param.device(), "; expected the same device");
-  bool same_layout = grad.is_contiguous() && param.is_contiguous();
+  TORCH_CHECK(m.grad.sizes() == m.param.sizes(), "optimizer step: a gradient has shape ", m.grad.sizes(),
+              " and its parameter ", m.param.sizes(), "; expected the same");
+  TORCH_CHECK(m.grad.device() == m.param.device(), "optimizer step: a gradient is on ", m.grad.device(),
+              " and its parameter on ", m.param.device(), "; expected the same device");
+}
+
+void check_state(const Member& m, const Tensor& state) {
+  TORCH_CHECK(state.sizes() == m.param.sizes() && state.device() == m.param.device(),
+              "optimizer step: a state tensor has shape ", state.sizes(), " on ", state.device(), " and its parameter ",
+              m.param.sizes(), " on ", m.param.device(), "; expected the same; load a state_dict made for this model");
+}
+
+}  // namespace
+
+void Batch::add(int rule, const Hyper* hyper, const Member& m) {
+  const int count = rule_states(rule);
+  check_grad(m);
+  bool same_layout = m.grad.is_contiguous() && m.param.is_contiguous();
+  written_.push_back(m.param.unsafeGetTensorImpl());
+  const auto see = [&](const Tensor& state) {
+    check_state(m, state);
+    same_layout = same_layout && state.is_contiguous();
+    written_.push_back(state.unsafeGetTensorImpl());
+  };
   for (int k = 0; k < count; ++k) {
-    TORCH_CHECK(states[k].sizes() == param.sizes() && states[k].device() == param.device(),
-                "optimizer step: a state tensor has shape ", states[k].sizes(), " on ", states[k].device(),
-                " and its parameter ", param.sizes(), " on ", param.device(),
-                "; expected the same; load a state_dict made for this model");
-    TORCH_CHECK(states[k].scalar_type() == states[0].scalar_type(),
+    see(m.states[k]);
+    TORCH_CHECK(m.states[k].scalar_type() == m.states[0].scalar_type(),
                 "optimizer step: the states of one parameter have different dtypes; expected one");
-    same_layout = same_layout && states[k].is_contiguous();
   }
-  written_.push_back(param.unsafeGetTensorImpl());
-  for (int k = 0; k < count; ++k) written_.push_back(states[k].unsafeGetTensorImpl());
-  if (same_layout && !param.is_complex()) return add_dense(rule, param, grad, states, step);
+  if (m.master.defined()) see(m.master);
+  if (m.average.defined()) see(m.average);
+  if (same_layout && !m.param.is_complex()) return add_dense(rule, hyper, m);
 
   // Any order of elements will do as long as all arrays share it: the parameter's own, where it has no
   // gaps and no overlaps, else a dense copy that goes back after the launch.
-  const Tensor p = param.is_complex() ? at::view_as_real(param) : param;
+  const Tensor p = m.param.is_complex() ? at::view_as_real(m.param) : m.param;
   const bool dense = p.is_non_overlapping_and_dense();
-  const Tensor target = dense ? p : p.clone(at::MemoryFormat::Contiguous);
-  const auto like_target = [&](const Tensor& t, bool written) {
+  Member like = m;
+  like.param = dense ? p : p.clone(at::MemoryFormat::Contiguous);
+  if (!dense) copies_.push_back({p, like.param});
+  const auto lay_out = [&](Tensor& t, bool written) {
+    if (!t.defined()) return;
     const Tensor x = t.is_complex() ? at::view_as_real(t) : t;
-    if (x.strides() == target.strides()) return x;
-    const Tensor copy = at::empty_strided(target.sizes(), target.strides(), x.options());
-    copy.copy_(x);
-    if (written) copies_.push_back({x, copy});
-    return copy;
+    t = x;
+    if (x.strides() == like.param.strides()) return;
+    t = at::empty_strided(like.param.sizes(), like.param.strides(), x.options());
+    t.copy_(x);
+    if (written) copies_.push_back({x, t});
   };
-  if (!dense) copies_.push_back({p, target});
-  const Tensor g = like_target(grad, false);
-  Tensor repaired[kMaxStates];
-  for (int k = 0; k < count; ++k) repaired[k] = like_target(states[k], true);
-  temporaries_.insert(temporaries_.end(), {target, g});
-  add_dense(rule, target, g, repaired, step);
+  lay_out(like.grad, false);
+  for (int k = 0; k < count; ++k) lay_out(like.states[k], true);
+  lay_out(like.master, true);
+  lay_out(like.average, true);
+  temporaries_.insert(temporaries_.end(), {like.param, like.grad});
+  add_dense(rule, hyper, like);
 }
 
-void Batch::add_dense(int rule, const Tensor& param, const Tensor& grad, const Tensor* states, double step) {
+void Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
   Slot slot{};
-  slot.param = param.mutable_data_ptr();
-  slot.grad = grad.const_data_ptr();
-  slot.numel = param.numel();
-  slot.step = step;
-  slot.param_dtype = dtype_of(param, "optimizer step", "a parameter");
-  slot.grad_dtype = dtype_of(grad, "optimizer step", "a gradient");
+  const char* const op = "optimizer step";
+  const Tensor& original = m.master.defined() ? m.master : m.param;
+  slot.param = original.mutable_data_ptr();
+  slot.param_dtype = dtype_of(original, op, "a parameter");
+  slot.grad = m.grad.const_data_ptr();
+  slot.grad_dtype = dtype_of(m.grad, op, "a gradient");
+  slot.numel = m.param.numel();
+  slot.clock = m.clock;
+  slot.hyper = hyper;
+  slot.seed = m.seed;
   const int count = rule_states(rule);
-  if (count > 0) slot.state_dtype = dtype_of(states[0], "optimizer step", "a state");
-  for (int k = 0; k < count; ++k) slot.state[k] = states[k].mutable_data_ptr();
-  const at::Device device = param.device();
-  for (Lane& lane : lanes_) {
-    if (lane.device == device) return lane.slots.push_back(slot);
+  const bool blockwise = count > 0 && m.states[0].scalar_type() == at::kChar;
+  if (count > 0) slot.state_dtype = blockwise ? Dtype::blockwise8 : dtype_of(m.states[0], op, "a state");
+  for (int k = 0; k < count; ++k) {
+    slot.state[k] = m.states[k].mutable_data_ptr();
+    if (!blockwise) continue;
+    TORCH_CHECK(m.param.device().is_cpu(), "optimizer step: a state of 8 bits is on ", m.param.device(),
+                "; expected the CPU, where alone they are supported; leave out state_dtype");
+    const int64_t blocks = (slot.numel + kQuantBlock - 1) / kQuantBlock;
+    TORCH_CHECK(m.scales[k].defined() && m.scales[k].scalar_type() == at::kFloat && m.scales[k].is_contiguous() &&
+                    m.scales[k].numel() == blocks,
+                "optimizer step: a state of 8 bits has no fitting scales; expected ", blocks,
+                " float32 numbers; load a state_dict made for this model");
+    slot.scale[k] = m.scales[k].mutable_data_ptr<float>();
   }
-  lanes_.push_back({device, {slot}});
+  if (m.master.defined()) {
+    slot.copy = m.param.mutable_data_ptr();
+    slot.copy_dtype = dtype_of(m.param, op, "a parameter");
+  }
+  if (m.average.defined()) {
+    slot.average = m.average.mutable_data_ptr();
+    slot.average_dtype = dtype_of(m.average, op, "an average");
+    slot.average_weight = m.average_weight;
+  }
+  const at::Device device = m.param.device();
+  for (Lane& lane : lanes_) {
+    if (lane.device == device && lane.rule == rule) return lane.slots.push_back(slot);
+  }
+  lanes_.push_back({device, rule, {slot}});
 }
 
-void Batch::run(int rule, const Hyper& hyper) {
-  for (const Lane& lane : lanes_) {
-    if (lane.slots.empty()) continue;
-    run_on(lane.device, "optimizer step", step_cpu, GDBP_CUDA_LAUNCHER(step_cuda), rule, hyper, lane.slots.data(),
-           int64_t(lane.slots.size()));
-  }
+void Batch::launch(const Lane& lane, const Control* control) {
+  run_on(lane.device, "optimizer step", step_cpu, GDBP_CUDA_LAUNCHER(step_cuda), lane.rule, lane.slots.data(),
+         int64_t(lane.slots.size()), control);
+}
+
+void Batch::finish() {
   for (const Copy& copy : copies_) copy.to.copy_(copy.from);
   // A backward pass through the old values must fail, as it does after torch's own in-place updates.
   for (c10::TensorImpl* impl : written_)
@@ -109,25 +201,44 @@ void Batch::run(int rule, const Hyper& hyper) {
 
 namespace {
 
-// One step over many tensors. states: rule_states(rule) lists of params' length, one after the other.
-// counts: the number of this update for each parameter, 1 for the first.
-void step(at::TensorList params, at::TensorList grads, at::TensorList states, c10::string_view rule_name,
-          at::ArrayRef<double> hyper_values, at::IntArrayRef counts) {
+// One step over many tensors. states and counts: for each kind that the rule keeps a list of params' length,
+// one after the other. lr: instead of hyper's, so that a compiled step need not be compiled again. fresh:
+// for rules without counts, which updates are the first.
+void step(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList counts,
+          c10::string_view rule_name, at::ArrayRef<double> hyper_values, const std::optional<Tensor>& lr,
+          const c10::List<bool>& fresh, const std::optional<Tensor>& norm) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int rule = parse_rule(rule_name);
-  const Hyper hyper = parse_hyper(hyper_values.data(), hyper_values.size());
+  Hyper hyper = parse_hyper(hyper_values.data(), hyper_values.size());
+  if (lr) hyper.lr = lr->item<double>();
   const size_t n = params.size(), kinds = rule_states(rule);
-  TORCH_CHECK_VALUE(grads.size() == n && counts.size() == n && states.size() == n * kinds, "optim_step_: got ", n,
-                    " params, ", grads.size(), " grads, ", counts.size(), " counts and ", states.size(),
-                    " states; expected as many grads and counts as params, and ", kinds, " states for each");
+  TORCH_CHECK_VALUE(grads.size() == n && states.size() == n * kinds && (fresh.empty() || fresh.size() == n) &&
+                        (counts.empty() || counts.size() == n || counts.size() == 2 * n),
+                    "optim_step_: got ", n, " params, ", grads.size(), " grads, ", states.size(), " states, ",
+                    counts.size(), " counts and ", fresh.size(), " fresh; expected as many grads as params, ", kinds,
+                    " states for each, and no or one for each of the others");
+  for (const Tensor& count : counts)
+    TORCH_CHECK(Counts::fits(count), "optim_step_: a count is on ", count.device(), " with dtype ", count.scalar_type(),
+                "; expected one float32 or float64 number on the CPU");
   static thread_local Batch batch;
   batch.clear();
+  std::vector<std::pair<Counts, Clock>> ticks;
   for (size_t i = 0; i < n; ++i) {
-    Tensor own[kMaxStates];
-    for (size_t k = 0; k < kinds; ++k) own[k] = states[k * n + i];
-    batch.add(rule, params[i], grads[i], own, double(counts[i]));
+    Member member{.param = params[i], .grad = grads[i]};
+    for (size_t k = 0; k < kinds; ++k) member.states[k] = states[k * n + i];
+    Counts count;
+    if (!counts.empty()) count.step = counts[i];
+    if (counts.size() > n) count.product = counts[n + i];
+    count.fresh = !fresh.empty() && fresh[i];
+    ticks.emplace_back(count, count.tick(rule, hyper));
+    member.clock = ticks.back().second;
+    batch.add(rule, &hyper, member);
   }
-  batch.run(rule, hyper);
+  const Control* const control = norm ? control_of(*norm) : nullptr;
+  const bool skip = norm && norm->device().is_cpu() && control->skip != 0;
+  if (!skip) batch.run([&](const at::Device&) { return control; });
+  if (!skip)
+    for (auto& [count, clock] : ticks) count.set(clock);
   batch.clear();
 }
 
@@ -135,8 +246,8 @@ void step(at::TensorList params, at::TensorList grads, at::TensorList states, c1
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   m.def(
-      "optim_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, str rule, float[] hyper, int[] counts)"
-      " -> ()",
+      "optim_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] counts, str rule,"
+      " float[] hyper, Tensor? lr, bool[] fresh, Tensor? norm) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(gdbp, CPU, m) { m.impl("optim_step_", &step); }

@@ -16,15 +16,33 @@ struct Slot {
   const void* grad;
   void* state[kMaxStates];
   int64_t numel;
-  double step;  // number of this update for this parameter, 1 for the first
+  Clock clock;
+  const Hyper* hyper;
   Dtype param_dtype, grad_dtype, state_dtype;
+
+  // What is written besides, each null or 0 for none.
+  float* scale[kMaxStates] = {};  // for state_dtype blockwise8: one for each kQuantBlock elements
+  void* copy = nullptr;           // the new parameter in copy_dtype: the model's own, where `param` is its master
+  void* average = nullptr;        // its moving average in average_dtype, moved by average_weight
+  double average_weight = 0;
+  uint64_t seed = 0;  // bfloat16 parameters are rounded stochastically, with this seed
+  Dtype copy_dtype = {}, average_dtype = {};
+};
+
+// Decided on the device by the gradients themselves, see grad::Norm; read by the step, never by the host.
+struct Control {
+  double coefficient;  // multiplies every gradient
+  double skip;         // not 0: nothing is changed
 };
 
 // The row of `name` in GDBP_OPTIM_RULES, or -1.
 int find_rule(const char* name);
 int rule_states(int rule);
+// The momentum of one step, where the rule has a schedule of it (NAdam); 1 for every other.
+double scheduled_momentum(int rule, const Hyper& hyper, double step);
 
-int step_cpu(int rule, const Hyper& hyper, const Slot* slots, int64_t count, void* stream);
-int step_cuda(int rule, const Hyper& hyper, const Slot* slots, int64_t count, void* stream);
+// control: null for none.
+int step_cpu(int rule, const Slot* slots, int64_t count, const Control* control, void* stream);
+int step_cuda(int rule, const Slot* slots, int64_t count, const Control* control, void* stream);
 
 }  // namespace gdbp::optim

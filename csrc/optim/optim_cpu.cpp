@@ -1,24 +1,20 @@
 #include <algorithm>
 #include <cstring>
-#include <vector>
+#include <limits>
 
-#include "common/map_cpu.h"
+#include "common/line_cpu.h"
+#include "common/random.h"
+#include "optim/blockwise8.h"
 #include "optim/optim.h"
 
 namespace gdbp::optim {
 namespace {
 
-// All parameters are one line of elements, cut into chunks that threads share. A cut inside a tensor is
-// moved back to a multiple of kAlign from the tensor's start, so that which elements a vector holds does
-// not depend on threads or on the other tensors.
-constexpr int64_t kChunk = 8192;
-constexpr int64_t kAlign = 64;
 // Elements that pass through stack buffers at a time, where a stored type is not the compute type.
 constexpr int64_t kStage = 1024;
 
 template <class Rule, class T>
-GDBP_CLONES void update(const Rule rule, const Surroundings<T> around, T* p, const T* g, T* const* state,
-                        int64_t n) {
+GDBP_CLONES void update(const Rule rule, const Surroundings<T> around, T* p, const T* g, T* const* state, int64_t n) {
   T* pointers[Rule::states + 1] = {};
   for (int k = 0; k < Rule::states; ++k) pointers[k] = state[k];
 #pragma GCC ivdep
@@ -44,6 +40,51 @@ GDBP_CLONES void write(const T* from, Stored* to, int64_t n) {
 }
 
 template <class T>
+GDBP_CLONES void write_stochastic(const T* from, BFloat16* to, int64_t n, uint64_t seed, int64_t position) {
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow_stochastic(float(from[i]), random_bits(seed, uint64_t(position + i)));
+}
+
+template <class T>
+GDBP_CLONES void read8(const int8_t* from, const float* scale, T* to, int64_t n) {
+  for (int64_t lo = 0; lo < n; lo += kQuantBlock) {
+    const T s = T(scale[lo / kQuantBlock]);
+    const int64_t hi = std::min(n, lo + kQuantBlock);
+    for (int64_t i = lo; i < hi; ++i) to[i] = decode8(from[i], s);
+  }
+}
+
+template <class T>
+GDBP_CLONES void write8(const T* from, int8_t* to, float* scale, int64_t n) {
+  for (int64_t lo = 0; lo < n; lo += kQuantBlock) {
+    const int64_t hi = std::min(n, lo + kQuantBlock);
+    T largest = 0;
+    int broken = 0;
+#pragma omp simd reduction(max : largest) reduction(| : broken)
+    for (int64_t i = lo; i < hi; ++i) {
+      const T magnitude = math::abs(from[i]);
+      largest = magnitude > largest ? magnitude : largest;
+      broken |= !(magnitude <= T(std::numeric_limits<float>::max()));
+    }
+    // A number that is not finite makes its block so, as it must stay visible.
+    if (broken) {
+      scale[lo / kQuantBlock] = std::numeric_limits<float>::quiet_NaN();
+      std::fill(to + lo, to + hi, int8_t(127));
+      continue;
+    }
+    // As stored: decoding and encoding must agree on it.
+    const T s = T(float(largest));
+    scale[lo / kQuantBlock] = float(s);
+    const T inverse = s > 0 ? T(1) / s : T(0);
+    for (int64_t i = lo; i < hi; ++i) to[i] = encode8(from[i], inverse);
+  }
+}
+
+template <class T>
+GDBP_CLONES void move_average(T* average, const T* p, T weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) average[i] = lerp(average[i], p[i], weight);
+}
+
+template <class T>
 constexpr Dtype kComputeDtype = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
 
 const void* at(const void* base, Dtype dtype, int64_t index) {
@@ -53,86 +94,116 @@ void* at(void* base, Dtype dtype, int64_t index) { return static_cast<char*>(bas
 
 // An array seen as T: its own memory where that is its type, else a buffer that is filled and drained.
 template <class T>
-T* stage_in(const void* base, Dtype dtype, int64_t begin, int64_t n, T* buffer) {
+T* stage_in(const void* base, Dtype dtype, const float* scale, int64_t begin, int64_t n, T* buffer) {
   const void* from = at(base, dtype, begin);
   if (dtype == kComputeDtype<T>) return const_cast<T*>(static_cast<const T*>(from));
-  dispatch(dtype, [&](auto type) {
-    read(static_cast<const typename decltype(type)::type*>(from), buffer, n);
-  });
+  if (dtype == Dtype::blockwise8) {
+    read8(static_cast<const int8_t*>(from), scale + begin / kQuantBlock, buffer, n);
+  } else {
+    dispatch(dtype, [&](auto type) { read(static_cast<const typename decltype(type)::type*>(from), buffer, n); });
+  }
   return buffer;
 }
 
 template <class T>
-void stage_out(void* base, Dtype dtype, int64_t begin, int64_t n, const T* buffer) {
-  if (dtype == kComputeDtype<T>) return;
-  dispatch(dtype, [&](auto type) {
-    write(buffer, static_cast<typename decltype(type)::type*>(at(base, dtype, begin)), n);
-  });
+void stage_out(void* base, Dtype dtype, float* scale, int64_t begin, int64_t n, const T* buffer) {
+  void* to = at(base, dtype, begin);
+  if (to == buffer) return;
+  if (dtype == Dtype::blockwise8) {
+    write8(buffer, static_cast<int8_t*>(to), scale + begin / kQuantBlock, n);
+  } else {
+    dispatch(dtype, [&](auto type) { write(buffer, static_cast<typename decltype(type)::type*>(to), n); });
+  }
 }
 
 template <class Rule, class T>
 void update_piece(const Rule& rule, const Surroundings<T>& around, const Slot& slot, int64_t begin, int64_t end) {
   const bool direct = slot.param_dtype == kComputeDtype<T> && slot.grad_dtype == kComputeDtype<T> &&
-                      (Rule::states == 0 || slot.state_dtype == kComputeDtype<T>);
+                      (Rule::states == 0 || slot.state_dtype == kComputeDtype<T>) && !slot.copy && !slot.average;
   alignas(64) T buffer[2 + Rule::states][kStage];
   const int64_t stride = direct ? end - begin : kStage;
   for (int64_t lo = begin; lo < end; lo += stride) {
     const int64_t n = std::min(stride, end - lo);
-    T* const p = stage_in(slot.param, slot.param_dtype, lo, n, buffer[0]);
-    const T* const g = stage_in(slot.grad, slot.grad_dtype, lo, n, buffer[1]);
+    T* const p = stage_in(slot.param, slot.param_dtype, nullptr, lo, n, buffer[0]);
+    T* const g = stage_in(slot.grad, slot.grad_dtype, nullptr, lo, n, buffer[1]);
     T* state[Rule::states + 1] = {};
     for (int k = 0; k < Rule::states; ++k)
-      state[k] = stage_in(slot.state[k], slot.state_dtype, lo, n, buffer[2 + k]);
+      state[k] = stage_in(slot.state[k], slot.state_dtype, slot.scale[k], lo, n, buffer[2 + k]);
     update<Rule, T>(rule, around, p, g, state, n);
-    stage_out(slot.param, slot.param_dtype, lo, n, p);
-    for (int k = 0; k < Rule::states; ++k) stage_out(slot.state[k], slot.state_dtype, lo, n, state[k]);
+    if (slot.seed && slot.param_dtype == Dtype::bfloat16) {
+      write_stochastic(p, static_cast<BFloat16*>(slot.param) + lo, n, slot.seed, lo);
+    } else {
+      stage_out(slot.param, slot.param_dtype, nullptr, lo, n, p);
+    }
+    for (int k = 0; k < Rule::states; ++k) stage_out(slot.state[k], slot.state_dtype, slot.scale[k], lo, n, state[k]);
+    if (slot.copy) stage_out(slot.copy, slot.copy_dtype, nullptr, lo, n, p);
+    if (slot.average) {
+      // The gradient's buffer is free by now, the gradient's own memory is not.
+      T* const average = stage_in(slot.average, slot.average_dtype, nullptr, lo, n, buffer[1]);
+      move_average(average, p, T(slot.average_weight), n);
+      stage_out(slot.average, slot.average_dtype, nullptr, lo, n, average);
+    }
   }
 }
 
 // The rule with its constants worked out (powers of the betas, roots), kept from one tensor to the next
-// as long as these are at the same step: for small tensors the constants cost more than the update.
+// as long as these are in the same group at the same step: for small tensors the constants cost more than
+// the update.
 template <class Rule, class T>
 class Prepared {
  public:
-  explicit Prepared(const Hyper& hyper) : hyper_(hyper), around_(hyper), rule_(hyper, 1), step_(1) {}
+  explicit Prepared(const Slot& slot, double coefficient)
+      : coefficient_(coefficient),
+        hyper_(slot.hyper),
+        clock_(slot.clock),
+        around_(*hyper_, coefficient),
+        rule_(*hyper_, clock_) {}
+
   void operator()(const Slot& slot, int64_t begin, int64_t end) {
-    if (slot.step != step_) rule_ = Rule(hyper_, step_ = slot.step);
+    if (slot.hyper != hyper_ || slot.clock.step != clock_.step || slot.clock.product != clock_.product)
+      *this = Prepared(slot, coefficient_);
     update_piece<Rule, T>(rule_, around_, slot, begin, end);
   }
 
  private:
-  const Hyper& hyper_;
+  double coefficient_;
+  const Hyper* hyper_;
+  Clock clock_;
   Surroundings<T> around_;
   Rule rule_;
-  double step_;
 };
 
-// Elements [lo, hi) of the line; start[i] is where slot i begins on it.
 template <template <class> class Rule>
-void update_range(const Hyper& hyper, const Slot* slots, const int64_t* start, int64_t count, int64_t lo, int64_t hi) {
-  Prepared<Rule<float>, float> single(hyper);
-  Prepared<Rule<double>, double> twice(hyper);
-  for (int64_t i = std::upper_bound(start, start + count + 1, lo) - start - 1; i < count && start[i] < hi; ++i) {
-    const auto cut = [&](int64_t position) {
-      const int64_t inside = position - start[i];
-      return inside <= 0 ? 0 : inside >= slots[i].numel ? slots[i].numel : inside / kAlign * kAlign;
-    };
-    const int64_t begin = cut(lo), end = cut(hi);
-    if (begin == end) continue;
-    if (slots[i].param_dtype == Dtype::float64) {
-      twice(slots[i], begin, end);
-    } else {
-      single(slots[i], begin, end);
-    }
+void update_all(const Slot* slots, const cpu::Line& line, double coefficient) {
+  line.for_shares([=](const auto& share) {
+    Prepared<Rule<float>, float> single(slots[0], coefficient);
+    Prepared<Rule<double>, double> twice(slots[0], coefficient);
+    share([&](int64_t i, int64_t begin, int64_t end) {
+      if (slots[i].param_dtype == Dtype::float64) {
+        twice(slots[i], begin, end);
+      } else {
+        single(slots[i], begin, end);
+      }
+    });
+  });
+}
+
+template <class Rule>
+double momentum_at(const Hyper& hyper, double step) {
+  if constexpr (requires { Rule::momentum(hyper, step); }) {
+    return Rule::momentum(hyper, step);
+  } else {
+    return 1;
   }
 }
 
 struct Row {
   const char* name;
   int states;
-  void (*update)(const Hyper&, const Slot*, const int64_t*, int64_t, int64_t, int64_t);
+  void (*update)(const Slot*, const cpu::Line&, double);
+  double (*momentum)(const Hyper&, double);
 };
-#define GDBP_ROW(name, Rule) {name, Rule<float>::states, &update_range<Rule>},
+#define GDBP_ROW(name, Rule) {name, Rule<float>::states, &update_all<Rule>, &momentum_at<Rule<float>>},
 constexpr Row kRows[] = {GDBP_OPTIM_RULES(GDBP_ROW)};
 #undef GDBP_ROW
 
@@ -146,18 +217,15 @@ int find_rule(const char* name) {
 
 int rule_states(int rule) { return kRows[rule].states; }
 
-int step_cpu(int rule, const Hyper& hyper, const Slot* slots, int64_t count, void*) {
-  // Kept between calls: a step in the steady state allocates nothing.
-  static thread_local std::vector<int64_t> starts;
-  starts.resize(count + 1);
-  starts[0] = 0;
-  for (int64_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + slots[i].numel;
-  const int64_t total = starts[count];
-  const int64_t* const start = starts.data();
+double scheduled_momentum(int rule, const Hyper& hyper, double step) { return kRows[rule].momentum(hyper, step); }
 
-  parallel_for(0, (total + kChunk - 1) / kChunk, 4, [&](int64_t first, int64_t last) {
-    kRows[rule].update(hyper, slots, start, count, first * kChunk, std::min(total, last * kChunk));
-  });
+int step_cpu(int rule, const Slot* slots, int64_t count, const Control* control, void*) {
+  if (count == 0 || (control && control->skip != 0)) return 0;
+  // Kept between calls: a step in the steady state allocates nothing.
+  static thread_local cpu::Line line;
+  line.clear();
+  for (int64_t i = 0; i < count; ++i) line.append(slots[i].numel);
+  kRows[rule].update(slots, line, control ? control->coefficient : 1);
   return 0;
 }
 

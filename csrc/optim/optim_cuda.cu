@@ -4,6 +4,7 @@
 #include <new>
 
 #include "common/map_cuda.cuh"
+#include "common/random.h"
 #include "optim/optim.h"
 
 namespace gdbp::optim {
@@ -24,30 +25,34 @@ constexpr size_t kArgumentBytes = 32000;
 constexpr size_t kArgumentBytes = 4000;
 #endif
 
-template <class Rule>
+template <class Rule, class T>
 struct Tensor {
   void* param;
   const void* grad;
   void* state[Rule::states > 0 ? Rule::states : 1];
   int64_t numel;
   int64_t first_chunk;  // chunks of the tensors before it
-  Rule rule;            // with the constants of this tensor's step worked out
-  Dtype param_dtype, grad_dtype, state_dtype;
+  void* copy;
+  void* average;
+  uint64_t seed;
+  T average_weight;
+  Surroundings<T> around;
+  Rule rule;  // with the constants of this tensor's step worked out
+  Dtype param_dtype, grad_dtype, state_dtype, copy_dtype, average_dtype;
   bool vectors;
 };
 
 template <class Rule, class T>
 struct Batch {
-  static constexpr int capacity = int((kArgumentBytes - sizeof(Surroundings<T>) - 16) / sizeof(Tensor<Rule>));
-  Surroundings<T> around;
+  using Entry = Tensor<Rule, T>;
+  static constexpr int capacity = int((kArgumentBytes - 32) / sizeof(Entry));
+  const Control* control;
   int count = 0;
   // Rules have no default state, so the places are bytes until a tensor is put there.
-  alignas(Tensor<Rule>) unsigned char bytes[capacity * sizeof(Tensor<Rule>)];
+  alignas(Entry) unsigned char bytes[capacity * sizeof(Entry)];
 
-  explicit Batch(const Hyper& hyper) : around(hyper) {}
-  GDBP_HD const Tensor<Rule>& operator[](int i) const {
-    return reinterpret_cast<const Tensor<Rule>*>(bytes)[i];
-  }
+  explicit Batch(const Control* control) : control(control) {}
+  GDBP_HD const Entry& operator[](int i) const { return reinterpret_cast<const Entry*>(bytes)[i]; }
 };
 
 // The types of arrays are known at run time only. All threads of a block take the same branch.
@@ -75,14 +80,16 @@ __device__ __forceinline__ void write(void* base, Dtype dtype, int64_t at, int c
 // One block per chunk; which tensor the chunk belongs to is a binary search over first_chunk.
 template <class Rule, class T>
 __global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch<Rule, T>) batch) {
+  if (batch.control && batch.control->skip != 0) return;
   const int64_t chunk = blockIdx.x;
   int low = 0;
   for (int high = batch.count; high - low > 1;) {
     const int middle = (low + high) / 2;
     (batch[middle].first_chunk <= chunk ? low : high) = middle;
   }
-  const Tensor<Rule>& t = batch[low];
-  const Surroundings<T> around = batch.around;
+  const Tensor<Rule, T>& t = batch[low];
+  Surroundings<T> around = t.around;
+  if (batch.control) around.scale *= T(batch.control->coefficient);
   const Rule rule = t.rule;
   const int64_t elements = chunk_elements(t.param_dtype);
   const int64_t first = (chunk - t.first_chunk) * elements;
@@ -106,9 +113,22 @@ __global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch
 #pragma unroll
       for (int i = 0; i < Rule::states; ++i) s[i][k] = of_element[i];
     }
-    write(t.param, t.param_dtype, at, count, t.vectors, p);
+    if (t.seed != 0 && t.param_dtype == Dtype::bfloat16) {
+      for (int k = 0; k < count; ++k)
+        static_cast<BFloat16*>(t.param)[at + k] = narrow_stochastic(float(p[k]), random_bits(t.seed, at + k));
+    } else {
+      write(t.param, t.param_dtype, at, count, t.vectors, p);
+    }
 #pragma unroll
     for (int i = 0; i < Rule::states; ++i) write(t.state[i], t.state_dtype, at, count, t.vectors, s[i]);
+    if (t.copy) write(t.copy, t.copy_dtype, at, count, t.vectors, p);
+    if (t.average) {
+      T average[kWidth];
+      read(t.average, t.average_dtype, at, count, t.vectors, average);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) average[k] = lerp(average[k], p[k], t.average_weight);
+      write(t.average, t.average_dtype, at, count, t.vectors, average);
+    }
   }
 }
 
@@ -121,17 +141,44 @@ bool aligned(const void* pointer, Dtype dtype) {
 template <class Rule, class T>
 class Step {
  public:
-  Step(const Hyper& hyper, void* stream) : hyper_(hyper), stream_(stream), rule_(hyper, 1), batch_(hyper) {}
+  Step(const Slot& slot, const Control* control, void* stream)
+      : hyper_(slot.hyper),
+        clock_(slot.clock),
+        around_(*hyper_),
+        rule_(*hyper_, clock_),
+        batch_(control),
+        stream_(stream) {}
 
   int add(const Slot& slot) {
     if (slot.numel == 0) return 0;
-    // Tensors are mostly at the same step; its constants cost two powers.
-    if (slot.step != step_) rule_ = Rule(hyper_, step_ = slot.step);
+    // Tensors of a group are mostly at the same step; its constants cost two powers.
+    if (slot.hyper != hyper_ || slot.clock.step != clock_.step || slot.clock.product != clock_.product) {
+      hyper_ = slot.hyper;
+      clock_ = slot.clock;
+      around_ = Surroundings<T>(*hyper_);
+      rule_ = Rule(*hyper_, clock_);
+    }
     bool vectors = aligned(slot.param, slot.param_dtype) && aligned(slot.grad, slot.grad_dtype);
     for (int i = 0; i < Rule::states; ++i) vectors = vectors && aligned(slot.state[i], slot.state_dtype);
-    auto* const tensor = new (batch_.bytes + batch_.count * sizeof(Tensor<Rule>))
-        Tensor<Rule>{slot.param,      slot.grad,        {},     slot.numel, chunks_, rule_, slot.param_dtype,
-                     slot.grad_dtype, slot.state_dtype, vectors};
+    vectors = vectors && aligned(slot.copy, slot.copy_dtype) && aligned(slot.average, slot.average_dtype);
+    using Entry = Tensor<Rule, T>;
+    auto* const tensor = new (batch_.bytes + batch_.count * sizeof(Entry)) Entry{slot.param,
+                                                                                 slot.grad,
+                                                                                 {},
+                                                                                 slot.numel,
+                                                                                 chunks_,
+                                                                                 slot.copy,
+                                                                                 slot.average,
+                                                                                 slot.seed,
+                                                                                 T(slot.average_weight),
+                                                                                 around_,
+                                                                                 rule_,
+                                                                                 slot.param_dtype,
+                                                                                 slot.grad_dtype,
+                                                                                 slot.state_dtype,
+                                                                                 slot.copy_dtype,
+                                                                                 slot.average_dtype,
+                                                                                 vectors};
     std::memcpy(tensor->state, slot.state, Rule::states * sizeof(void*));
     chunks_ += cuda::ceil_div(slot.numel, chunk_elements(slot.param_dtype));
     return ++batch_.count == Batch<Rule, T>::capacity ? launch() : 0;
@@ -147,18 +194,19 @@ class Step {
   }
 
  private:
-  const Hyper& hyper_;
-  void* stream_;
+  const Hyper* hyper_;
+  Clock clock_;
+  Surroundings<T> around_;
   Rule rule_;
-  double step_ = 1;
-  int64_t chunks_ = 0;
   Batch<Rule, T> batch_;
+  void* stream_;
+  int64_t chunks_ = 0;
 };
 
 template <template <class> class Rule>
-int step(const Hyper& hyper, const Slot* slots, int64_t count, void* stream) {
-  Step<Rule<float>, float> single(hyper, stream);
-  Step<Rule<double>, double> twice(hyper, stream);
+int step(const Slot* slots, int64_t count, const Control* control, void* stream) {
+  Step<Rule<float>, float> single(slots[0], control, stream);
+  Step<Rule<double>, double> twice(slots[0], control, stream);
   for (int64_t i = 0; i < count; ++i) {
     const int error = slots[i].param_dtype == Dtype::float64 ? twice.add(slots[i]) : single.add(slots[i]);
     if (error != 0) return error;
@@ -168,13 +216,13 @@ int step(const Hyper& hyper, const Slot* slots, int64_t count, void* stream) {
 }
 
 #define GDBP_ROW(name, Rule) &step<Rule>,
-constexpr int (*kSteps[])(const Hyper&, const Slot*, int64_t, void*) = {GDBP_OPTIM_RULES(GDBP_ROW)};
+constexpr int (*kSteps[])(const Slot*, int64_t, const Control*, void*) = {GDBP_OPTIM_RULES(GDBP_ROW)};
 #undef GDBP_ROW
 
 }  // namespace
 
-int step_cuda(int rule, const Hyper& hyper, const Slot* slots, int64_t count, void* stream) {
-  return kSteps[rule](hyper, slots, count, stream);
+int step_cuda(int rule, const Slot* slots, int64_t count, const Control* control, void* stream) {
+  return count == 0 ? 0 : kSteps[rule](slots, count, control, stream);
 }
 
 }  // namespace gdbp::optim

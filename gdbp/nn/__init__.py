@@ -2,6 +2,15 @@
 
 from gdbp.nn import functional, init
 from gdbp.nn.linear import Linear
-from gdbp.nn.loss import CrossEntropyLoss, MSELoss
+from gdbp.nn.loss import CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss
 
-__all__ = ["CrossEntropyLoss", "Linear", "MSELoss", "functional", "init"]
+__all__ = [
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "Linear",
+    "MSELoss",
+    "SmoothL1Loss",
+    "functional",
+    "init",
+]

@@ -15,19 +15,21 @@ def _check_activation(activation: str | None) -> None:
         raise ValueError(f"activation is {activation!r}; expected None or one of {names}")
 
 
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
 def _autocast_is_on(tensor: torch.Tensor) -> bool:
+    if not _any_autocast():
+        return False
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on for their device, as torch's linear sees them."""
-    if not _autocast_is_on(tensors[0]):
-        return list(tensors)
+    """The tensors in autocast's dtype, as torch's linear sees them."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
-        for t in tensors
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
     ]
 
 
@@ -44,14 +46,15 @@ def linear(
         input: (\\*, in_features), at least one dimension; any strides.
         weight: (out_features, in_features).
         bias: (out_features,) or None.
-        activation: None, "relu", "gelu" (exact), "sigmoid" or "tanh".
+        activation: None, "relu", "leaky_relu" (negative_slope 0.01), "gelu" (exact), "gelu_tanh", "silu",
+            "sigmoid", "tanh", "elu" (alpha 1) or "softplus" (beta 1, threshold 20).
 
     All of one dtype (float64, float32, bfloat16, float16) and device; under autocast they are cast first.
     Half types are accumulated in float32. Returns (\\*, out_features).
 
     Backward forms the gradient of the pre-activation and of the bias in one pass, computes only what is asked
-    for, and keeps one tensor: the output, or for gelu the pre-activation. Derivatives of every order,
-    ``torch.func`` and ``torch.compile`` work.
+    for, and keeps one tensor: the output, or for gelu, gelu_tanh and silu the pre-activation. Derivatives of
+    every order, ``torch.func`` and ``torch.compile`` work.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
@@ -60,7 +63,8 @@ def linear(
     """
     if activation is not None:
         _check_activation(activation)
-    input, weight, bias = _autocast(input, weight, bias)
+    if _autocast_is_on(input):
+        input, weight, bias = _autocast(input, weight, bias)
     return ops.linear(input, weight, bias, activation or "none")
 
 
@@ -77,6 +81,20 @@ def _without_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None
     if not _autocast_is_on(tensors[0]):
         return list(tensors)
     return [t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
+
+
+def _pointwise(kind: str, input: torch.Tensor, target: torch.Tensor, reduction: str, parameter: float = 0.0):
+    if input.shape != target.shape:
+        warnings.warn(
+            f"Using a target size ({target.shape}) that is different to the input size ({input.shape}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=3,
+        )
+        input, target = torch.broadcast_tensors(input, target)
+    input, target = _without_autocast(input, target)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return ops.pointwise_loss(input.to(dtype), target.to(dtype), kind, parameter, reduction)
 
 
 def mse_loss(
@@ -100,17 +118,74 @@ def mse_loss(
     reduction = _reduction_name(size_average, reduce, reduction)
     if weight is not None:
         return torch.nn.functional.mse_loss(input, target, reduction=reduction, weight=weight)
-    if input.shape != target.shape:
-        warnings.warn(
-            f"Using a target size ({target.shape}) that is different to the input size ({input.shape}). "
-            "This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
-            stacklevel=2,
+    return _pointwise("mse_loss", input, target, reduction)
+
+
+def l1_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean absolute error, ``mean(abs(input - target))``; the gradient is 0 where they are equal.
+
+    NaN elements have the gradient NaN, where torch's is 0. Complex tensors are computed by torch's function.
+    Everything else is as in :func:`mse_loss`.
+    """
+    reduction = _reduction_name(size_average, reduce, reduction)
+    if weight is not None or input.is_complex() or target.is_complex():
+        return torch.nn.functional.l1_loss(input, target, reduction=reduction, weight=weight)
+    return _pointwise("l1_loss", input, target, reduction)
+
+
+def huber_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Huber's loss: of a difference d up to ``delta`` in size ``d**2 / 2``, beyond it ``delta * (abs(d) - delta / 2)``.
+
+    Everything else is as in :func:`mse_loss`.
+
+    Raises:
+        RuntimeError: delta <= 0.
+        ValueError: an unknown reduction.
+    """
+    reduction = _reduction_name(None, None, reduction)
+    if delta <= 0:
+        raise RuntimeError(
+            f"huber_loss does not support non-positive values for delta. Got: {delta}; expected a number above 0"
         )
-        input, target = torch.broadcast_tensors(input, target)
-    input, target = _without_autocast(input, target)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    return ops.mse_loss(input.to(dtype), target.to(dtype), reduction)
+    if weight is not None:
+        return torch.nn.functional.huber_loss(input, target, reduction=reduction, delta=delta, weight=weight)
+    return _pointwise("huber_loss", input, target, reduction, delta)
+
+
+def smooth_l1_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> torch.Tensor:
+    """Absolute error with its tip rounded off: of a difference d below ``beta`` in size ``d**2 / (2 * beta)``, beyond
+    it ``abs(d) - beta / 2``. It is ``huber_loss(delta=beta) / beta``, and for beta 0 :func:`l1_loss`.
+
+    Everything else is as in :func:`mse_loss`.
+
+    Raises:
+        RuntimeError: beta < 0.
+        ValueError: an unknown reduction.
+    """
+    reduction = _reduction_name(size_average, reduce, reduction)
+    if beta < 0:
+        raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more")
+    return _pointwise("smooth_l1_loss" if beta else "l1_loss", input, target, reduction, beta)
 
 
 def cross_entropy(
@@ -158,23 +233,17 @@ def cross_entropy(
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
-            f"target has dtype {target.dtype}; expected target dtype to be Long or Byte; "
-            "convert it with .long()"
+            f"target has dtype {target.dtype}; expected target dtype to be Long or Byte; convert it with .long()"
         )
     expected = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
     if target.shape != expected:
         if input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]:
             raise ValueError(
-                f"Expected input batch_size ({input.shape[0]}) "
-                f"to match target batch_size ({target.shape[0]})."
+                f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
             )
-        raise RuntimeError(
-            f"Expected target size {expected}, got {tuple(target.shape)}; give one label a row"
-        )
+        raise RuntimeError(f"Expected target size {expected}, got {tuple(target.shape)}; give one label a row")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()"
-        )
+        raise RuntimeError("weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()")
     rows = input.movedim(1, -1).flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
     loss = ops.cross_entropy(
         rows, target.reshape(-1).long(), weight, reduction, ignore_index, max(0.0, label_smoothing)

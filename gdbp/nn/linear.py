@@ -16,7 +16,7 @@ class Linear(torch.nn.Linear):
         out_features: size of each output row.
         bias: whether to learn a bias of shape (out_features,).
         device, dtype: of the parameters; float64, float32, bfloat16 or float16.
-        activation: None, "relu", "gelu" (the exact, erf form), "sigmoid" or "tanh".
+        activation: None, or a name: "relu", "gelu", ..., see :func:`gdbp.nn.functional.linear`.
 
     Shape:
         input (\\*, in_features), output (\\*, out_features).

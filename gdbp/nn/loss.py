@@ -15,6 +15,27 @@ class MSELoss(torch.nn.MSELoss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
+class L1Loss(torch.nn.L1Loss):
+    """Mean absolute error; see :func:`gdbp.nn.functional.l1_loss`."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """Quadratic up to an error of ``delta`` (default 1), linear beyond; see :func:`gdbp.nn.functional.huber_loss`."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """Absolute error, quadratic below ``beta`` (default 1); see :func:`gdbp.nn.functional.smooth_l1_loss`."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Softmax cross-entropy of logits against labels, with torch's arguments (weight, ignore_index,
     reduction, label_smoothing) and its buffer ``weight``; see :func:`gdbp.nn.functional.cross_entropy`.

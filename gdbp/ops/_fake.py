@@ -17,8 +17,14 @@ def _check_devices(op, **tensors):
 @torch.library.register_fake("gdbp::linear")
 def _(input, weight, bias, activation):
     _check_devices("linear", input=input, weight=weight, bias=bias)
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("gdbp::linear_with_pre")
+def _(input, weight, bias, activation):
+    _check_devices("linear", input=input, weight=weight, bias=bias)
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    return output, torch.empty_like(output) if activation == "gelu" else input.new_empty((0,))
+    return output, torch.empty_like(output)
 
 
 @torch.library.register_fake("gdbp::linear_backward")
@@ -31,15 +37,15 @@ def _(grad_output, input, weight, saved, activation, mask):
     )
 
 
-@torch.library.register_fake("gdbp::mse_loss")
-def _(input, target, reduction):
-    _check_devices("mse_loss", input=input, target=target)
+@torch.library.register_fake("gdbp::pointwise_loss")
+def _(input, target, kind, parameter, reduction):
+    _check_devices(kind, input=input, target=target)
     return input.new_empty(input.shape if reduction == "none" else ())
 
 
-@torch.library.register_fake("gdbp::mse_loss_backward")
-def _(grad_output, input, target, reduction, mask):
-    _check_devices("mse_loss_backward", grad_output=grad_output, input=input, target=target)
+@torch.library.register_fake("gdbp::pointwise_loss_backward")
+def _(grad_output, input, target, kind, parameter, reduction, mask):
+    _check_devices(f"{kind}_backward", grad_output=grad_output, input=input, target=target)
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
 
 
@@ -57,12 +63,10 @@ def _(logits, target, weight, reduction, ignore_index, label_smoothing):
 
 @torch.library.register_fake("gdbp::cross_entropy_backward")
 def _(grad_output, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing):
-    _check_devices(
-        "cross_entropy_backward", logits=logits, grad_output=grad_output, target=target, weight=weight
-    )
+    _check_devices("cross_entropy_backward", logits=logits, grad_output=grad_output, target=target, weight=weight)
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("gdbp::optim_step_")
-def _(params, grads, states, rule, hyper, counts):
+def _(params, grads, states, counts, rule, hyper, lr, fresh, norm):
     return None

@@ -25,7 +25,11 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Whether a graph must be recorded; where not, the operator is called directly, which is cheaper."""
     if _functorch_active is None or _functorch_active():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def is_fused(*tensors: torch.Tensor | None) -> bool:
@@ -34,7 +38,8 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return False
     for t in tensors:
-        if t is None:
+        # The usual case first: this runs at every call of every layer.
+        if t is None or (type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and t.layout is torch.strided):
             continue
         if t.device.type not in _DEVICES or t.layout is not torch.strided:
             return False
@@ -43,6 +48,7 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 # meta: shapes without data, which the fake kernels know.
 _DEVICES = frozenset(("cpu", "cuda", "meta"))
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__

@@ -1,4 +1,4 @@
-"""Losses: mean squared error, and cross-entropy over class indices."""
+"""Losses: those of single elements, and cross-entropy over class indices."""
 
 import torch
 
@@ -6,36 +6,44 @@ from gdbp import _load, reference
 from gdbp.ops._function import Function, is_fused, needs_autograd
 
 
-class _MSELoss(Function):
+class _PointwiseLoss(Function):
     @staticmethod
-    def forward(input, target, reduction):
-        return torch.ops.gdbp.mse_loss(input, target, reduction)
+    def forward(input, target, kind, parameter, reduction):
+        return torch.ops.gdbp.pointwise_loss(input, target, kind, parameter, reduction)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, target, ctx.reduction = inputs
+        input, target, *ctx.options = inputs
         ctx.save_for_backward(input, target)
 
     @staticmethod
     def backward(ctx, grad_output):
+        nothing = (None,) * 3
         input, target = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *reference.mse_loss_backward(grad_output, input, target, ctx.reduction), None
+            return *reference.pointwise_loss_backward(grad_output, input, target, *ctx.options), *nothing
         mask = ctx.needs_input_grad[:2]
-        return *torch.ops.gdbp.mse_loss_backward(grad_output, input, target, ctx.reduction, mask), None
+        grads = torch.ops.gdbp.pointwise_loss_backward(grad_output, input, target, *ctx.options, mask)
+        return *grads, *nothing
 
     @staticmethod
-    def vmap(info, in_dims, input, target, reduction):
-        return torch.vmap(reference.mse_loss, in_dims=in_dims)(input, target, reduction), 0
+    def vmap(info, in_dims, input, target, *options):
+        return torch.vmap(reference.pointwise_loss, in_dims=in_dims)(input, target, *options), 0
 
 
-def mse_loss(input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Squared error of two tensors of one shape and dtype; see :func:`gdbp.nn.functional.mse_loss`."""
+def pointwise_loss(
+    input: torch.Tensor, target: torch.Tensor, kind: str, parameter: float, reduction: str
+) -> torch.Tensor:
+    """A loss of single elements, for two tensors of one shape and dtype.
+
+    ``kind`` is a name of GDBP_POINTWISE_LOSSES in csrc/pointwise/pointwise_math.h, and of a function in
+    :mod:`gdbp.nn.functional`; ``parameter`` is its delta or beta, greater than 0, or unused.
+    """
     if not (_load.available and is_fused(input, target)):
-        return reference.mse_loss(input, target, reduction)
+        return reference.pointwise_loss(input, target, kind, parameter, reduction)
     if needs_autograd(input, target):
-        return _MSELoss.apply(input, target, reduction)
-    return torch.ops.gdbp.mse_loss(input, target, reduction)
+        return _PointwiseLoss.apply(input, target, kind, parameter, reduction)
+    return torch.ops.gdbp.pointwise_loss(input, target, kind, parameter, reduction)
 
 
 class _CrossEntropy(Function):
@@ -58,9 +66,7 @@ class _CrossEntropy(Function):
             return None, *nothing
         logits, target, weight, stats, total_weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return reference.cross_entropy_backward(
-                grad_output, logits, target, weight, *ctx.options
-            ), *nothing
+            return reference.cross_entropy_backward(grad_output, logits, target, weight, *ctx.options), *nothing
         grad = torch.ops.gdbp.cross_entropy_backward(
             grad_output, logits, target, weight, stats, total_weight, *ctx.options
         )

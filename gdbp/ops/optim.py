@@ -12,18 +12,26 @@ from gdbp.ops._function import is_fused
 def step_(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    states: Sequence[Sequence[torch.Tensor]],
+    states: Sequence[torch.Tensor],
+    counts: Sequence[torch.Tensor],
     rule: str,
     hyper: Sequence[float],
-    counts: Sequence[int],
+    lr: torch.Tensor | None = None,
+    fresh: Sequence[bool] = (),
+    norm: torch.Tensor | None = None,
 ) -> None:
-    """Update ``params`` and ``states`` in place.
+    """Update ``params``, ``states`` and ``counts`` in place.
 
-    ``states`` holds one list for each of the rule's states. ``hyper`` is in the order of ``struct Hyper`` in
-    csrc/optim/optim_math.h. ``counts`` is the number of this update for each parameter, 1 for the first.
+    Args:
+        states, counts: for each kind that the rule keeps, one tensor a parameter, one kind after the other.
+            Counts are 0-dim CPU tensors: the steps so far and, for nadam, the product of its momenta.
+        rule: a name of GDBP_OPTIM_RULES in csrc/optim/optim_math.h.
+        hyper: numbers in the order of ``struct Hyper`` in csrc/optim/hyper.h.
+        lr: a 0-dim tensor that stands for the first of ``hyper``.
+        fresh: for rules without counts, whether this is a parameter's first update.
+        norm: what :func:`gdbp.ops.grad.norm` returned; scales the gradients, or skips the step.
     """
-    flat = [tensor for kind in states for tensor in kind]
     if _load.available and all(map(is_fused, params)):
-        torch.ops.gdbp.optim_step_(params, grads, flat, rule, hyper, counts)
+        torch.ops.gdbp.optim_step_(params, grads, states, counts, rule, hyper, lr, fresh, norm)
     else:
-        reference.optim_step_(params, grads, states, rule, hyper, counts)
+        reference.optim_step_(params, grads, states, counts, rule, hyper, lr, fresh, norm)

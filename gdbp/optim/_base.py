@@ -5,12 +5,16 @@ An optimizer here is torch's own class (constructor, error texts, param_groups, 
 """
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from gdbp import _load, reference
+from gdbp import _load
 from gdbp.ops._function import is_fused
+from gdbp.optim import _checkpoint, _compile
+from gdbp.optim._list_plan import ListPlan
+from gdbp.optim._precision import Precision
 
 if _load.available:
     from gdbp import _C
@@ -20,9 +24,10 @@ class Update(NamedTuple):
     """An update rule as a group's options choose it."""
 
     rule: str  # a name of GDBP_OPTIM_RULES in csrc/optim/optim_math.h
-    states: tuple[str, ...]  # keys of the state tensors, in the rule's order
-    hyper: tuple[float, ...]  # the rule's own hyper-parameters, in its order
-    counts_steps: bool = True  # whether torch keeps a "step" for this optimizer
+    states: tuple[str, ...] = ()  # keys of the state tensors, in the rule's order
+    hyper: tuple[float, ...] = ()  # the rule's own hyper-parameters, in its order
+    # Numbers that torch keeps for each parameter as 0-dim tensors on the CPU, with their first values.
+    counts: tuple[tuple[str, float], ...] = (("step", 0.0),)
     decoupled: bool = False  # whether weight_decay shrinks the parameter itself
 
 
@@ -30,6 +35,16 @@ _EXTRAS = (
     inspect.Parameter("l1", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float),
     inspect.Parameter("l1_mode", inspect.Parameter.KEYWORD_ONLY, default="subgradient", annotation=str),
     inspect.Parameter("clip_value", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None),
+)
+_STEP_EXTRAS = (
+    inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None),
+    inspect.Parameter("skip_nonfinite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+    *(
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Precision.__annotations__[name]
+        )
+        for name, default in Precision._field_defaults.items()
+    ),
 )
 
 
@@ -44,8 +59,25 @@ class Fused(torch.optim.Optimizer):
             towards 0 after the update and stops there, which gives exact zeros (Beck and Teboulle, 2009).
         clip_value: largest absolute value of an element of a gradient; ``.grad`` itself is untouched.
 
+        max_grad_norm: largest 2-norm of all gradients together: one more read of them, and the factor is applied
+            in the update, so ``.grad`` is untouched. ``grad_norm`` then holds the norm.
+        skip_nonfinite: leave parameters and states as they are when a gradient is not finite.
+
+        master_weights: keep a float32 original of every bfloat16 or float16 parameter, and float32 states: the
+            parameter is its rounded copy, written in the same pass.
+        stochastic_rounding: round bfloat16 parameters up or down at random, in proportion, so that small updates are
+            not lost; True, or a seed > 0. A function of the seed, the parameter's position, the step and the
+            element: reproducible for any number of threads.
+        state_dtype: dtype of the states, None for the parameter's; "8bit" for blocks of 8-bit numbers with a common
+            scale (on the CPU; states of fewer than 4096 elements stay float32).
+        ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
+            started at the parameters as first stepped; see :meth:`ema_parameters`.
+
+    From max_grad_norm on these are the optimizer's, not a group's. ``max_grad_norm`` and ``skip_nonfinite`` can be
+    changed later through the attributes of their names.
+
     ``foreach`` and ``fused`` are accepted for torch's sake and change nothing: there is one implementation.
-    Groups with ``capturable`` or ``differentiable`` are stepped by torch's own class.
+    Groups with ``capturable`` (on the CPU it changes nothing) or ``differentiable`` are stepped by torch's own class.
     """
 
     _step_supports_amp_scaling = False
@@ -53,9 +85,11 @@ class Fused(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            return
         cls._torch_class = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
         signature = inspect.signature(cls._torch_class)
-        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *_EXTRAS])
+        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *_EXTRAS, *_STEP_EXTRAS])
 
     def __init__(
         self,
@@ -64,28 +98,81 @@ class Fused(torch.optim.Optimizer):
         l1: float = 0.0,
         l1_mode: str = "subgradient",
         clip_value: float | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool | int = False,
+        state_dtype: torch.dtype | str | None = None,
+        ema_decay: float | None = None,
         **kwargs,
     ):
         extras = {"l1": l1, "l1_mode": l1_mode, "clip_value": clip_value}
         _check_extras(extras)
+        _check_max_grad_norm(max_grad_norm)
+        precision = Precision(master_weights, stochastic_rounding, state_dtype, ema_decay)
+        precision.check()
         super().__init__(params, *args, **kwargs)
         # torch's fused=True promises GradScaler that the step unscales; ours leaves that to the scaler.
         self._step_supports_amp_scaling = False
+        # In a dict, as Dynamo drops what a traced step assigns to an optimizer's attributes.
+        self._last: dict[str, Any] = {"grad_norm": None}
         self.defaults.update(extras)
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.defaults.update(precision._asdict())
         for group in self.param_groups:
             _set_extras(group, extras)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        for option in _STEP_EXTRAS:
+            self.param_groups[-1].pop(option.name, None)
         # While torch's constructor runs, the defaults of ours are not there yet.
         if "l1" in self.defaults:
             _set_extras(self.param_groups[-1], self.defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_last", {"grad_norm": None})
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             _set_extras(group, self.defaults)
+
+    # Kept in `defaults`, which copies and pickles of an optimizer carry.
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Largest 2-norm of all gradients together, or None for no clipping."""
+        return self.defaults.get("max_grad_norm")
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        _check_max_grad_norm(value)
+        self.defaults["max_grad_norm"] = value
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a gradient that is not finite makes the step do nothing."""
+        return self.defaults.get("skip_nonfinite", False)
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self.defaults["skip_nonfinite"] = bool(value)
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """2-norm of all gradients at the last step, before clipping: a 0-dim float64 tensor on their device, or
+        None where neither max_grad_norm nor skip_nonfinite asked for it."""
+        return self._last["grad_norm"]
+
+    @property
+    def _precision(self) -> Precision:
+        return Precision(*(self.defaults.get(name, default) for name, default in Precision._field_defaults.items()))
+
+    def ema_parameters(self) -> Iterator[torch.Tensor]:
+        """The moving averages, in the order of the parameters; a parameter that was never stepped stands for itself."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield self.state[p]["ema_param"] if "ema_param" in self.state.get(p, ()) else p.detach()
 
     def _update(self, group: dict[str, Any]) -> Update:
         raise NotImplementedError
@@ -101,79 +188,112 @@ class Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(group.get("capturable") or group.get("differentiable") for group in self.param_groups):
-            self._step_torch()
-            return loss
-        plans = self.__dict__.setdefault("_plans", {})
-        for index, group in enumerate(self.param_groups):
-            update = self._update(group)
-            hyper = _hyper(group, update)
-            plan = plans.get(index)
-            # A plan that no longer fits says so, and another is made; then it fits.
-            if plan is None or not plan.step(group["params"], self.state, update.rule, hyper):
-                plans[index] = plan = self._plan(group, update)
-                plan.step(group["params"], self.state, update.rule, hyper)
+        if torch.compiler.is_compiling():
+            _compile.step(self, _hyper)
+        else:
+            self._step_now()
         return loss
 
+    def _step_now(self) -> None:
+        if any(map(_is_torchs, self.param_groups)):
+            return self._step_torch()
+        updates = [self._update(group) for group in self.param_groups]
+        groups = [
+            (group["params"], update.rule, _hyper(group, update))
+            for group, update in zip(self.param_groups, updates, strict=True)
+        ]
+        created: list[tuple[torch.Tensor, list[str]]] = []
+        if _checkpoint.is_trial(self):
+            self._plan = self._make_plan(groups, updates, created)
+            return
+        plan = self.__dict__.get("_plan")
+        # A plan that no longer fits says so, and another is made; then it fits.
+        if plan is None or not plan.collect(groups, self.state):
+            self._plan = plan = self._make_plan(groups, updates, created)
+            if not plan.collect(groups, self.state):
+                raise RuntimeError(
+                    f"{type(self).__name__}: a state is not the tensor it should be; expected what state_dict() "
+                    "returned; clear optimizer.state or load a checkpoint"
+                )
+        if plan.run(self._norm(plan.norm)):
+            return
+        # The step was skipped, so that nothing has begun: a first step is still to come.
+        for p, keys in created:
+            for key in keys:
+                del self.state[p][key]
+            if not self.state[p]:
+                del self.state[p]
+
+    def _norm(self, norm_of) -> torch.Tensor | None:
+        """What the gradients decide, as one read of them says; None where nothing depends on it."""
+        self._last["grad_norm"] = None
+        if self.max_grad_norm is None and not self.skip_nonfinite:
+            return None
+        limit = float("inf") if self.max_grad_norm is None else float(self.max_grad_norm)
+        norm = norm_of(limit, 1.0, self.skip_nonfinite)
+        self._last["grad_norm"] = norm[0]
+        return norm
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, of this class or of torch's.
+
+        As in torch, except that every state keeps its dtype (torch casts it to its parameter's) and is copied
+        (torch shares it with ``state_dict``), into the parameter's memory layout and its placement over ranks.
+        """
+        _checkpoint.load_state_dict(self, super().load_state_dict, state_dict)
+
+    def _init_group(self, group: dict[str, Any], *lists, fused: bool = False):
+        # By this name torch's step and Dynamo know it; fused: ours asks, and not torch's.
+        return _compile.init_group(self, group, *lists) if fused else super()._init_group(group, *lists)
+
     @torch.no_grad()
-    def _plan(self, group: dict[str, Any], update: Update):
-        """Creates the states that are missing and returns what will step the group from now on."""
-        fresh = []
-        for i, p in enumerate(group["params"]):
-            if p.grad is None or not update.states:
-                continue
-            state = self.state[p]
-            if update.counts_steps:
-                state["step"] = _count(state.get("step", 0.0))
-            for key in update.states:
-                if state.get(key) is None:
-                    state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    fresh.append(i)
-        args = (update.rule, group["params"], self.state, update.states, update.counts_steps and bool(update.states))
-        if _load.available and all(map(is_fused, group["params"])):
-            return _C.StepPlan(*args, fresh)
-        return _ReferencePlan(*args, fresh)
+    def _make_plan(self, groups: list, updates: list[Update], created: list[tuple[torch.Tensor, list[str]]]):
+        """Creates the states that are missing and returns what will step the groups from now on.
+
+        Args:
+            created: takes in the parameters that got new states, and the keys of these.
+        """
+        precision = self._precision
+        roles, fresh = [], []
+        for (params, _, _), update in zip(groups, updates, strict=True):
+            # Stochastic rounding needs the step's number, so that a resumed run draws what an unbroken one would.
+            counts = update.counts or ((("step", 0.0),) if precision.seed else ())
+            kept = precision.roles(update.states) + [("count", key) for key, _ in counts]
+            roles.append(kept if update.states or not precision.is_default() else [])
+            fresh.append([])
+            for i, p in enumerate(params):
+                if p.grad is None or not roles[-1]:
+                    continue
+                state = self.state[p]
+                known = set(state)
+                for key, first in counts:
+                    state[key] = _checkpoint.count_tensor(state.get(key, first))
+                if precision.prepare(p, state, update.states):
+                    fresh[-1].append(i)
+                created.append((p, [key for key in state if key not in known]))
+        params = [p for params, _, _ in groups for p in params]
+        if _load.available and all(map(is_fused, params)) and len(set(map(id, params))) == len(params):
+            plan = _C.StepPlan(groups, self.state, roles, fresh)
+            plan.configure(precision.average_weight, precision.seed)
+            return plan
+        if not precision.is_default():
+            raise RuntimeError(
+                f"{type(self).__name__}: master_weights, stochastic_rounding, state_dtype and ema_decay need the "
+                "compiled part, plain tensors on CPU or CUDA, and no parameter twice; switch them off"
+            )
+        return ListPlan(groups, self.state, roles, fresh)
 
     def _step_torch(self) -> None:
-        if any(group["l1"] or group["clip_value"] is not None for group in self.param_groups):
+        extras = any(group["l1"] or group["clip_value"] is not None for group in self.param_groups)
+        if extras or self.max_grad_norm is not None or self.skip_nonfinite or not self._precision.is_default():
             raise RuntimeError(
-                f"{type(self).__name__}: l1 and clip_value do not go with capturable or differentiable, which "
+                f"{type(self).__name__}: arguments beyond torch's do not go with capturable or differentiable, which "
                 "torch's own step computes; switch one of them off"
             )
         # Without the wrapper that fires hooks: ours has fired them.
         step = self._torch_class.step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
         step(self)
-
-
-class _ReferencePlan:
-    """Steps a group in plain torch, where our kernels cannot; the interface of StepPlan."""
-
-    def __init__(self, rule, params, state, keys, counts_steps, fresh):
-        self.known = (rule, list(map(id, params)), id(state))
-        self.keys, self.counts_steps, self.fresh = keys, counts_steps, set(fresh)
-
-    def step(self, params, state, rule, hyper) -> bool:
-        if self.known != (rule, list(map(id, params)), id(state)):
-            return False
-        stepped = [i for i, p in enumerate(params) if p.grad is not None]
-        if any(state.get(params[i], {}).get(key) is None for i in stepped for key in self.keys):
-            return False
-        counts = [2 - (i in self.fresh) for i in stepped]
-        if self.counts_steps:
-            counts = [int(state[params[i]]["step"].item()) + 1 for i in stepped]
-        reference.optim_step_(
-            [params[i] for i in stepped],
-            [params[i].grad for i in stepped],
-            [[state[params[i]][key] for i in stepped] for key in self.keys],
-            rule,
-            hyper,
-            counts,
-        )
-        for i in stepped if self.counts_steps else ():
-            state[params[i]]["step"] += 1
-        self.fresh.difference_update(stepped)
-        return True
 
 
 def _check_extras(extras: dict[str, Any]) -> None:
@@ -184,6 +304,11 @@ def _check_extras(extras: dict[str, Any]) -> None:
         raise ValueError(f"Invalid l1_mode: {mode!r}; expected 'subgradient' or 'prox'")
     if clip is not None and not clip > 0.0:
         raise ValueError(f"Invalid clip_value: {clip}; expected a number > 0, or None for no clipping")
+
+
+def _check_max_grad_norm(value: float | None) -> None:
+    if value is not None and not value > 0.0:
+        raise ValueError(f"Invalid max_grad_norm: {value}; expected a number > 0, or None for no clipping")
 
 
 def _set_extras(group: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -208,8 +333,8 @@ def _hyper(group: dict[str, Any], update: Update) -> list[float]:
     ]
 
 
-def _count(step: torch.Tensor | float) -> torch.Tensor:
-    """A step count as torch keeps it where nothing is captured: a 0-dim tensor on the CPU."""
-    if isinstance(step, torch.Tensor):
-        return step.cpu()
-    return torch.tensor(float(step), dtype=torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32)
+def _is_torchs(group: dict[str, Any]) -> bool:
+    """Whether torch's own class steps this group. On the CPU, where nothing can be captured, ``capturable`` is
+    what a checkpoint of another device brought along."""
+    captured = group.get("capturable") and any(p.device.type != "cpu" for p in group["params"])
+    return bool(captured or group.get("differentiable"))

@@ -17,6 +17,6 @@ class SGD(Fused, torch.optim.SGD):
 
     def _update(self, group):
         if group["momentum"] == 0:
-            return Update("sgd", (), (), counts_steps=False)
+            return Update("sgd", counts=())
         rule = "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
-        return Update(rule, ("momentum_buffer",), (group["momentum"], group["dampening"]), counts_steps=False)
+        return Update(rule, ("momentum_buffer",), (group["momentum"], group["dampening"]), counts=())

@@ -81,9 +81,7 @@ def train(options: argparse.Namespace) -> int:
     except FloatingPointError as error:
         raise InputError(f"{error}: --lr {optimizer.defaults['lr'] / 10:g} or --clip 1") from None
     except torch.OutOfMemoryError:
-        raise InputError(
-            f"{options.device} is out of memory; use a smaller --batch-size or --hidden"
-        ) from None
+        raise InputError(f"{options.device} is out of memory; use a smaller --batch-size or --hidden") from None
     finally:
         torch.set_num_threads(threads)
 
@@ -188,7 +186,5 @@ def _folder(out: str | None, name: str) -> Path:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(
-            f"run folder '{folder}' can't be written to ({reason}); choose another with --out"
-        ) from None
+        raise InputError(f"run folder '{folder}' can't be written to ({reason}); choose another with --out") from None
     return folder

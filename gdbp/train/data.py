@@ -78,9 +78,7 @@ def prepare(table: Table, *, task: str | None = None, seed: int = 0) -> Data:
     distinct = np.unique(table.y)
     task = task or table.task or _infer_task(distinct)
     if len(distinct) < 2:
-        raise InputError(
-            f"target {table.target_name!r} is the same in all samples; there is nothing to learn"
-        )
+        raise InputError(f"target {table.target_name!r} is the same in all samples; there is nothing to learn")
     if task == "classification":
         if len(distinct) > len(table.y) // 2:
             raise InputError(

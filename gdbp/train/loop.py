@@ -131,16 +131,12 @@ def step_size(samples: int, method: str = "minibatch", batch_size: int | None = 
         raise InputError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     if method != "minibatch":
         if batch_size is not None:
-            raise InputError(
-                f"batch size {batch_size} goes with method minibatch, not {method}; leave it out"
-            )
+            raise InputError(f"batch size {batch_size} goes with method minibatch, not {method}; leave it out")
         return samples if method == "batch" else 1
     if batch_size is None:
         return min(32, samples)
     if not 1 <= batch_size <= samples:
-        raise InputError(
-            f"batch size {batch_size} is out of range; expected 1 to the {samples} training samples"
-        )
+        raise InputError(f"batch size {batch_size} is out of range; expected 1 to the {samples} training samples")
     return batch_size
 
 

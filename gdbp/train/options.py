@@ -85,9 +85,7 @@ def _widths(text: str) -> list[int]:
         return []
     widths = text.split(",")
     if not all(width.strip().isdigit() and int(width) > 0 for width in widths):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}; expected whole numbers above 0 and commas, as in 128,64"
-        )
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected whole numbers above 0 and commas, as in 128,64")
     return [int(width) for width in widths]
 
 

@@ -65,9 +65,7 @@ def read_table(source: str, target: str | None = None, task: str | None = None) 
     except OSError as error:
         raise InputError(f"data file {source!r} can't be read: {error.strerror or error}") from None
     if table.x.size == 0:
-        raise InputError(
-            f"{source!r} holds no data: {len(table.x)} samples of {table.x.shape[1]} inputs each"
-        )
+        raise InputError(f"{source!r} holds no data: {len(table.x)} samples of {table.x.shape[1]} inputs each")
     return table
 
 
@@ -132,9 +130,7 @@ def _csv_lines(source: str) -> tuple[list[tuple[int, list[str]]], list[str]]:
         raise InputError(f"{source!r} has column names but no samples; expected one sample a line")
     for line, cells in lines:
         if len(cells) != len(names):
-            raise InputError(
-                f"{source!r} line {line} has {len(cells)} cells; expected {len(names)}, as in line 1"
-            )
+            raise InputError(f"{source!r} line {line} has {len(cells)} cells; expected {len(names)}, as in line 1")
     return lines, names
 
 
@@ -148,9 +144,7 @@ def _is_number(cell: str) -> bool:
 
 def _label(source: str, line: int, cell: str, name: str) -> str:
     if not cell:
-        raise InputError(
-            f"column {name!r} of {source!r} is empty in line {line}; fill it in or drop the line"
-        )
+        raise InputError(f"column {name!r} of {source!r} is empty in line {line}; fill it in or drop the line")
     return cell
 
 
@@ -204,7 +198,5 @@ def _read_npz(source: str) -> Table:
     for name, array in (("x", x), ("y", y)):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             where = ", ".join(str(i) for i in np.argwhere(~np.isfinite(array))[0])
-            raise InputError(
-                f"array {name} of {source!r} is not finite at [{where}]; fill in or drop that sample"
-            )
+            raise InputError(f"array {name} of {source!r} is not finite at [{where}]; fill in or drop that sample")
     return Table(Path(source).stem, x, y, [f"x{i}" for i in range(x.shape[1])], "y")

@@ -32,9 +32,7 @@ def build_network(
     layers = []
     for index, shape in enumerate(pairwise(sizes)):
         after = activation if index < len(sizes) - 2 else None
-        layers.append(
-            init_(nn.Linear(*shape, activation=after), init, nonlinearity=after, generator=generator)
-        )
+        layers.append(init_(nn.Linear(*shape, activation=after), init, nonlinearity=after, generator=generator))
     return torch.nn.Sequential(*layers)
 
 

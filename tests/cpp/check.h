@@ -1,9 +1,12 @@
-// What the C++ tests share: errors in ulp against long double, and a tally.
+// What the C++ tests share: random numbers, errors in ulp against long double, and a tally.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 #include <limits>
+#include <random>
 
 #include "common/macros.h"
 
@@ -44,6 +47,19 @@ double ulp_error(T actual, long double reference) {
   return double(std::fabs(shown - wanted) / ulp<T>(wanted));
 }
 
+// An error in units of the last place of the largest term of a sum, where terms may cancel.
+template <class T>
+double error_against(T actual, long double reference, std::initializer_list<long double> terms) {
+  long double scale = std::fabs(reference);
+  for (long double term : terms) scale = std::max(scale, std::fabs(term));
+  return double(std::fabs(actual - reference) / ulp<T>(scale));
+}
+
+inline double uniform(double low, double high) {
+  static std::mt19937_64 generator(0);
+  return std::uniform_real_distribution<double>(low, high)(generator);
+}
+
 // The largest error seen, and where.
 struct Worst {
   double error = 0, where = 0;
@@ -55,8 +71,8 @@ struct Worst {
 inline void report(const char* name, const char* type, const Worst& worst, double bound) {
   const bool good = worst.error <= bound;
   failures += !good;
-  std::printf("%-26s %-8s max %6.3f ulp, bound %5.2f, at %.17g%s\n", name, type, worst.error, bound,
-              worst.where, good ? "" : "  FAILED");
+  std::printf("%-26s %-8s max %6.3f ulp, bound %5.2f, at %.17g%s\n", name, type, worst.error, bound, worst.where,
+              good ? "" : "  FAILED");
 }
 
 inline int finish() {

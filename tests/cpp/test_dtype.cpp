@@ -71,8 +71,7 @@ void test() {
   std::vector<H> patterns;
   for (int bits = 0; bits < 65536; ++bits) patterns.push_back({uint16_t(bits)});
   std::vector<float> wide(patterns.size());
-  loop([](H h) __attribute__((always_inline)) { return gdbp::widen(h); }, patterns.data(), wide.data(),
-       65536);
+  loop([](H h) __attribute__((always_inline)) { return gdbp::widen(h); }, patterns.data(), wide.data(), 65536);
   size_t wrong = 0;
   double where = 0;
   for (int bits = 0; bits < 65536; ++bits) {
@@ -92,8 +91,7 @@ void test() {
       x.push_back(std::nextafter(center, -INFINITY));
     }
   }
-  for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += 4099)
-    x.push_back(gdbp::bit_cast<float>(uint32_t(bits)));
+  for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += 4099) x.push_back(gdbp::bit_cast<float>(uint32_t(bits)));
   for (uint32_t payload : {1u, 0x1000u, 0x1fffu, 0xffffu, 0x10000u, 0x3fffffu, 0x400000u, 0x7fffffu}) {
     x.push_back(gdbp::bit_cast<float>(0x7f800000u | payload));
     x.push_back(gdbp::bit_cast<float>(0xff800000u | payload));

@@ -59,12 +59,10 @@ std::vector<T> inputs(double low, double high) {
   for (int i = 0; i < patterns; ++i) x.push_back(gdbp::bit_cast<T>(Bits(i * stride)));
   for (int i = 0; i <= points; ++i) x.push_back(T(low + (high - low) * i / points));
   // Small arguments of both signs, logarithmically.
-  for (int i = 0; i < 1 << 17; ++i)
-    x.push_back(T(std::ldexp(i % 2 ? -1.0 : 1.0, -60) * std::exp2(i / 2000.0)));
-  for (T edge :
-       {T(0), T(1), T(0.5), T(2), T(0.625), T(1.4142135), T(0.70710678), T(20), T(40), T(88.7228394),
-        T(709.78271289338397), T(-103.97208), T(-745.13321910194122), Limits::min(), Limits::denorm_min(),
-        Limits::max(), Limits::epsilon(), Limits::infinity(), Limits::quiet_NaN()}) {
+  for (int i = 0; i < 1 << 17; ++i) x.push_back(T(std::ldexp(i % 2 ? -1.0 : 1.0, -60) * std::exp2(i / 2000.0)));
+  for (T edge : {T(0), T(1), T(0.5), T(2), T(0.625), T(1.4142135), T(0.70710678), T(20), T(40), T(88.7228394),
+                 T(709.78271289338397), T(-103.97208), T(-745.13321910194122), Limits::min(), Limits::denorm_min(),
+                 Limits::max(), Limits::epsilon(), Limits::infinity(), Limits::quiet_NaN()}) {
     for (T sign : {T(1), T(-1)}) {
       x.push_back(sign * edge);
       x.push_back(std::nextafter(sign * edge, T(0)));

@@ -83,8 +83,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
            Arguments&&... arguments) {
   static_assert((std::is_trivially_copyable_v<std::decay_t<Parameters>> && ...),
                 "kernel arguments are copied as bytes");
-  static_assert((sizeof(std::decay_t<Parameters>) + ... + 0) <= kMaxArgumentBytes,
-                "too many kernel arguments");
+  static_assert((sizeof(std::decay_t<Parameters>) + ... + 0) <= kMaxArgumentBytes, "too many kernel arguments");
   const std::tuple<std::decay_t<Parameters>...> copies(std::forward<Arguments>(arguments)...);
   return run(grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
 }
@@ -107,8 +106,7 @@ T __shfl_xor_sync(unsigned mask, T value, int flip, cudasim::Place here = cudasi
   return cudasim::shuffle(mask, value, cudasim::lane() ^ flip, here);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance,
-                   cudasim::Place here = cudasim::Place::current()) {
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, cudasim::Place here = cudasim::Place::current()) {
   const int source = cudasim::lane() + int(distance);
   return cudasim::shuffle(mask, value, source < warpSize ? source : cudasim::lane(), here);
 }

@@ -32,8 +32,8 @@ const Swap swap_context = reinterpret_cast<Swap>(dlsym(dlopen("libc.so.6", RTLD_
 struct Stack {
   char* base;
   Stack() {
-    void* const memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const memory =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw Error("cudasim: no memory for the stack of a thread");
     base = static_cast<char*>(memory);
     mprotect(base, kPageBytes, PROT_NONE);  // running over the end is a fault, not silence
@@ -265,8 +265,7 @@ void run_block() {
     }
     if (any) continue;
     const auto end = engine.pool.begin() + engine.threads;
-    if (std::all_of(engine.pool.begin(), end, [](const auto& fiber) { return fiber->state == State::done; }))
-      return;
+    if (std::all_of(engine.pool.begin(), end, [](const auto& fiber) { return fiber->state == State::done; })) return;
     if (!release_block()) report_deadlock();
   }
 }

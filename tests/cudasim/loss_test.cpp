@@ -9,7 +9,6 @@ using namespace gdbp;
 using namespace gdbp::loss;
 
 constexpr Reduction kReductions[] = {Reduction::none, Reduction::mean, Reduction::sum};
-constexpr const char* kReductionNames[] = {"none", "mean", "sum"};
 constexpr int64_t kIgnore = -100;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -18,75 +17,6 @@ Dtype compute(Dtype dtype) { return dtype == Dtype::float64 ? dtype : Dtype::flo
 // The ulps that another order of summation of n numbers costs: their root, by the laws of chance, on top of a
 // few for what is done with the sum. Of a sum rounded to 16 bits the last one may flip.
 double sum_ulps(Dtype dtype, int64_t n) { return size_of(dtype) == 2 ? 1 : 8 + std::sqrt(double(n)); }
-
-// ---- mean squared error ----
-
-template <class F>
-void for_all_sizes(F f) {
-  // A vector of each type more or less, a tile more or less.
-  for (int64_t numel : {int64_t(0), int64_t(1), int64_t(3), int64_t(4), int64_t(9), kTile - 1, kTile,
-                        kTile + 1, 3 * kTile + 5}) {
-    for (Dtype dtype : kDtypes) {
-      for (Reduction reduction : kReductions) {
-        for (int64_t offset : {0, 1}) {
-          context = std::string(kDtypeNames[int(dtype)]) + " " + kReductionNames[int(reduction)] + " of " +
-                    std::to_string(numel) + " at offset " + std::to_string(offset);
-          f(numel, dtype, reduction, offset);
-        }
-      }
-    }
-  }
-}
-
-void mse_forward() {
-  std::mt19937 generator(1);
-  for_all_sizes([&](int64_t numel, Dtype dtype, Reduction reduction, int64_t offset) {
-    const bool each = reduction == Reduction::none;
-    const Array input(dtype, numel, offset, generator, -2, 2), target(dtype, numel, 0, generator, -2, 2);
-    std::vector<double> workspace(tiles(numel, kTile));
-    Array output[2] = {Array(dtype, each ? numel : 1, offset), Array(dtype, each ? numel : 1, offset)};
-    for (int device : {0, 1}) {
-      const MseForward args{dtype,
-                            reduction,
-                            numel,
-                            input.data(),
-                            target.data(),
-                            output[device].data(),
-                            each ? nullptr : workspace.data()};
-      expect((device ? mse_forward_cuda : mse_forward_cpu)(args, nullptr) == 0, "the launch fails");
-    }
-    expect_close(output[1], output[0], each ? 0 : sum_ulps(dtype, numel), 0, "output");
-  });
-}
-
-void mse_backward() {
-  std::mt19937 generator(2);
-  for_all_sizes([&](int64_t numel, Dtype dtype, Reduction reduction, int64_t offset) {
-    const int64_t grads = reduction == Reduction::none ? numel : 1;
-    const Array grad_output(dtype, grads, offset, generator, -2, 2);
-    const Array input(dtype, numel, offset, generator, -2, 2), target(dtype, numel, offset, generator, -2, 2);
-    const bool to_input = numel != 9, to_target = numel != 4;
-    Array grad_input[2] = {Array(dtype, numel, offset), Array(dtype, numel, offset)};
-    Array grad_target[2] = {Array(dtype, numel, offset), Array(dtype, numel, offset)};
-    for (int device : {0, 1}) {
-      const MseBackward args{dtype,
-                             reduction,
-                             numel,
-                             grad_output.data(),
-                             input.data(),
-                             target.data(),
-                             to_input ? grad_input[device].data() : nullptr,
-                             to_target ? grad_target[device].data() : nullptr};
-      expect((device ? mse_backward_cuda : mse_backward_cpu)(args, nullptr) == 0, "the launch fails");
-    }
-    // The mean's factor is a quotient on one side and a product with a reciprocal on the other.
-    const double ulps = reduction == Reduction::mean ? 2 : 0;
-    expect_close(grad_input[1], grad_input[0], ulps, 0, "grad_input");
-    expect_close(grad_target[1], grad_target[0], ulps, 0, "grad_target");
-  });
-}
-
-// ---- cross-entropy ----
 
 struct Problem {
   Dtype dtype;
@@ -114,14 +44,13 @@ struct Problem {
       target[row] = row % 5 == 3 ? kIgnore : int64_t(generator() % uint64_t(classes));
     }
     context = std::string(kDtypeNames[int(dtype)]) + " " + kReductionNames[int(reduction)] + " (" +
-              std::to_string(rows) + ", " + std::to_string(classes) + ") at offset " +
-              std::to_string(offset) + (weighted ? ", weights" : "") + (smoothing > 0 ? ", smoothing" : "");
+              std::to_string(rows) + ", " + std::to_string(classes) + ") at offset " + std::to_string(offset) +
+              (weighted ? ", weights" : "") + (smoothing > 0 ? ", smoothing" : "");
   }
   int64_t losses() const { return reduction == Reduction::none ? rows : 1; }
   CrossEntropy description() const {
-    return {
-        dtype,   reduction, rows, classes, logits.data(), target.data(), weighted ? weight.data() : nullptr,
-        kIgnore, smoothing};
+    return {dtype,   reduction, rows, classes, logits.data(), target.data(), weighted ? weight.data() : nullptr,
+            kIgnore, smoothing};
   }
 };
 
@@ -141,11 +70,10 @@ Result solve(bool cuda, const Problem& p, const Array& grad_output, bool in_plac
   const CrossEntropyForward forward{p.description(),      result.stats.data(), result.output.data(),
                                     &result.total_weight, &result.bad_row,     workspace.data()};
   expect((cuda ? cross_entropy_forward_cuda : cross_entropy_forward_cpu)(forward, nullptr) == 0, "forward");
-  CrossEntropyBackward backward{p.description(), result.stats.data(), &result.total_weight,
-                                grad_output.data(), result.grad.data()};
+  CrossEntropyBackward backward{p.description(), result.stats.data(), &result.total_weight, grad_output.data(),
+                                result.grad.data()};
   if (in_place) backward.logits = result.grad.data();
-  expect((cuda ? cross_entropy_backward_cuda : cross_entropy_backward_cpu)(backward, nullptr) == 0,
-         "backward");
+  expect((cuda ? cross_entropy_backward_cuda : cross_entropy_backward_cpu)(backward, nullptr) == 0, "backward");
   return result;
 }
 
@@ -272,9 +200,10 @@ void extremes() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  static const Case cases[] = {
-      {"mse_forward", mse_forward}, {"mse_backward", mse_backward}, {"cross_entropy", cross_entropy},
-      {"no_rows", no_rows},         {"all_ignored", all_ignored},   {"bad_labels", bad_labels},
-      {"extremes", extremes}};
+  static const Case cases[] = {{"cross_entropy", cross_entropy},
+                               {"no_rows", no_rows},
+                               {"all_ignored", all_ignored},
+                               {"bad_labels", bad_labels},
+                               {"extremes", extremes}};
   return run_cases(argc, argv, cases);
 }

@@ -1,6 +1,4 @@
 // The multi-tensor step on CUDA against the CPU's: the same functors in the same order, so the same bits.
-#include <memory>
-
 #include "optim/optim.h"
 #include "testing.h"
 
@@ -16,6 +14,7 @@ constexpr const char* kRules[] = {
 };
 constexpr int kRuleCount = int(std::size(kRules));
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 struct Types {
   Dtype param, grad, state;
@@ -25,99 +24,220 @@ constexpr Types kTypes[] = {
     {Dtype::float32, Dtype::float32, Dtype::float32},   {Dtype::float32, Dtype::bfloat16, Dtype::float64},
     {Dtype::bfloat16, Dtype::bfloat16, Dtype::float32}, {Dtype::float16, Dtype::float32, Dtype::float16}};
 
-// A parameter with its gradient and states, twice: for the CPU and for CUDA.
+// lr, weight_decay, decoupled, maximize, l1, l1_prox, clip_value, grad_scale, then the rule's own.
+constexpr Hyper kHypers[] = {{0.01, 0, 0, 0, 0, 0, kInfinity, 1, {0.9, 0.95, 1e-8, 0.004, 0, 0, 0, 0}},
+                             {0.1, 0.02, 1, 1, 0.3, 1, 0.5, 0.25, {0.4, 0.999, 1e-3, 0.1, 0, 0, 0, 0}},
+                             {0.02, 0.1, 0, 0, 0.05, 0, 1, 2, {0.99, 1e-4, 0.9, 0.5, 0, 0, 0, 0}}};
+
+Clock clock_at(int rule, const Hyper& hyper, double step) {
+  Clock clock = {step, 1};
+  for (double i = 1; i <= step; ++i) clock.product *= scheduled_momentum(rule, hyper, i);
+  return clock;
+}
+
+// A parameter with its gradient and states, twice: for the CPU and for CUDA, or for two calls of one.
 struct Parameter {
   Array grad;
   std::vector<Array> arrays[2];  // param, states
-  double step;
+  Types types;
+  const Hyper* hyper;
+  Clock clock;
+  uint64_t seed = 0;
+  bool besides = false;  // whether a copy and a moving average are written, the last two arrays
 
-  Parameter(Types types, int states, int64_t numel, int64_t offset, double step, std::mt19937& generator)
-      : grad(types.grad, numel, offset, generator, -2, 2), step(step) {
+  Parameter(int rule, Types types, int64_t numel, int64_t offset, const Hyper& hyper, double step,
+            std::mt19937& generator)
+      : grad(types.grad, numel, offset, generator, -2, 2),
+        types(types),
+        hyper(&hyper),
+        clock(clock_at(rule, hyper, step)) {
     arrays[0].emplace_back(types.param, numel, offset, generator, -1, 1);
     // Positive, so that they may be second moments; large enough for a centered variance.
-    for (int i = 0; i < states; ++i) arrays[0].emplace_back(types.state, numel, offset, generator, 0.5, 1);
+    for (int i = 0; i < rule_states(rule); ++i) arrays[0].emplace_back(types.state, numel, offset, generator, 0.5, 1);
     arrays[1] = arrays[0];
   }
 
-  Slot slot(int device, Dtype state_dtype) {
-    std::vector<Array>& a = arrays[device];
-    Slot slot{a[0].data(), grad.data(), {}, grad.size(), step, a[0].dtype(), grad.dtype(), state_dtype};
-    for (size_t i = 1; i < a.size(); ++i) slot.state[i - 1] = a[i].data();
+  void write_besides(Dtype copy, Dtype average, uint64_t seed_, std::mt19937& generator) {
+    besides = true;
+    seed = seed_;
+    // Off the boundary by another number of elements than the parameter.
+    arrays[0].emplace_back(copy, grad.size(), 3);
+    arrays[0].emplace_back(average, grad.size(), 2, generator, -1, 1);
+    arrays[1] = arrays[0];
+  }
+
+  Slot slot(int copy) {
+    std::vector<Array>& a = arrays[copy];
+    Slot slot{a[0].data(), grad.data(), {}, grad.size(), clock, hyper, types.param, types.grad, types.state};
+    const size_t states = a.size() - 1 - 2 * besides;
+    for (size_t i = 0; i < states; ++i) slot.state[i] = a[i + 1].data();
+    slot.seed = seed;
+    if (!besides) return slot;
+    slot.copy = a[states + 1].data();
+    slot.copy_dtype = a[states + 1].dtype();
+    slot.average = a[states + 2].data();
+    slot.average_dtype = a[states + 2].dtype();
+    slot.average_weight = 0.125 + 0.5 * double(states % 2);
     return slot;
   }
 };
+using Parameters = std::vector<Parameter>;
+using Launcher = int (*)(int, const Slot*, int64_t, const Control*, void*);
 
-void compare(int rule, const Hyper& hyper, const std::vector<Types>& types,
-             std::vector<Parameter>& parameters) {
-  for (int device : {0, 1}) {
-    std::vector<Slot> slots;
-    for (size_t i = 0; i < parameters.size(); ++i)
-      slots.push_back(parameters[i].slot(device, types[i].state));
-    expect((device ? step_cuda : step_cpu)(rule, hyper, slots.data(), int64_t(slots.size()), nullptr) == 0,
-           "the launch fails");
-  }
+void step(Launcher launcher, int rule, Parameters& parameters, int copy, const Control* control) {
+  std::vector<Slot> slots;
+  for (Parameter& parameter : parameters) slots.push_back(parameter.slot(copy));
+  expect(launcher(rule, slots.data(), int64_t(slots.size()), control, nullptr) == 0, "the launch fails");
+}
+
+void expect_same(const Parameters& parameters) {
   for (size_t i = 0; i < parameters.size(); ++i) {
-    const auto& [cpu, cuda] = parameters[i].arrays;
-    for (size_t k = 0; k < cpu.size(); ++k) {
-      const std::string what =
-          "tensor " + std::to_string(i) + (k == 0 ? " param" : " state " + std::to_string(k - 1));
-      expect_close(cuda[k], cpu[k], 0, 0, what.c_str());
+    const auto& [wanted, got] = parameters[i].arrays;
+    for (size_t k = 0; k < wanted.size(); ++k) {
+      const std::string what = "tensor " + std::to_string(i) + (k == 0 ? " param" : " state " + std::to_string(k - 1));
+      expect_close(got[k], wanted[k], 0, 0, what.c_str());
     }
   }
 }
 
-// lr, weight_decay, decoupled, maximize, l1, l1_prox, clip_value, grad_scale, then the rule's own.
-constexpr Hyper kHypers[] = {{0.01, 0, 0, 0, 0, 0, kInfinity, 1, {0.9, 0.95, 1e-8, 0, 0, 0, 0, 0}},
-                             {0.1, 0.02, 1, 1, 0.3, 1, 0.5, 0.25, {0.4, 0.999, 1e-3, 0, 0, 0, 0, 0}},
-                             {0.02, 0.1, 0, 0, 0.05, 0, 1, 2, {0.99, 1e-4, 0.9, 0, 0, 0, 0, 0}}};
+void compare(int rule, Parameters& parameters, const Control* control) {
+  step(step_cpu, rule, parameters, 0, control);
+  step(step_cuda, rule, parameters, 1, control);
+  expect_same(parameters);
+}
 
-// A vector more or less, a block's sweep more or less, a chunk of every type more or less, and nothing.
+// A vector more or less, a block's sweep more or less, a chunk of every type more or less, and nothing; all
+// groups of hyper-parameters and several clocks in one call.
 void rules() {
   constexpr int64_t sizes[] = {1, 3, 4, 0, 5, 1023, 1025, 2049, 4097, 8200};
+  const Control quarter = {0.25, 0}, third = {1 / 3.0, 0};
+  const Control* const controls[] = {nullptr, &quarter, &third};
   std::mt19937 generator(3);
   for (int rule = 0; rule < kRuleCount; ++rule) {
-    for (size_t h = 0; h < std::size(kHypers); ++h) {
-      context = std::string(kRules[rule]) + ", hyper-parameters " + std::to_string(h);
-      std::vector<Types> types;
-      std::vector<Parameter> parameters;
+    for (size_t c = 0; c < std::size(controls); ++c) {
+      context = std::string(kRules[rule]) + ", control " + std::to_string(c);
+      Parameters parameters;
       for (size_t i = 0; i < std::size(sizes) * std::size(kTypes); ++i) {
-        // Every size and every type, the long ones once a rule.
+        // Every size and every type, the long ones once a rule; the steps are before and after the one at
+        // which RAdam's rectification comes on.
         const int64_t numel = sizes[i % std::size(sizes)];
-        if (numel > 10 && i % 3 != h) continue;
-        types.push_back(kTypes[i / std::size(sizes)]);
-        parameters.emplace_back(types.back(), rule_states(rule), numel, int64_t(i % 2), double(1 + i % 4),
-                                generator);
+        if (numel > 10 && i % 3 != c) continue;
+        parameters.emplace_back(rule, kTypes[i / std::size(sizes)], numel, int64_t(i % 2), kHypers[(i / 2 + c) % 3],
+                                double(1 + i % 8), generator);
       }
-      compare(rule, kHypers[h], types, parameters);
+      compare(rule, parameters, controls[c]);
     }
   }
 }
 
-// More tensors than the arguments of one launch hold, of both compute types in turn.
+// What is written besides the parameter and its states, and bfloat16 rounded at random: every element has bits
+// of its own, whoever computes it.
+void besides() {
+  constexpr Dtype halves[] = {Dtype::bfloat16, Dtype::float16};
+  std::mt19937 generator(6);
+  for (const char* name : {"sgd", "sgd_momentum", "adam"}) {
+    const int rule = find_rule(name);
+    context = name + std::string(" with a copy, an average and a seed");
+    Parameters parameters;
+    for (const Types& types : kTypes) {
+      for (const int64_t numel : {0, 1, 5, 1025, 8200}) {
+        parameters.emplace_back(rule, types, numel, numel % 2, kHypers[0], 2, generator);
+        parameters.back().write_besides(halves[numel % 2], numel % 5 ? Dtype::float32 : types.param, 77 + numel,
+                                        generator);
+      }
+    }
+    compare(rule, parameters, nullptr);
+    context = name + std::string(", rounded at random");
+    Parameters twins;
+    for (const uint64_t seed : {0, 1, 2}) {
+      std::mt19937 again(7);
+      twins.emplace_back(rule, kTypes[4], 4097, 0, kHypers[0], 2, again);
+      twins.back().seed = seed;
+    }
+    step(step_cuda, rule, twins, 1, nullptr);
+    // Differently for every seed, and by one unit at most.
+    for (const size_t i : {1, 2}) {
+      const Array &got = twins[i].arrays[1][0], &other = twins[i - 1].arrays[1][0];
+      int different = 0;
+      for (int64_t k = 0; k < got.size(); ++k) different += got.get(k) != other.get(k);
+      expect(different > 500, std::to_string(different) + " elements differ with the seed");
+      expect_close(got, other, 1, 0, "param");
+    }
+  }
+}
+
+// Tensors of all types, a few elements each.
+Parameters few(int rule, const Hyper& hyper, std::mt19937& generator) {
+  Parameters parameters;
+  for (size_t i = 0; i < std::size(kTypes); ++i)
+    parameters.emplace_back(rule, kTypes[i], 5, int64_t(i % 2), hyper, double(1 + i % 3), generator);
+  return parameters;
+}
+
+// A coefficient is a factor of every gradient, in front of the clip; `skip` changes nothing at all, on either
+// device, whatever the coefficient.
+void control() {
+  std::mt19937 generator(5);
+  const Control quarter = {0.25, 0}, skip = {kNan, 1};
+  for (int rule = 0; rule < kRuleCount; ++rule) {
+    for (const Hyper& hyper : kHypers) {
+      Hyper scaled = hyper;
+      scaled.grad_scale *= quarter.coefficient;
+      for (const Launcher launcher : {step_cpu, step_cuda}) {
+        context = std::string(kRules[rule]) + (launcher == step_cpu ? " on the CPU" : " on CUDA");
+        Parameters parameters = few(rule, hyper, generator);
+        step(launcher, rule, parameters, 1, &skip);
+        expect_same(parameters);
+        step(launcher, rule, parameters, 1, &quarter);
+        for (Parameter& parameter : parameters) parameter.hyper = &scaled;
+        step(launcher, rule, parameters, 0, nullptr);
+        expect_same(parameters);
+      }
+    }
+  }
+}
+
+// NAdam's momentum follows its schedule; nobody else has one.
+void schedules() {
+  const Hyper& hyper = kHypers[1];
+  for (int rule = 0; rule < kRuleCount; ++rule) {
+    context = kRules[rule];
+    for (int step = 1; step <= 30; ++step) {
+      const double got = scheduled_momentum(rule, hyper, step);
+      const long double power = std::pow(0.96L, step * (long double)hyper.rule[3]);
+      const double wanted = context == "nadam" ? double(hyper.rule[0] * (1 - 0.5L * power)) : 1;
+      // The power, the difference and the product round, and so does 0.96.
+      expect(std::abs(got - wanted) <= 4 * 0x1p-53 * wanted, "the momentum of step " + std::to_string(step));
+    }
+  }
+}
+
+// More tensors than the arguments of one launch hold, of both compute types and all groups in turn.
 void many() {
   std::mt19937 generator(4);
-  for (const char* name : {"sgd", "adam_amsgrad"}) {
+  for (const char* name : {"sgd", "adam_amsgrad", "nadam"}) {
     const int rule = find_rule(name);
     context = name + std::string(", 1500 tensors");
-    std::vector<Types> types;
-    std::vector<Parameter> parameters;
+    Parameters parameters;
     for (int i = 0; i < 1500; ++i) {
-      types.push_back(kTypes[i % 3]);
-      parameters.emplace_back(types.back(), rule_states(rule), i % 7, i % 2, 1 + i / 500, generator);
+      parameters.emplace_back(rule, kTypes[i % 3], i % 7, i % 2, kHypers[i / 4 % 3], 1 + i / 500, generator);
+      // At the same step, but after another schedule.
+      parameters.back().clock.product *= i % 2 ? 0.9 : 1;
     }
-    compare(rule, kHypers[1], types, parameters);
+    compare(rule, parameters, nullptr);
   }
 }
 
 void nothing() {
   for (int rule = 0; rule < kRuleCount; ++rule) {
-    expect(step_cuda(rule, kHypers[0], nullptr, 0, nullptr) == 0, "a step without parameters");
+    expect(step_cuda(rule, nullptr, 0, nullptr, nullptr) == 0, "a step without parameters");
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  static const Case cases[] = {{"rules", rules}, {"many", many}, {"nothing", nothing}};
+  static const Case cases[] = {{"rules", rules},         {"control", control}, {"besides", besides},
+                               {"schedules", schedules}, {"many", many},       {"nothing", nothing}};
   return run_cases(argc, argv, cases);
 }

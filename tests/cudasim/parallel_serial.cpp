@@ -3,8 +3,6 @@
 
 namespace gdbp {
 
-void parallel_ranges(int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
-  body(context, begin, end);
-}
+void parallel_ranges(int64_t begin, int64_t end, int64_t, RangeBody body, void* context) { body(context, begin, end); }
 
 }  // namespace gdbp

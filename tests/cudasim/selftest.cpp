@@ -69,8 +69,7 @@ void indices() {
   expect(atomicMin(&least, 3) == 7 && atomicMin(&least, 5) == 3 && least == 3, "atomicMin");
   expect(GDBP_LAUNCH(where, 1, 2000, 0, nullptr, order.data()) != 0, "a block of 2000 threads is refused");
   expect(GDBP_LAUNCH(where, 0, 32, 0, nullptr, order.data()) != 0, "a grid of no blocks is refused");
-  expect(GDBP_LAUNCH(where, dim3(1, 65536), 32, 0, nullptr, order.data()) != 0,
-         "65536 blocks in y are refused");
+  expect(GDBP_LAUNCH(where, dim3(1, 65536), 32, 0, nullptr, order.data()) != 0, "65536 blocks in y are refused");
 }
 
 __global__ void reverse_in_shared_memory(int* values, int n) {
@@ -112,8 +111,7 @@ __global__ void no_barrier(int* out) {
 void missing_barrier() {
   std::vector<int> out(64);
   GDBP_LAUNCH(no_barrier, 1, 64, 0, nullptr, out.data());
-  for (int t = 0; t < 64; ++t)
-    expect(out[t] == (t + 1) % 64 + (t + 63) % 64, "a neighbour has not written yet");
+  for (int t = 0; t < 64; ++t) expect(out[t] == (t + 1) % 64 + (t + 63) % 64, "a neighbour has not written yet");
 }
 
 // The second round overwrites what a slower warp has yet to read in the first.

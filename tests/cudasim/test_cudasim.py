@@ -28,23 +28,16 @@ WRONG = {
     "short_warp": "a mask that names lanes beyond the block",
 }
 FAMILIES = {
+    "grad": ["sizes", "many", "extremes", "nonfinite", "limits"],
     "linear": ["forward", "backward"],
-    "loss": [
-        "mse_forward",
-        "mse_backward",
-        "cross_entropy",
-        "no_rows",
-        "all_ignored",
-        "bad_labels",
-        "extremes",
-    ],
-    "optim": ["rules", "many", "nothing"],
+    "loss": ["cross_entropy", "no_rows", "all_ignored", "bad_labels", "extremes"],
+    "optim": ["rules", "control", "besides", "schedules", "many", "nothing"],
+    "pointwise": ["forward", "backward"],
 }
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++, which is not in PATH")
 
 
 def compile_(output: Path, *arguments) -> Path:
+    assert COMPILER, "These tests compile with g++, and there is none in PATH: install it."
     command = [COMPILER, *FLAGS, *map(str, arguments), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"

@@ -39,8 +39,7 @@ int run_cases(int argc, char** argv, const Case (&cases)[n]) {
     const struct {
       Schedule schedule;
       const char* name;
-    } schedules[] = {
-        {Schedule::forward, "forward"}, {Schedule::reverse, "reverse"}, {Schedule::random, "random"}};
+    } schedules[] = {{Schedule::forward, "forward"}, {Schedule::reverse, "reverse"}, {Schedule::random, "random"}};
     try {
       for (const auto& s : schedules) {
         cudasim::set_schedule(s.schedule, 2024);
@@ -73,10 +72,7 @@ inline double epsilon(Dtype dtype) {
 class Array {
  public:
   Array(Dtype dtype, int64_t size, int64_t offset = 0)
-      : dtype_(dtype),
-        size_(size),
-        skip_(offset * size_of(dtype)),
-        bytes_(skip_ + size * size_of(dtype), 0xff) {}
+      : dtype_(dtype), size_(size), skip_(offset * size_of(dtype)), bytes_(skip_ + size * size_of(dtype), 0xff) {}
 
   Array(Dtype dtype, int64_t size, int64_t offset, std::mt19937& generator, double low, double high)
       : Array(dtype, size, offset) {
@@ -119,13 +115,11 @@ inline double smallest(Dtype dtype) {
 
 // Element by element: equal, both NaN, or no further apart than `ulps` units of the last place of the larger
 // of the expected value and `scale`.
-inline void expect_close(const Array& got, const Array& expected, double ulps, double scale,
-                         const char* what) {
+inline void expect_close(const Array& got, const Array& expected, double ulps, double scale, const char* what) {
   for (int64_t i = 0; i < expected.size(); ++i) {
     const double a = got.get(i), b = expected.get(i);
     if (a == b || (a != a && b != b)) continue;
-    const double unit =
-        std::max(epsilon(expected.dtype()) * std::max(std::abs(b), scale), smallest(expected.dtype()));
+    const double unit = std::max(epsilon(expected.dtype()) * std::max(std::abs(b), scale), smallest(expected.dtype()));
     if (std::abs(a - b) <= ulps * unit) continue;
     char text[160];
     std::snprintf(text, sizeof(text), "%s[%lld] is %.17g, expected %.17g", what, (long long)i, a, b);

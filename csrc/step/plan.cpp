@@ -1,0 +1,204 @@
+#include "step/plan.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstddef>
+
+#include "common/binding.h"
+#include "common/random.h"
+#include "grad/grad.h"
+
+namespace gdbp::step {
+
+namespace py = pybind11;
+
+namespace {
+
+at::Tensor unwrap(const py::handle& object) {
+  return object && THPVariable_Check(object.ptr()) ? THPVariable_Unpack(object.ptr()) : at::Tensor();
+}
+
+py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
+
+py::object item(const py::handle& dict, const py::handle& key) {
+  return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(dict.ptr(), key.ptr()));
+}
+
+}  // namespace
+
+StepPlan::StepPlan(const std::vector<Group>& groups, const py::dict& state,
+                   const std::vector<std::vector<std::pair<std::string, std::string>>>& roles,
+                   const std::vector<std::vector<int64_t>>& fresh)
+    : state_object_(state) {
+  for (const auto& [_, value] : state) state_dicts_.push_back(py::reinterpret_borrow<py::object>(value));
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const auto& [params, name, hyper] = groups[g];
+    Rule rule{name, optim::parse_rule(name), {}, params.size(), {}};
+    for (const auto& [role, key] : roles[g]) rule.keys.emplace_back(key);
+    const size_t first = entries_.size();
+    for (const py::handle& param : params) {
+      Entry entry;
+      entry.param_object = py::reinterpret_borrow<py::object>(param);
+      entry.member.param = unwrap(param);
+      entry.group = int(g);
+      entry.ready = true;
+      if (!rule.keys.empty()) entry.state_dict = item(state, param);
+      size_t states = 0, scales = 0;
+      for (size_t k = 0; k < rule.keys.size(); ++k) {
+        const std::string& role = roles[g][k].first;
+        entry.state_objects.push_back(entry.state_dict ? item(entry.state_dict, rule.keys[k]) : py::object());
+        const at::Tensor tensor = unwrap(entry.state_objects.back());
+        // Not every parameter has them: float32 is its own master, small states are not worth 8 bits.
+        const bool optional = role == "master" || role == "scale";
+        entry.ready = entry.ready && (optional || tensor.defined());
+        if (role == "state") entry.member.states[states++] = tensor;
+        if (role == "scale") entry.member.scales[scales++] = tensor;
+        if (role == "master") entry.member.master = tensor;
+        if (role == "average") entry.member.average = tensor;
+        if (role != "count") continue;
+        entry.ready = entry.ready && optim::Counts::fits(tensor);
+        (entry.counts.step.defined() ? entry.counts.product : entry.counts.step) = tensor;
+      }
+      entries_.push_back(std::move(entry));
+    }
+    for (const int64_t i : fresh[g]) entries_.at(first + i).counts.fresh = true;
+    rules_.push_back(std::move(rule));
+  }
+}
+
+void StepPlan::configure(double average_weight, uint64_t seed) {
+  average_weight_ = average_weight;
+  seed_ = seed;
+}
+
+// Identity is enough: the plan holds references, so no address can have been used again; and a tensor whose
+// data moved is read anew through its handle.
+bool StepPlan::unchanged(const std::vector<Group>& groups, const py::dict& state) const {
+  if (!state.is(state_object_) || groups.size() != rules_.size() || state.size() != state_dicts_.size()) return false;
+  size_t at = 0;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const auto& [params, name, hyper] = groups[g];
+    if (name != rules_[g].name || params.size() != rules_[g].params) return false;
+    for (size_t i = 0; i < rules_[g].params; ++i)
+      if (PyList_GET_ITEM(params.ptr(), Py_ssize_t(i)) != entries_[at++].param_object.ptr()) return false;
+  }
+  Py_ssize_t position = 0;
+  PyObject* value = nullptr;
+  for (const py::object& known : state_dicts_)
+    if (!PyDict_Next(state.ptr(), &position, nullptr, &value) || value != known.ptr()) return false;
+  return true;
+}
+
+bool StepPlan::unchanged(const Entry& entry) const {
+  const Rule& rule = rules_[entry.group];
+  for (size_t k = 0; k < rule.keys.size(); ++k)
+    if (PyDict_GetItemWithError(entry.state_dict.ptr(), rule.keys[k].ptr()) != entry.state_objects[k].ptr())
+      return false;
+  return true;
+}
+
+bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!unchanged(groups, state)) return false;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const std::vector<double>& hyper = std::get<2>(groups[g]);
+    rules_[g].hyper = optim::parse_hyper(hyper.data(), hyper.size());
+  }
+  batch_.clear();
+  collected_.clear();
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
+    optim::Member& member = entry.member;
+    member.grad = member.param.grad();
+    if (!member.grad.defined()) continue;
+    if (!entry.ready || !unchanged(entry)) return false;
+    // Somebody wrote new weights into the parameter since our last step: the master follows.
+    if (member.master.defined() && entry.version >= 0 && member.param._version() != entry.version)
+      member.master.copy_(member.param);
+    const Rule& rule = rules_[entry.group];
+    member.clock = entry.counts.tick(rule.index, rule.hyper);
+    member.average_weight = average_weight_;
+    // Another stream for every parameter and step; never 0, which would mean none.
+    if (seed_ != 0) member.seed = combine_seed(combine_seed(seed_, i), uint64_t(member.clock.step)) | 1;
+    batch_.add(rule.index, &rule.hyper, member);
+    collected_.push_back(&entry);
+  }
+  return true;
+}
+
+at::Tensor StepPlan::norm(double max_norm, double scale, bool skip_nonfinite) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const grad::Limit limit{max_norm, scale, double(skip_nonfinite)};
+  may_skip_ = skip_nonfinite;
+  std::vector<grad::Source> sources;
+  at::Device device = at::kCPU;
+  for (const optim::Batch::Lane& lane : batch_.lanes()) {
+    if (lane.slots.empty()) continue;
+    TORCH_CHECK(sources.empty() || lane.device == device, "max_grad_norm: the gradients are on ", device, " and ",
+                lane.device, "; expected one device; clip with torch.nn.utils.clip_grad_norm_ instead");
+    device = lane.device;
+    for (const optim::Slot& slot : lane.slots) sources.push_back({slot.grad, slot.numel, slot.grad_dtype});
+  }
+  // The step reads the last two numbers as its Control.
+  static_assert(sizeof(grad::Norm) == sizeof(double) + sizeof(optim::Control));
+  static_assert(offsetof(grad::Norm, coefficient) == sizeof(double) + offsetof(optim::Control, coefficient));
+  static_assert(offsetof(grad::Norm, skip) == sizeof(double) + offsetof(optim::Control, skip));
+  const at::Tensor norm = at::empty({3}, at::TensorOptions(at::kDouble).device(device));
+  auto* const out = static_cast<grad::Norm*>(norm.mutable_data_ptr());
+  const auto on_cpu = [](const grad::Source* s, int64_t n, const grad::Limit& l, grad::Norm* to, void*, void* stream) {
+    return grad::norm_cpu(s, n, l, to, stream);
+  };
+  at::Tensor workspace;
+  if (!device.is_cpu())
+    workspace = at::empty({grad::norm_workspace_bytes(sources.data(), int64_t(sources.size()))},
+                          at::TensorOptions(at::kByte).device(device));
+  run_on(device, "max_grad_norm", +on_cpu, GDBP_CUDA_LAUNCHER(grad::norm_cuda), sources.data(), int64_t(sources.size()),
+         limit, out, workspace.defined() ? workspace.mutable_data_ptr() : nullptr);
+  return norm;
+}
+
+bool StepPlan::run(const std::optional<at::Tensor>& norm) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const optim::Control* const control = norm ? optim::control_of(*norm) : nullptr;
+  // The counts are on the host, so whether the step counts must be known there: on CUDA the one
+  // synchronisation, and only with skip_nonfinite.
+  const bool skip = norm && may_skip_ && norm->to(at::kCPU).const_data_ptr<double>()[2] != 0;
+  if (!skip) {
+    batch_.run([&](const at::Device&) { return control; });
+    for (Entry* entry : collected_) entry->counts.set(entry->member.clock);
+  }
+  batch_.clear();
+  // Nothing of the backward pass is kept alive until the next one.
+  for (Entry* entry : collected_) {
+    entry->member.grad.reset();
+    if (entry->member.master.defined()) entry->version = entry->member.param._version();
+  }
+  return !skip;
+}
+
+void bind(py::module_& module) {
+  py::class_<StepPlan>(module, "StepPlan", "The tensors of an optimizer, ready for a step.")
+      .def(py::init<const std::vector<Group>&, const py::dict&,
+                    const std::vector<std::vector<std::pair<std::string, std::string>>>&,
+                    const std::vector<std::vector<int64_t>>&>(),
+           py::arg("groups"), py::arg("state"), py::arg("roles"), py::arg("fresh"))
+      .def("configure", &StepPlan::configure, py::arg("average_weight"), py::arg("seed"))
+      .def("collect", &StepPlan::collect, py::arg("groups"), py::arg("state"))
+      .def(
+          "norm",
+          [](StepPlan& plan, double max_norm, double scale, bool skip) {
+            return wrap(plan.norm(max_norm, scale, skip));
+          },
+          py::arg("max_norm"), py::arg("scale"), py::arg("skip_nonfinite"))
+      .def(
+          "run",
+          [](StepPlan& plan, const py::object& norm) {
+            return plan.run(norm.is_none() ? std::nullopt : std::optional(unwrap(norm)));
+          },
+          py::arg("norm") = py::none());
+}
+
+}  // namespace gdbp::step

@@ -1,0 +1,106 @@
+"""How parameters and states are stored: master weights, the states' dtype, moving averages."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+# A state smaller than this is kept in float32: its scales and its share of the error would not be worth it.
+MIN_8BIT_SIZE = 4096
+BLOCK = 256  # kQuantBlock in csrc/optim/blockwise8.h
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Precision(NamedTuple):
+    """The options of an optimizer that say what is stored and how; see :class:`gdbp.optim._base.Fused`."""
+
+    master_weights: bool = False
+    stochastic_rounding: bool | int = False
+    state_dtype: torch.dtype | str | None = None
+    ema_decay: float | None = None
+
+    def check(self) -> None:
+        dtypes = (None, "8bit", torch.float64, torch.float32, *_HALF)
+        if self.state_dtype not in dtypes:
+            raise ValueError(
+                f"Invalid state_dtype: {self.state_dtype!r}; expected None (the parameter's), '8bit', or a floating "
+                "dtype"
+            )
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(
+                f"Invalid ema_decay: {self.ema_decay}; expected a number from 0 to 1, or None for no average"
+            )
+        if self.stochastic_rounding < 0:
+            raise ValueError(f"Invalid stochastic_rounding: {self.stochastic_rounding}; expected a bool or a seed > 0")
+
+    def is_default(self) -> bool:
+        return self == Precision()
+
+    @property
+    def seed(self) -> int:
+        return int(self.stochastic_rounding)
+
+    @property
+    def average_weight(self) -> float:
+        return 0.0 if self.ema_decay is None else 1.0 - self.ema_decay
+
+    @property
+    def _chooses_dtype(self) -> bool:
+        return self.master_weights or self.state_dtype is not None
+
+    def roles(self, states: tuple[str, ...]) -> list[tuple[str, str]]:
+        """What a parameter keeps besides its counts, as pairs of role and key (see csrc/step/plan.h)."""
+        roles = [("state", key) for key in states]
+        roles += [("scale", key + "_scale") for key in states]
+        if self.master_weights:
+            roles.append(("master", "master_param"))
+        if self.ema_decay is not None:
+            roles.append(("average", "ema_param"))
+        return roles
+
+    def prepare(self, p: torch.Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> bool:
+        """Creates what is missing in a parameter's state, in the dtypes wanted. True where a state was new."""
+        fresh = False
+        for key in keys:
+            if state.get(key) is None:
+                state[key] = torch.zeros_like(p, dtype=self._dtype(p), memory_format=torch.preserve_format)
+                fresh = True
+            elif self._chooses_dtype and state[key].dtype not in (self._dtype(p), torch.int8):
+                # From a checkpoint of another choice, or torch's Adagrad, which creates its own.
+                state[key] = state[key].to(self._dtype(p))
+            if self.state_dtype == "8bit" and p.numel() >= MIN_8BIT_SIZE and state[key].dtype is not torch.int8:
+                state[key], state[key + "_scale"] = encode(state[key])
+        if self.master_weights and p.dtype in _HALF and state.get("master_param") is None:
+            state["master_param"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+        if self.ema_decay is not None and state.get("ema_param") is None:
+            dtype = torch.float32 if p.dtype in _HALF else p.dtype
+            state["ema_param"] = p.detach().to(dtype, memory_format=torch.preserve_format, copy=True)
+        return fresh
+
+    def _dtype(self, p: torch.Tensor) -> torch.dtype:
+        if self.state_dtype == "8bit":
+            return torch.float32
+        if self.state_dtype is None:
+            return torch.float32 if self.master_weights and p.dtype in _HALF else p.dtype
+        return self.state_dtype
+
+
+def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor as codes of 8 bits, in its own layout, and a float32 scale for each 256 of them in memory order;
+    csrc/optim/blockwise8.h says what a code stands for."""
+    flat = torch.as_strided(x, (x.numel(),), (1,)).float() if x.numel() else x.reshape(-1).float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    share = (blocks / torch.where(scale > 0, scale, 1.0)[:, None]).abs()
+    code = (127 * share.pow(1 / 3)).round().clamp(1, 127) * (share > 0) * blocks.sign()
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.preserve_format)
+    torch.as_strided(codes, (x.numel(),), (1,)).copy_(code.view(-1)[: x.numel()])
+    return codes, scale
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The float32 tensor that codes and scales stand for."""
+    x = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
+    flat = torch.as_strided(codes, (codes.numel(),), (1,)).float() / 127
+    factors = scale.repeat_interleave(BLOCK)[: codes.numel()]
+    torch.as_strided(x, (codes.numel(),), (1,)).copy_(factors * flat**3)
+    return x

@@ -1,0 +1,44 @@
+"""The checks by name, and how one of them is run."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from gdbp.testing.report import FAIL, NOT_APPLICABLE, PASS, Check, Failure, NotApplicable, one_line
+from gdbp.testing.subject import Subject
+
+# A check returns its evidence, or raises Failure or NotApplicable; any other exception is a failure too.
+CHECKS: dict[str, Callable[[Subject, torch.Generator], str]] = {}
+
+
+def check(name: str):
+    """Puts a check into the suite; the order of the suite is the order of definition."""
+
+    def add(function):
+        CHECKS[name] = function
+        return function
+
+    return add
+
+
+def run_check(name: str, cls: type, kwargs: dict) -> Check:
+    """Runs one check in this process and leaves torch's settings as they were."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            evidence = CHECKS[name](Subject(cls, copy.deepcopy(kwargs)), torch.Generator().manual_seed(0))
+        return Check(name, PASS, one_line(evidence))
+    except NotApplicable as reason:
+        return Check(name, NOT_APPLICABLE, one_line(str(reason)))
+    except Failure as failure:
+        return Check(name, FAIL, one_line(str(failure)))
+    except Exception as error:
+        return Check(name, FAIL, one_line(f"{type(error).__name__}: {error}"))
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -1,0 +1,170 @@
+// The norm of many gradients on CUDA against the CPU's, and both against a sum in long double.
+#include "grad/grad.h"
+#include "testing.h"
+
+namespace {
+
+using namespace gdbp;
+using namespace gdbp::grad;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr Limit kNoLimit = {kInfinity, 1, 0};
+// Runs of at most 256 sums, which stray as a random walk does, then trees of these, then a root.
+constexpr double kUlps = 4;
+
+void expect_number(double got, long double wanted, double ulps, const std::string& what) {
+  if (std::isnan(wanted) ? std::isnan(got) : got == wanted) return;
+  if (std::abs(got - wanted) <= ulps * 0x1p-52L * std::abs(wanted)) return;
+  char text[160];
+  std::snprintf(text, sizeof(text), " is %.17g, expected %.17g", got, double(wanted));
+  fail(what + text);
+}
+
+void expect_norm(const Norm& got, long double total, long double coefficient, double skip, const char* where) {
+  expect_number(got.total, total, kUlps, std::string("total") + where);
+  expect_number(got.coefficient, coefficient, kUlps, std::string("coefficient") + where);
+  expect_number(got.skip, skip, 0, std::string("skip") + where);
+}
+
+// What a double holds of it.
+long double ranged(long double x) { return x > std::numeric_limits<double>::max() ? kInfinity : x; }
+
+// The same of both devices as of a sum in long double; what CUDA says.
+Norm check(const std::vector<Array>& gradients, const Limit& limit) {
+  std::vector<Source> sources;
+  long double sum = 0;
+  for (const Array& x : gradients) {
+    sources.push_back({x.data(), x.size(), x.dtype()});
+    // Each square is a double, as in torch: it may be infinite, or 0.
+    for (int64_t i = 0; i < x.size(); ++i) sum += x.get(i) * x.get(i);
+  }
+  const long double total = ranged(std::sqrt(ranged(sum)) * limit.scale);
+  const long double ratio = limit.max_norm / (total + 1e-6L);
+  const long double coefficient = limit.scale * (ratio > 1 ? 1 : ratio);
+  const double skip = limit.skip_nonfinite != 0 && !std::isfinite(total);
+
+  const int64_t count = int64_t(sources.size());
+  Norm cpu = {-1, -1, -1}, cuda = cpu;
+  std::vector<char> workspace(norm_workspace_bytes(sources.data(), count));
+  expect(norm_cpu(sources.data(), count, limit, &cpu, nullptr) == 0, "the CPU fails");
+  expect(norm_cuda(sources.data(), count, limit, &cuda, workspace.data(), nullptr) == 0, "the launch fails");
+  expect_norm(cpu, total, coefficient, skip, " on the CPU");
+  expect_norm(cuda, total, coefficient, skip, " on CUDA");
+  expect_norm(cuda, cpu.total, cpu.coefficient, cpu.skip, " on CUDA, of the CPU's");
+  return cuda;
+}
+
+// A vector more or less, a block's sweep more or less, a chunk more or less. Where the elements lie makes no
+// difference to a single bit.
+void sizes() {
+  std::mt19937 generator(1);
+  for (Dtype dtype : kDtypes) {
+    for (int64_t numel : {0, 1, 3, 4, 5, 1023, 1025, 16383, 16384, 16385, 40000}) {
+      context = std::string(kDtypeNames[int(dtype)]) + " of " + std::to_string(numel);
+      const Array aligned(dtype, numel, 0, generator, -2, 2);
+      const Norm norm = check({aligned}, kNoLimit);
+      for (int64_t offset : {1, 2, 3}) {
+        Array misaligned(dtype, numel, offset);
+        for (int64_t i = 0; i < numel; ++i) misaligned.set(i, aligned.get(i));
+        expect_number(check({misaligned}, kNoLimit).total, norm.total, 0, "misaligned total");
+      }
+    }
+  }
+}
+
+// Long, short and empty gradients of all types in turn: more than the arguments of one launch hold (900 that
+// are not empty), exactly as many, and more than those of two. One number a schedule: a block takes its time.
+void many() {
+  const std::string schedule = schedule_name;
+  const int filled = schedule == "forward" ? 901 : schedule == "reverse" ? 900 : 1801;
+  context = std::to_string(filled) + " gradients";
+  std::mt19937 generator(2);
+  std::vector<Array> gradients;
+  for (int i = 0; i < filled; ++i) {
+    const int64_t numel = i % 300 == 7 ? 20000 : 1 + i % 5;
+    gradients.emplace_back(kDtypes[i % 4], numel, i % 3, generator, -2, 2);
+    if (i % 10 == 3) gradients.emplace_back(kDtypes[i % 4], 0);
+  }
+  check(gradients, {1, 1, 1});
+}
+
+// Numbers whose squares neither float nor a half type holds, and those whose squares double does not.
+void extremes() {
+  std::mt19937 generator(3);
+  // Up to a factor of two below the value.
+  const auto near = [&](Dtype dtype, int64_t numel, double value) {
+    return std::vector<Array>{Array(dtype, numel, 0, generator, value / 2, value)};
+  };
+  const struct {
+    Dtype dtype;
+    double value;
+  } cases[] = {{Dtype::float64, 1e150},  {Dtype::float64, 1e-150},    {Dtype::float64, 1e200},
+               {Dtype::float32, 3e38},   {Dtype::float32, 0x1p-149},  {Dtype::bfloat16, 3e38},
+               {Dtype::bfloat16, 1e-38}, {Dtype::bfloat16, 0x1p-133}, {Dtype::float16, 65504},
+               {Dtype::float16, 0x1p-24}};
+  for (const auto& c : cases) {
+    for (int64_t numel : {1, 5, 3000}) {
+      context = std::string(kDtypeNames[int(c.dtype)]) + " " + std::to_string(c.value);
+      for (double skip : {0, 1}) check(near(c.dtype, numel, c.value), {1, 1, skip});
+    }
+  }
+  context = "a square that vanishes";
+  expect_number(check(near(Dtype::float64, 5, 1e-200), {kInfinity, 1, 1}).total, 0, 0, "total");
+  context = "overflow";
+  const Norm norm = check(near(Dtype::float64, 5, 1e200), {1, 1, 1});
+  expect_norm(norm, kInfinity, 0, 1, "");
+  context = "a huge one among tiny ones";
+  std::vector<Array> gradients = near(Dtype::float64, 20000, 1e-9);
+  gradients[0].set(17000, 1e9);
+  gradients.push_back(near(Dtype::float32, 9, 1e-9)[0]);
+  check(gradients, {1, 1, 1});
+}
+
+// One element in the first, a middle or the last place of the first, a middle or the last tensor.
+void nonfinite() {
+  std::mt19937 generator(5);
+  for (Dtype dtype : kDtypes) {
+    for (double value : {kNan, kInfinity, -kInfinity}) {
+      for (size_t place : {0, 1, 2}) {
+        std::vector<Array> gradients;
+        for (int64_t numel : {7, 16390, 3}) gradients.emplace_back(dtype, numel, 1, generator, -2, 2);
+        gradients[place].set(int64_t(place) * (gradients[place].size() - 1) / 2, value);
+        context = std::string(kDtypeNames[int(dtype)]) + " with " + std::to_string(value);
+        for (double skip : {0, 1}) {
+          const Norm norm = check(gradients, {1, 1, skip});
+          expect_norm(norm, std::abs(value), std::isnan(value) ? kNan : 0, skip, "");
+        }
+      }
+    }
+  }
+}
+
+// max_norm below, above and at the norm, 0 and none; scale, as of a loss that was scaled by 2^16.
+void limits() {
+  std::mt19937 generator(4);
+  // The distribution's bounds are one and the same: 2500 ones.
+  const std::vector<Array> gradients{Array(Dtype::float32, 2500, 0, generator, 1, 1)};
+  for (double max_norm : {0.0, 0.5, 5.0, 49.0, 50.0, 51.0, 1e300, kInfinity}) {
+    for (double scale : {1.0, 0x1p-16, 3.0, 0.1}) {
+      for (double skip : {0, 1}) {
+        context = "max_norm " + std::to_string(max_norm) + ", scale " + std::to_string(scale);
+
+        const Norm norm = check(gradients, {max_norm, scale, skip});
+        const double total = 50 * scale;
+        expect_norm(norm, total, scale * std::fmin(1, max_norm / (total + 1e-6)), 0, "");
+        check({}, {max_norm, scale, skip});
+      }
+    }
+  }
+  context = "a finite sum that the scale makes infinite";
+  expect(check({Array(Dtype::float64, 1, 0, generator, 1e150, 1e150)}, {1, 1e200, 1}).skip == 1, "skip");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  static const Case cases[] = {
+      {"sizes", sizes}, {"many", many}, {"extremes", extremes}, {"nonfinite", nonfinite}, {"limits", limits}};
+  return run_cases(argc, argv, cases);
+}

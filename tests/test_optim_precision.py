@@ -1,0 +1,316 @@
+"""Master weights, stochastic rounding, states of other dtypes and of 8 bits, moving averages."""
+
+import copy
+
+import pytest
+import torch
+
+import gdbp
+from gdbp.optim import _precision
+
+NAMES = ["SGD", "RMSprop", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Lion"]
+OPTIONS = {"SGD": dict(momentum=0.9), "RMSprop": dict(momentum=0.9, centered=True), "Adam": dict(amsgrad=True)}
+SIZES = [(0,), (), (7,), (33, 5), (1023,), (9001,)]
+EACH = pytest.mark.parametrize("name", NAMES)
+
+
+def make(name, values, **options):
+    params = [v.clone().requires_grad_() for v in values]
+    return params, getattr(gdbp.optim, name)(params, lr=0.01, **OPTIONS.get(name, {}), **options)
+
+
+def give(params, grads):
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.to(p.dtype)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_master_weights_are_a_float32_run(name, dtype):
+    """The masters go bitwise as float32 parameters under the same gradients, and the parameters are their rounding."""
+    values = [torch.randn(size).to(dtype) for size in SIZES]
+    params, optimizer = make(name, values, master_weights=True)
+    floats, exact = make(name, [v.float() for v in values])
+    for _ in range(5):
+        grads = [torch.randn_like(v) for v in values]
+        give(params, grads)
+        give(floats, grads)
+        optimizer.step()
+        exact.step()
+        for p, f in zip(params, floats, strict=True):
+            assert torch.equal(optimizer.state[p]["master_param"], f)
+            assert torch.equal(p, f.to(dtype))
+
+
+def test_master_follows_new_weights():
+    (p,), optimizer = make("AdamW", [torch.ones(5, dtype=torch.bfloat16)], master_weights=True)
+    give([p], [torch.zeros(5)])
+    optimizer.step()
+    with torch.no_grad():
+        p.fill_(3.0)
+    give([p], [torch.zeros(5)])
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["master_param"], torch.full((5,), 3.0 * (1 - 0.01 * 0.01)))
+
+
+def test_stochastic_rounding_keeps_small_updates():
+    """Updates of a fiftieth of the gap between neighbours: nearest rounding loses all, stochastic none on average."""
+    value, step, steps = 1.0, 2**-8 / 50, 400
+    found = {}
+    for stochastic in (False, True):
+        p = torch.full((20_000,), value, dtype=torch.bfloat16, requires_grad=True)
+        optimizer = gdbp.optim.SGD([p], lr=step, stochastic_rounding=stochastic)
+        for _ in range(steps):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        found[stochastic] = p.detach().float().mean().item()
+    assert found[False] == value
+    # The standard error of the mean is below 2e-5: a random walk of `steps` steps of at most half a gap each.
+    assert abs(found[True] - (value - steps * step)) < 5 * (2**-8 * steps**0.5 * 0.15 / 20_000**0.5)
+
+
+@EACH
+def test_stochastic_rounding_is_reproducible(name):
+    """For any number of threads, across a checkpoint; and another seed is another stream."""
+    values = [torch.randn(size).bfloat16() for size in SIZES]
+    grads = [[torch.randn_like(v) for v in values] for _ in range(6)]
+
+    def run(seed, threads, resume):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            params, optimizer = make(name, values, stochastic_rounding=seed)
+            for i, step in enumerate(grads):
+                if resume and i == 3:
+                    params, again = make(name, [p.detach() for p in params], stochastic_rounding=seed)
+                    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                    optimizer = again
+                give(params, step)
+                optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        return [p.detach() for p in params]
+
+    one = run(True, 1, False)
+    assert all(map(torch.equal, one, run(True, 2, False)))
+    assert all(map(torch.equal, one, run(True, 2, True)))
+    assert not all(map(torch.equal, one, run(7, 1, False)))
+
+
+def test_stochastic_rounding_leaves_nonfinite_alone():
+    p = torch.tensor([1.0, float("inf"), float("nan"), -float("inf")]).bfloat16().requires_grad_()
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    gdbp.optim.SGD([p], lr=0.1, stochastic_rounding=True).step()
+    torch.testing.assert_close(p.detach(), before, rtol=0, atol=0, equal_nan=True)
+
+
+@EACH
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_state_dtype(name, param, state):
+    """One step from nothing: the states are those of a float32 run, rounded once."""
+    values = [torch.randn(size).to(param) for size in SIZES]
+    params, optimizer = make(name, values, state_dtype=state)
+    floats, exact = make(name, [v.float() for v in values], state_dtype=torch.float32)
+    grads = [torch.randn_like(v) for v in values]
+    for group, o in ((params, optimizer), (floats, exact)):
+        give(group, grads)
+        o.step()
+    for p, f in zip(params, floats, strict=True):
+        for key, value in exact.state[f].items():
+            mine = optimizer.state[p][key]
+            if value.dim() == 0 and key in ("step", "mu_product"):
+                continue
+            assert mine.dtype is state
+            torch.testing.assert_close(mine.float(), value.to(mine.dtype).float(), rtol=1e-6, atol=1e-30)
+
+
+class TestEightBits:
+    def test_codes_are_those_of_the_formula(self):
+        """Kernel and Python agree to one code, and every code stands for itself."""
+        x = torch.randn(10_000) * torch.logspace(-6, 3, 10_000)
+        (p,), optimizer = make("SGD", [torch.zeros(10_000)], state_dtype="8bit")
+        give([p], [x])
+        optimizer.step()
+        codes, scale = _precision.encode(x)
+        state = optimizer.state[p]
+        assert state["momentum_buffer"].dtype is torch.int8
+        torch.testing.assert_close(state["momentum_buffer_scale"], scale)
+        assert (state["momentum_buffer"].int() - codes.int()).abs().max() <= 1
+        again, same = _precision.encode(_precision.decode(codes, scale))
+        assert torch.equal(codes, again) and torch.equal(scale, same)
+
+    @EACH
+    def test_one_step_is_exact(self, name):
+        """The first update uses the states before they are rounded."""
+        values = [torch.randn(size) for size in SIZES]
+        params, optimizer = make(name, values, state_dtype="8bit")
+        floats, exact = make(name, values)
+        grads = [torch.randn_like(v) for v in values]
+        for group, o in ((params, optimizer), (floats, exact)):
+            give(group, grads)
+            o.step()
+        assert all(map(torch.equal, params, floats))
+        small, large = params[4], params[5]
+        kinds = {key: value.dtype for key, value in optimizer.state[large].items()}
+        assert torch.int8 in kinds.values()
+        assert torch.int8 not in {value.dtype for value in optimizer.state[small].values()}
+
+    def test_a_quarter_of_the_memory(self):
+        def size(optimizer, p):
+            return sum(t.numel() * t.element_size() for t in optimizer.state[p].values())
+
+        (p,), eight = make("AdamW", [torch.randn(1 << 16)], state_dtype="8bit")
+        (q,), full = make("AdamW", [torch.randn(1 << 16)])
+        for x, optimizer in ((p, eight), (q, full)):
+            give([x], [torch.randn(1 << 16)])
+            optimizer.step()
+        assert size(eight, p) <= 0.26 * size(full, q)
+
+    def test_training_curve(self):
+        """A network trained with 8-bit states ends where one with float32 states does."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(512, 64, generator=generator)
+        teacher = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10))
+        y = teacher(x).argmax(1)
+
+        def train(state_dtype):
+            torch.manual_seed(1)
+            model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+            optimizer = gdbp.optim.AdamW(model.parameters(), lr=3e-3, state_dtype=state_dtype)
+            losses = []
+            for _ in range(120):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            return losses
+
+        full, eight = train(None), train("8bit")
+        assert eight[-1] < 0.2 * eight[0]
+        assert abs(sum(eight) / sum(full) - 1) < 0.05
+
+    def test_nonfinite_stays_visible(self):
+        (p,), optimizer = make("AdamW", [torch.randn(5000)], state_dtype="8bit")
+        grad = torch.randn(5000)
+        grad[300] = float("nan")
+        for g in (grad, torch.zeros(5000)):
+            give([p], [g])
+            optimizer.step()
+        assert p[256:512].isnan().all() and p[:256].isfinite().all() and p[512:].isfinite().all()
+
+    def test_any_layout(self):
+        base = torch.randn(100, 120)
+        (p,), optimizer = make("AdamW", [base], state_dtype="8bit")
+        strided = torch.empty(120, 200)[:, ::2].t().copy_(base).requires_grad_()
+        other = gdbp.optim.AdamW([strided], lr=0.01, state_dtype="8bit")
+        grad = torch.randn(100, 120)
+        p.grad, strided.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(strided, p)
+
+    def test_checkpoint_of_float32_states(self):
+        """A torch checkpoint goes on in 8 bits."""
+        p = torch.randn(5000, requires_grad=True)
+        p.grad = torch.randn(5000)
+        theirs = torch.optim.AdamW([p], lr=0.01)
+        theirs.step()
+        ours = gdbp.optim.AdamW([p], lr=0.01, state_dtype="8bit")
+        ours.load_state_dict(theirs.state_dict())
+        ours.step()
+        assert ours.state[p]["exp_avg"].dtype is torch.int8
+        assert ours.state[p]["step"] == 2
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_moving_average(name, dtype):
+    values = [torch.randn(size).to(dtype) for size in SIZES]
+    params, optimizer = make(name, values, ema_decay=0.8)
+    wanted = [v.double() for v in values]
+    for _ in range(4):
+        give(params, [torch.randn_like(v) for v in values])
+        optimizer.step()
+        wanted = [0.8 * w + 0.2 * p.detach().double() for w, p in zip(wanted, params, strict=True)]
+    for average, w in zip(optimizer.ema_parameters(), wanted, strict=True):
+        # Of a half type the average takes the value before it is rounded.
+        torch.testing.assert_close(
+            average.double(), w, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+        )
+
+
+def test_moving_average_is_averaged_models():
+    """From equal starts, swa_utils.AveragedModel and the average inside the step agree."""
+    model = torch.nn.Linear(5, 3)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    averaged.update_parameters(model)  # its first call only copies
+    optimizer = gdbp.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, ema_decay=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    for mine, theirs in zip(optimizer.ema_parameters(), averaged.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs.detach())
+
+
+@EACH
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(master_weights=True),
+        dict(stochastic_rounding=3),
+        dict(state_dtype=torch.float32),
+        dict(state_dtype="8bit"),
+        dict(ema_decay=0.9),
+        dict(master_weights=True, state_dtype="8bit", ema_decay=0.9, max_grad_norm=1.0),
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_resume(name, options):
+    """Three steps, a checkpoint, three more: bitwise six steps."""
+    values = [torch.randn(size).bfloat16() for size in SIZES]
+    grads = [[torch.randn_like(v) for v in values] for _ in range(6)]
+    through, optimizer = make(name, values, **options)
+    for i, step in enumerate(grads):
+        if i == 3:
+            resumed, other = make(name, [p.detach() for p in through], **options)
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        give(through, step)
+        optimizer.step()
+        if i >= 3:
+            give(resumed, step)
+            other.step()
+    assert all(map(torch.equal, through, resumed))
+    for p, q in zip(through, resumed, strict=True):
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert other.state[q][key].dtype is value.dtype
+            assert torch.equal(other.state[q][key], value)
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        (dict(state_dtype="4bit"), "Invalid state_dtype"),
+        (dict(state_dtype=torch.int8), "Invalid state_dtype"),
+        (dict(ema_decay=1.0), "Invalid ema_decay"),
+        (dict(ema_decay=float("nan")), "Invalid ema_decay"),
+        (dict(stochastic_rounding=-1), "Invalid stochastic_rounding"),
+    ],
+)
+def test_bad_options(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        gdbp.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def test_do_not_go_with_torchs_step():
+    p = torch.nn.Parameter(torch.zeros(1))
+    p.grad = torch.ones(1)
+    optimizer = gdbp.optim.AdamW([p], ema_decay=0.9, differentiable=True)
+    with pytest.raises(RuntimeError, match="do not go with"):
+        optimizer.step()
+    assert p.item() == 0

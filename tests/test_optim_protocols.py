@@ -1,0 +1,269 @@
+"""Optimizers in their surroundings: hooks, schedulers, copies, AMP, and what they refuse."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import gdbp
+from tests.optimizers import give, make
+
+
+class TestProtocols:
+    def optimizer(self, **options):
+        p = torch.nn.Parameter(torch.randn(6))
+        p.grad = torch.randn(6)
+        return p, gdbp.optim.AdamW([p], **options)
+
+    def test_is_torchs_class(self):
+        assert isinstance(self.optimizer()[1], torch.optim.AdamW)
+
+    def test_closure(self):
+        p, optimizer = self.optimizer()
+        calls = []
+
+        def closure():
+            calls.append(torch.is_grad_enabled())
+            optimizer.zero_grad()
+            loss = (p**2).sum()
+            loss.backward()
+            return loss
+
+        before = p.detach().clone()
+        with torch.no_grad():
+            loss = optimizer.step(closure)
+        assert calls == [True] and torch.equal(loss, (before**2).sum())
+        assert not torch.equal(before, p)
+        assert optimizer.step() is None and optimizer.step(closure=None) is None
+
+    def test_hooks_fire_once(self):
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # torch wraps its own class's step here
+        _, optimizer = self.optimizer()
+        fired = []
+        optimizer.register_step_pre_hook(lambda *_: fired.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: fired.append("post"))
+        optimizer.step()
+        assert fired == ["pre", "post"]
+        optimizer.param_groups[0]["differentiable"] = True
+        optimizer.step()
+        assert fired == ["pre", "post"] * 2
+
+    def test_profiler_name(self):
+        _, optimizer = self.optimizer()
+        with torch.profiler.profile() as profile:
+            optimizer.step()
+        assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
+
+    @pytest.mark.parametrize(
+        "how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+    )
+    def test_copies_go_on_alike(self, how):
+        p, optimizer = self.optimizer(l1=0.1, amsgrad=True)
+        optimizer.step()
+        twin = how(optimizer)
+        (q,) = twin.param_groups[0]["params"]
+        for _ in range(2):
+            p.grad = torch.randn(6)
+            q.grad = p.grad.clone()
+            optimizer.step()
+            twin.step()
+        assert q is not p and torch.equal(p, q)
+        assert repr(twin) == repr(optimizer)
+
+    def test_state_is_looked_at_again(self):
+        """Everything a user may replace between steps."""
+        p, optimizer = self.optimizer()
+        q = p.detach().clone().requires_grad_()
+        q.grad = p.grad.clone()
+        exact = torch.optim.AdamW([q], foreach=False)
+        optimizer.step()
+        exact.step()
+
+        def replace_state_tensor(o, x):
+            o.state[x]["exp_avg"] = torch.full_like(x, 0.5)
+
+        def write_state(o, x):
+            o.state[x]["exp_avg_sq"].fill_(0.25)
+
+        def replace_state_dict(o, x):
+            o.state[x] = {k: v.clone() for k, v in o.state[x].items()}
+
+        def load(o, x):
+            o.load_state_dict(copy.deepcopy(o.state_dict()))
+
+        def move_data(o, x):
+            x.data = x.data.clone() + 1
+
+        def new_grad_storage(o, x):
+            x.grad = x.grad.clone()
+
+        def change_options(o, x):
+            o.param_groups[0].update(lr=0.3, betas=(0.5, 0.5), weight_decay=0.3)
+
+        def float_step(o, x):
+            o.state[x]["step"] = torch.tensor(7.0)
+
+        def forget(o, x):
+            o.state.clear()
+
+        changes = [replace_state_tensor, write_state, replace_state_dict, load, move_data, new_grad_storage]
+        for change in [*changes, change_options, float_step, forget]:
+            for x, o in ((p, optimizer), (q, exact)):
+                change(o, x)
+            grad = torch.randn(6)
+            p.grad, q.grad = grad.clone(), grad.clone()
+            optimizer.step()
+            exact.step()
+            torch.testing.assert_close(p, q)
+
+    def test_new_group_and_unfrozen_parameter(self):
+        _, optimizer = self.optimizer()
+        frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
+        optimizer.add_param_group({"params": [frozen], "lr": 0.5})
+        optimizer.step()
+        before = frozen.detach().clone()
+        frozen.requires_grad_(True)
+        frozen.grad = torch.ones(3)
+        optimizer.step()
+        torch.testing.assert_close(frozen.detach(), before * (1 - 0.5 * 0.01) - 0.5)
+        optimizer.param_groups[1]["params"][0] = replacement = torch.nn.Parameter(torch.zeros(2))
+        replacement.grad = torch.ones(2)
+        optimizer.step()
+        torch.testing.assert_close(replacement.detach(), torch.full((2,), -0.5))
+
+    def test_tensor_learning_rate(self):
+        lr = torch.tensor(0.1)
+        p, optimizer = self.optimizer(lr=lr)
+        q = p.detach().clone().requires_grad_()
+        exact = torch.optim.AdamW([q], lr=0.1, foreach=False)
+        for rate in (0.1, 0.02):
+            lr.fill_(rate)
+            exact.param_groups[0]["lr"] = rate
+            q.grad = p.grad.clone()
+            optimizer.step()
+            exact.step()
+        torch.testing.assert_close(p, q)
+
+    @pytest.mark.parametrize("name", ["SGD", "RMSprop", "AdamW"])
+    def test_schedulers(self, name):
+        schedulers = [
+            lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+            lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=8),
+            lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=2),
+            lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+        ]
+        for make_scheduler in schedulers:
+            options = dict(lr=0.01, momentum=0.5) if name == "RMSprop" else dict(lr=0.01)
+            if name == "SGD" and make_scheduler is schedulers[2]:
+                options["momentum"] = 0.9
+            (p,), ours = make(name, [torch.randn(5, dtype=torch.float64)], options)
+            (q,), exact = make(name, [p.detach()], options, torch_class=True)
+            scheduled = [(ours, make_scheduler(ours)), (exact, make_scheduler(exact))]
+            for _ in range(6):
+                p.grad = torch.randn(5, dtype=torch.float64)
+                q.grad = p.grad.clone()
+                for optimizer, scheduler in scheduled:
+                    optimizer.step()
+                    scheduler.step()
+            torch.testing.assert_close(p, q)
+
+    def test_grad_scaler(self):
+        p, optimizer = self.optimizer(lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale((p * 2).sum()).backward()
+        assert not optimizer._step_supports_amp_scaling
+        before = p.detach().clone()
+        p.grad[0] = float("inf")
+        scaler.step(optimizer)
+        assert torch.equal(p, before) and not optimizer.state
+        scaler.update()
+
+    def test_amp_flag_survives_a_fused_checkpoint(self):
+        _, optimizer = self.optimizer(fused=True)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert not optimizer._step_supports_amp_scaling
+
+    def test_differentiable_is_torchs(self):
+        start, grad = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64, requires_grad=True)
+        found = []
+        for module in (gdbp.optim, torch.optim):
+            p = start.clone().requires_grad_().clone()
+            p.retain_grad()
+            p.grad = grad * 1
+            module.AdamW([p], lr=0.1, differentiable=True).step()
+            found += [p, *torch.autograd.grad(p.sum(), grad)]
+        torch.testing.assert_close(found[:2], found[2:])
+
+    def test_opcheck(self):
+        p, g, m, v = (torch.rand(9) for _ in range(4))
+        hyper = [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, float("inf"), 1.0, 0.9, 0.999, 1e-8]
+        step, norm = torch.tensor(3.0), torch.tensor([2.0, 0.5, 0.0], dtype=torch.float64)
+        args = ([p], [g], [m, v], [step], "adam", hyper, torch.tensor(0.1), [], norm)
+        torch.library.opcheck(torch.ops.gdbp.optim_step_.default, args)
+
+
+class TestErrors:
+    """One sentence, and nothing changed."""
+
+    @pytest.mark.parametrize(
+        "options,sentence",
+        [
+            (dict(lr=-1.0), "Invalid learning rate"),
+            (dict(betas=(1.0, 0.9)), "Invalid beta parameter"),
+            (dict(l1=-0.1), "Invalid l1 value"),
+            (dict(l1=float("nan")), "Invalid l1 value"),
+            (dict(l1_mode="soft"), "Invalid l1_mode"),
+            (dict(clip_value=0.0), "Invalid clip_value"),
+        ],
+    )
+    def test_options(self, options, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            gdbp.optim.Adam([torch.nn.Parameter(torch.zeros(1))], **options)
+
+    def test_options_of_a_group(self):
+        with pytest.raises(ValueError, match="Invalid l1 value"):
+            gdbp.optim.Adam([{"params": [torch.nn.Parameter(torch.zeros(1))], "l1": -1.0}])
+
+    def test_empty_list(self):
+        with pytest.raises(ValueError, match="empty parameter list"):
+            gdbp.optim.SGD([])
+
+    def two(self):
+        params = [torch.nn.Parameter(torch.randn(4)) for _ in range(2)]
+        optimizer = gdbp.optim.Adam(params)
+        give(params, [torch.ones(4)] * 2)
+        optimizer.step()
+        return params, optimizer
+
+    def refuses(self, params, optimizer, match):
+        def everything():
+            return [p.detach() for p in params], optimizer.state_dict()["state"]
+
+        before = copy.deepcopy(everything())
+        with pytest.raises((RuntimeError, TypeError), match=match):
+            optimizer.step()
+        torch.testing.assert_close(everything(), before, rtol=0, atol=0)
+
+    def test_sparse_gradient(self):
+        params, optimizer = self.two()
+        params[1].grad = torch.ones(4).to_sparse()
+        self.refuses(params, optimizer, "sparse")
+
+    def test_state_of_another_shape(self):
+        params, optimizer = self.two()
+        optimizer.state[params[1]]["exp_avg"] = torch.zeros(5)
+        self.refuses(params, optimizer, "state tensor has shape")
+
+    def test_integer_state(self):
+        params, optimizer = self.two()
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[params[1]][key] = torch.zeros(4, dtype=torch.int32)
+        self.refuses(params, optimizer, "dtype")
+
+    def test_extras_do_not_go_with_torchs_step(self):
+        params, optimizer = self.two()
+        optimizer.param_groups[0].update(differentiable=True, l1=0.1)
+        self.refuses(params, optimizer, "do not go with capturable")
