@@ -9,7 +9,7 @@
 namespace gdbp {
 
 // blockwise8 is for optimizer states alone, see optim/blockwise8.h.
-enum class Dtype : int { float64, float32, bfloat16, float16, blockwise8 };
+enum class Dtype : uint8_t { float64, float32, bfloat16, float16, blockwise8 };
 
 struct BFloat16 {
   uint16_t bits;

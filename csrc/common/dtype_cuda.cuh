@@ -22,7 +22,7 @@ constexpr int kWidth = 16 / int(sizeof(T));
 template <class T, int n>
 using Access = std::conditional_t<n * sizeof(T) % 16 == 0, uint4, uint2>;
 
-inline bool aligned(const void* pointer, int64_t bytes = 16) {
+GDBP_HD bool aligned(const void* pointer, int64_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(pointer) % uintptr_t(bytes) == 0;
 }
 

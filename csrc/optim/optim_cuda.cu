@@ -25,34 +25,51 @@ constexpr size_t kArgumentBytes = 32000;
 constexpr size_t kArgumentBytes = 4000;
 #endif
 
-template <class Rule, class T>
-struct Tensor {
-  void* param;
-  const void* grad;
-  void* state[Rule::states > 0 ? Rule::states : 1];
-  int64_t numel;
-  int64_t first_chunk;  // chunks of the tensors before it
+// What is written besides, of the few tensors that have it; the others save the room.
+template <class T, bool extra>
+struct Extra {};
+template <class T>
+struct Extra<T, true> {
   void* copy;
   void* average;
   uint64_t seed;
   T average_weight;
-  Surroundings<T> around;
-  Rule rule;  // with the constants of this tensor's step worked out
-  Dtype param_dtype, grad_dtype, state_dtype, copy_dtype, average_dtype;
-  bool vectors;
+  Dtype copy_dtype, average_dtype;
 };
 
+template <int states, class T, bool extra>
+struct Tensor : Extra<T, extra> {
+  void* param;
+  const void* grad;
+  void* state[states > 0 ? states : 1];
+  int64_t numel;
+  uint32_t first_chunk;  // chunks of the tensors before it
+  uint8_t constants;
+  Dtype param_dtype, grad_dtype, state_dtype;
+};
+
+// What tensors of one group at the same step have in common.
 template <class Rule, class T>
+struct Constants {
+  Surroundings<T> around;
+  Rule rule;
+};
+
+template <class Rule, class T, bool extra>
 struct Batch {
-  using Entry = Tensor<Rule, T>;
-  static constexpr int capacity = int((kArgumentBytes - 32) / sizeof(Entry));
+  using Entry = Tensor<Rule::states, T, extra>;
+  using Common = Constants<Rule, T>;
+  static constexpr int most_constants = kArgumentBytes > 8000 ? 32 : 8;
+  static constexpr int capacity = int((kArgumentBytes - 32 - most_constants * sizeof(Common)) / sizeof(Entry));
   const Control* control;
   int count = 0;
-  // Rules have no default state, so the places are bytes until a tensor is put there.
-  alignas(Entry) unsigned char bytes[capacity * sizeof(Entry)];
+  int constants_count = 0;
+  Entry entries[capacity];
+  // Rules have no default state, so the places are bytes until constants are put there.
+  alignas(Common) unsigned char constants_bytes[most_constants * sizeof(Common)];
 
   explicit Batch(const Control* control) : control(control) {}
-  GDBP_HD const Entry& operator[](int i) const { return reinterpret_cast<const Entry*>(bytes)[i]; }
+  GDBP_HD const Common& constants(int i) const { return reinterpret_cast<const Common*>(constants_bytes)[i]; }
 };
 
 // The types of arrays are known at run time only. All threads of a block take the same branch.
@@ -77,30 +94,62 @@ __device__ __forceinline__ void write(void* base, Dtype dtype, int64_t at, int c
   }
 }
 
+// The new parameters, and what goes beyond them.
+template <class Entry, class T>
+__device__ __forceinline__ void write_extra(const Entry& t, int64_t at, int count, bool vectors, const T (&p)[kWidth]) {
+  if (t.seed != 0 && t.param_dtype == Dtype::bfloat16) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      if (k < count)
+        static_cast<BFloat16*>(t.param)[at + k] = narrow_stochastic(float(p[k]), random_bits(t.seed, at + k));
+    }
+  } else {
+    write(t.param, t.param_dtype, at, count, vectors, p);
+  }
+  if (t.copy) write(t.copy, t.copy_dtype, at, count, vectors, p);
+  if (!t.average) return;
+  T average[kWidth];
+  read(t.average, t.average_dtype, at, count, vectors, average);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) average[k] = lerp(average[k], p[k], t.average_weight);
+  write(t.average, t.average_dtype, at, count, vectors, average);
+}
+
+// Whether elements can be read and written kWidth at a time.
+GDBP_HD bool aligned(const void* pointer, Dtype dtype) {
+  const int64_t bytes = kWidth * size_of(dtype);
+  return cuda::aligned(pointer, bytes < 16 ? bytes : 16);
+}
+
 // One block per chunk; which tensor the chunk belongs to is a binary search over first_chunk.
-template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch<Rule, T>) batch) {
+template <class Rule, class T, bool extra>
+__global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch<Rule, T, extra>) batch) {
   if (batch.control && batch.control->skip != 0) return;
   const int64_t chunk = blockIdx.x;
   int low = 0;
   for (int high = batch.count; high - low > 1;) {
     const int middle = (low + high) / 2;
-    (batch[middle].first_chunk <= chunk ? low : high) = middle;
+    (batch.entries[middle].first_chunk <= chunk ? low : high) = middle;
   }
-  const Tensor<Rule, T>& t = batch[low];
-  Surroundings<T> around = t.around;
+  const auto& t = batch.entries[low];
+  const Constants<Rule, T>& constants = batch.constants(t.constants);
+  Surroundings<T> around = constants.around;
   if (batch.control) around.scale *= T(batch.control->coefficient);
-  const Rule rule = t.rule;
+  const Rule rule = constants.rule;
+  bool vectors = aligned(t.param, t.param_dtype) && aligned(t.grad, t.grad_dtype);
+#pragma unroll
+  for (int i = 0; i < Rule::states; ++i) vectors = vectors && aligned(t.state[i], t.state_dtype);
+  if constexpr (extra) vectors = vectors && aligned(t.copy, t.copy_dtype) && aligned(t.average, t.average_dtype);
   const int64_t elements = chunk_elements(t.param_dtype);
   const int64_t first = (chunk - t.first_chunk) * elements;
   const int64_t end = first + elements < t.numel ? first + elements : t.numel;
   for (int64_t at = first + int64_t(threadIdx.x) * kWidth; at < end; at += kThreads * kWidth) {
     const int count = int(end - at < kWidth ? end - at : kWidth);
     T p[kWidth], g[kWidth], s[Rule::states + 1][kWidth];
-    read(t.param, t.param_dtype, at, count, t.vectors, p);
-    read(t.grad, t.grad_dtype, at, count, t.vectors, g);
+    read(t.param, t.param_dtype, at, count, vectors, p);
+    read(t.grad, t.grad_dtype, at, count, vectors, g);
 #pragma unroll
-    for (int i = 0; i < Rule::states; ++i) read(t.state[i], t.state_dtype, at, count, t.vectors, s[i]);
+    for (int i = 0; i < Rule::states; ++i) read(t.state[i], t.state_dtype, at, count, vectors, s[i]);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       T of_element[Rule::states + 1];
@@ -113,106 +162,89 @@ __global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch
 #pragma unroll
       for (int i = 0; i < Rule::states; ++i) s[i][k] = of_element[i];
     }
-    if (t.seed != 0 && t.param_dtype == Dtype::bfloat16) {
-      for (int k = 0; k < count; ++k)
-        static_cast<BFloat16*>(t.param)[at + k] = narrow_stochastic(float(p[k]), random_bits(t.seed, at + k));
+#pragma unroll
+    for (int i = 0; i < Rule::states; ++i) write(t.state[i], t.state_dtype, at, count, vectors, s[i]);
+    if constexpr (extra) {
+      write_extra(t, at, count, vectors, p);
     } else {
-      write(t.param, t.param_dtype, at, count, t.vectors, p);
-    }
-#pragma unroll
-    for (int i = 0; i < Rule::states; ++i) write(t.state[i], t.state_dtype, at, count, t.vectors, s[i]);
-    if (t.copy) write(t.copy, t.copy_dtype, at, count, t.vectors, p);
-    if (t.average) {
-      T average[kWidth];
-      read(t.average, t.average_dtype, at, count, t.vectors, average);
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) average[k] = lerp(average[k], p[k], t.average_weight);
-      write(t.average, t.average_dtype, at, count, t.vectors, average);
+      write(t.param, t.param_dtype, at, count, vectors, p);
     }
   }
 }
 
-bool aligned(const void* pointer, Dtype dtype) {
-  const int64_t bytes = kWidth * size_of(dtype);
-  return cuda::aligned(pointer, bytes < 16 ? bytes : 16);
-}
-
 // Collects the tensors that are computed in T, and launches whenever the arguments are full.
-template <class Rule, class T>
+template <class Rule, class T, bool extra>
 class Step {
  public:
-  Step(const Slot& slot, const Control* control, void* stream)
-      : hyper_(slot.hyper),
-        clock_(slot.clock),
-        around_(*hyper_),
-        rule_(*hyper_, clock_),
-        batch_(control),
-        stream_(stream) {}
+  Step(const Control* control, void* stream) : batch_(control), stream_(stream) {}
 
   int add(const Slot& slot) {
     if (slot.numel == 0) return 0;
     // Tensors of a group are mostly at the same step; its constants cost two powers.
-    if (slot.hyper != hyper_ || slot.clock.step != clock_.step || slot.clock.product != clock_.product) {
+    if (!hyper_ || slot.hyper != hyper_ || slot.clock.step != clock_.step || slot.clock.product != clock_.product) {
+      if (batch_.constants_count == Arguments::most_constants) {
+        if (const int error = launch()) return error;
+      }
       hyper_ = slot.hyper;
       clock_ = slot.clock;
-      around_ = Surroundings<T>(*hyper_);
-      rule_ = Rule(*hyper_, clock_);
+      using Common = Constants<Rule, T>;
+      new (batch_.constants_bytes + batch_.constants_count++ * sizeof(Common))
+          Common{Surroundings<T>(*hyper_), Rule(*hyper_, clock_)};
     }
-    bool vectors = aligned(slot.param, slot.param_dtype) && aligned(slot.grad, slot.grad_dtype);
-    for (int i = 0; i < Rule::states; ++i) vectors = vectors && aligned(slot.state[i], slot.state_dtype);
-    vectors = vectors && aligned(slot.copy, slot.copy_dtype) && aligned(slot.average, slot.average_dtype);
-    using Entry = Tensor<Rule, T>;
-    auto* const tensor = new (batch_.bytes + batch_.count * sizeof(Entry)) Entry{slot.param,
-                                                                                 slot.grad,
-                                                                                 {},
-                                                                                 slot.numel,
-                                                                                 chunks_,
-                                                                                 slot.copy,
-                                                                                 slot.average,
-                                                                                 slot.seed,
-                                                                                 T(slot.average_weight),
-                                                                                 around_,
-                                                                                 rule_,
-                                                                                 slot.param_dtype,
-                                                                                 slot.grad_dtype,
-                                                                                 slot.state_dtype,
-                                                                                 slot.copy_dtype,
-                                                                                 slot.average_dtype,
-                                                                                 vectors};
-    std::memcpy(tensor->state, slot.state, Rule::states * sizeof(void*));
+    auto& tensor = batch_.entries[batch_.count++];
+    tensor.param = slot.param;
+    tensor.grad = slot.grad;
+    std::memcpy(tensor.state, slot.state, Rule::states * sizeof(void*));
+    tensor.numel = slot.numel;
+    tensor.first_chunk = uint32_t(chunks_);
+    tensor.constants = uint8_t(batch_.constants_count - 1);
+    tensor.param_dtype = slot.param_dtype;
+    tensor.grad_dtype = slot.grad_dtype;
+    tensor.state_dtype = slot.state_dtype;
+    if constexpr (extra)
+      static_cast<Extra<T, true>&>(tensor) = {slot.copy,       slot.average,      slot.seed, T(slot.average_weight),
+                                              slot.copy_dtype, slot.average_dtype};
     chunks_ += cuda::ceil_div(slot.numel, chunk_elements(slot.param_dtype));
-    return ++batch_.count == Batch<Rule, T>::capacity ? launch() : 0;
+    return batch_.count == Arguments::capacity ? launch() : 0;
   }
 
   int launch() {
     if (batch_.count == 0) return 0;
-    const auto kernel = step_kernel<Rule, T>;
+    const auto kernel = step_kernel<Rule, T, extra>;
     const int error = GDBP_LAUNCH(kernel, unsigned(chunks_), kThreads, 0, stream_, batch_);
-    batch_.count = 0;
+    batch_.count = batch_.constants_count = 0;
     chunks_ = 0;
+    hyper_ = nullptr;
     return error;
   }
 
  private:
-  const Hyper* hyper_;
-  Clock clock_;
-  Surroundings<T> around_;
-  Rule rule_;
-  Batch<Rule, T> batch_;
+  using Arguments = Batch<Rule, T, extra>;
+  const Hyper* hyper_ = nullptr;  // of the constants put in last
+  Clock clock_{};
+  Arguments batch_;
   void* stream_;
   int64_t chunks_ = 0;
 };
 
-template <template <class> class Rule>
-int step(const Slot* slots, int64_t count, const Control* control, void* stream) {
-  Step<Rule<float>, float> single(slots[0], control, stream);
-  Step<Rule<double>, double> twice(slots[0], control, stream);
+template <template <class> class Rule, class T>
+int step_in(const Slot* slots, int64_t count, const Control* control, void* stream) {
+  Step<Rule<T>, T, false> plain(control, stream);
+  Step<Rule<T>, T, true> extra(control, stream);
   for (int64_t i = 0; i < count; ++i) {
-    const int error = slots[i].param_dtype == Dtype::float64 ? twice.add(slots[i]) : single.add(slots[i]);
+    const Slot& slot = slots[i];
+    if ((slot.param_dtype == Dtype::float64) != (sizeof(T) == 8)) continue;
+    const int error = slot.copy || slot.average || slot.seed ? extra.add(slot) : plain.add(slot);
     if (error != 0) return error;
   }
-  const int error = single.launch();
-  return error != 0 ? error : twice.launch();
+  const int error = plain.launch();
+  return error != 0 ? error : extra.launch();
+}
+
+template <template <class> class Rule>
+int step(const Slot* slots, int64_t count, const Control* control, void* stream) {
+  const int error = step_in<Rule, float>(slots, count, control, stream);
+  return error != 0 ? error : step_in<Rule, double>(slots, count, control, stream);
 }
 
 #define GDBP_ROW(name, Rule) &step<Rule>,
