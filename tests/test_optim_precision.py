@@ -258,6 +258,30 @@ def test_moving_average_is_averaged_models():
 
 
 @EACH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("copy_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_copy(name, dtype, copy_dtype):
+    values = [torch.randn(size).to(dtype) for size in SIZES]
+    values += [torch.randn(5, 6).to(dtype).T, torch.randn(9).to(dtype)[::2]]
+    params, optimizer = make(name, values, copy_dtype=copy_dtype)
+    plain, other = make(name, values)
+    assert all(map(torch.equal, optimizer.copied_parameters(), params)), "before the first step"
+    for _ in range(2):
+        grads = [torch.randn_like(v) for v in values]
+        give(params, grads)
+        give(plain, grads)
+        optimizer.step()
+        other.step()
+    for p, q, copied in zip(params, plain, optimizer.copied_parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert copied.dtype is copy_dtype and copied.shape == p.shape
+        if p.dtype is not torch.bfloat16:
+            assert torch.equal(copied, p.detach().to(copy_dtype))
+        else:  # taken before the parameter was rounded
+            torch.testing.assert_close(copied.float(), p.detach().float(), rtol=2**-8, atol=2**-24)
+
+
+@EACH
 @pytest.mark.parametrize(
     "options",
     [
@@ -266,6 +290,7 @@ def test_moving_average_is_averaged_models():
         dict(state_dtype=torch.float32),
         dict(state_dtype="8bit"),
         dict(ema_decay=0.9),
+        dict(copy_dtype=torch.float16),
         dict(master_weights=True, state_dtype="8bit", ema_decay=0.9, max_grad_norm=1.0),
     ],
     ids=lambda o: "-".join(o),
@@ -300,6 +325,8 @@ def test_resume(name, options):
         (dict(ema_decay=1.0), "Invalid ema_decay"),
         (dict(ema_decay=float("nan")), "Invalid ema_decay"),
         (dict(stochastic_rounding=-1), "Invalid stochastic_rounding"),
+        (dict(copy_dtype=torch.int8), "Invalid copy_dtype"),
+        (dict(copy_dtype=torch.bfloat16, master_weights=True), "Invalid copy_dtype"),
     ],
 )
 def test_bad_options(options, sentence):

@@ -180,6 +180,39 @@ class TestProtocols:
         assert torch.equal(p, before) and not optimizer.state
         scaler.update()
 
+    @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"skip_nonfinite": True}], ids=str)
+    def test_grad_scaler_inside_the_step(self, options):
+        """Scaled, unscaled and skipped as by hand, with the overflow first, in the middle, and after unscale_."""
+        start = torch.randn(7)
+        p, q = start.clone().requires_grad_(), start.clone().requires_grad_()
+        ours = gdbp.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5, amp_fused=True, **options)
+        theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9, dampening=0.5, foreach=False)
+        ours = pickle.loads(pickle.dumps(ours))
+        p = ours.param_groups[0]["params"][0]
+        assert ours._step_supports_amp_scaling
+        scaler, other = (torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) for _ in range(2))
+        for i, overflows in enumerate([True, False, True, False, False, False]):
+            weight = torch.randn(7)
+            weight[2] = float("inf") if overflows else 3.0
+            for parameter, optimizer, s in ((p, ours, scaler), (q, theirs, other)):
+                optimizer.zero_grad()
+                s.scale((parameter * weight).sum()).backward()
+                if i == 4 or optimizer is theirs:
+                    s.unscale_(optimizer)
+                if optimizer is theirs and "max_grad_norm" in options:
+                    norm = torch.nn.utils.clip_grad_norm_([q], 0.5)
+                if optimizer is ours:
+                    before = p.grad.clone()
+                s.step(optimizer)
+                s.update()
+            assert torch.equal(p.grad.nan_to_num(), before.nan_to_num()), "the gradient is untouched"
+            if "max_grad_norm" in options:
+                torch.testing.assert_close(ours.grad_norm.float(), norm)
+            torch.testing.assert_close(p, q)
+            assert scaler.get_scale() == other.get_scale()
+            assert not hasattr(ours, "found_inf")
+        assert len(ours.state[p]) == 1
+
     def test_amp_flag_survives_a_fused_checkpoint(self):
         _, optimizer = self.optimizer(fused=True)
         optimizer.step()

@@ -15,6 +15,7 @@ struct Member {
   at::Tensor scales[kMaxStates];  // for states of 8 bits: float32, one for each kQuantBlock elements
   at::Tensor master;              // float32 or float64 original, of which param is the rounded copy; or undefined
   at::Tensor average;             // moving average of the parameter; or undefined
+  at::Tensor copy;                // the parameter in another dtype, where it is no master's copy itself; or undefined
   double average_weight = 0;
   uint64_t seed = 0;  // for stochastic rounding of bfloat16 parameters; 0 for none
   Clock clock{};

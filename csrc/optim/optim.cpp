@@ -118,6 +118,7 @@ void Batch::add(int rule, const Hyper* hyper, const Member& m) {
   }
   if (m.master.defined()) see(m.master);
   if (m.average.defined()) see(m.average);
+  if (m.copy.defined()) see(m.copy);
   if (same_layout && !m.param.is_complex()) return add_dense(rule, hyper, m);
 
   // Any order of elements will do as long as all arrays share it: the parameter's own, where it has no
@@ -140,6 +141,7 @@ void Batch::add(int rule, const Hyper* hyper, const Member& m) {
   for (int k = 0; k < count; ++k) lay_out(like.states[k], true);
   lay_out(like.master, true);
   lay_out(like.average, true);
+  lay_out(like.copy, true);
   temporaries_.insert(temporaries_.end(), {like.param, like.grad});
   add_dense(rule, hyper, like);
 }
@@ -171,9 +173,9 @@ void Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
                 " float32 numbers; load a state_dict made for this model");
     slot.scale[k] = m.scales[k].mutable_data_ptr<float>();
   }
-  if (m.master.defined()) {
-    slot.copy = m.param.mutable_data_ptr();
-    slot.copy_dtype = dtype_of(m.param, op, "a parameter");
+  if (const Tensor& copy = m.master.defined() ? m.param : m.copy; copy.defined()) {
+    slot.copy = copy.mutable_data_ptr();
+    slot.copy_dtype = dtype_of(copy, op, "a copy");
   }
   if (m.average.defined()) {
     slot.average = m.average.mutable_data_ptr();

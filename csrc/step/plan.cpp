@@ -58,6 +58,7 @@ StepPlan::StepPlan(const std::vector<Group>& groups, const py::dict& state,
         if (role == "scale") entry.member.scales[scales++] = tensor;
         if (role == "master") entry.member.master = tensor;
         if (role == "average") entry.member.average = tensor;
+        if (role == "copy") entry.member.copy = tensor;
         if (role != "count") continue;
         entry.ready = entry.ready && optim::Counts::fits(tensor);
         (entry.counts.step.defined() ? entry.counts.product : entry.counts.step) = tensor;
@@ -132,7 +133,6 @@ bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state) 
 at::Tensor StepPlan::norm(double max_norm, double scale, bool skip_nonfinite) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const grad::Limit limit{max_norm, scale, double(skip_nonfinite)};
-  may_skip_ = skip_nonfinite;
   std::vector<grad::Source> sources;
   at::Device device = at::kCPU;
   for (const optim::Batch::Lane& lane : batch_.lanes()) {
@@ -160,14 +160,18 @@ at::Tensor StepPlan::norm(double max_norm, double scale, bool skip_nonfinite) {
   return norm;
 }
 
-bool StepPlan::run(const std::optional<at::Tensor>& norm) {
+bool StepPlan::run(const std::optional<at::Tensor>& norm, bool may_skip) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const optim::Control* const control = norm ? optim::control_of(*norm) : nullptr;
   // The counts are on the host, so whether the step counts must be known there: on CUDA the one
-  // synchronisation, and only with skip_nonfinite.
-  const bool skip = norm && may_skip_ && norm->to(at::kCPU).const_data_ptr<double>()[2] != 0;
+  // synchronisation, and only where a step may be skipped.
+  const bool skip = norm && may_skip && norm->to(at::kCPU).const_data_ptr<double>()[2] != 0;
   if (!skip) {
-    batch_.run([&](const at::Device&) { return control; });
+    std::vector<at::Tensor> copies;  // for other devices than the norm's own
+    batch_.run([&](const at::Device& device) -> const optim::Control* {
+      if (!norm) return nullptr;
+      if (norm->device() == device) return optim::control_of(*norm);
+      return optim::control_of(copies.emplace_back(norm->to(device)));
+    });
     for (Entry* entry : collected_) entry->counts.set(entry->member.clock);
   }
   batch_.clear();
@@ -195,10 +199,10 @@ void bind(py::module_& module) {
           py::arg("max_norm"), py::arg("scale"), py::arg("skip_nonfinite"))
       .def(
           "run",
-          [](StepPlan& plan, const py::object& norm) {
-            return plan.run(norm.is_none() ? std::nullopt : std::optional(unwrap(norm)));
+          [](StepPlan& plan, const py::object& norm, bool may_skip) {
+            return plan.run(norm.is_none() ? std::nullopt : std::optional(unwrap(norm)), may_skip);
           },
-          py::arg("norm") = py::none());
+          py::arg("norm"), py::arg("may_skip"));
 }
 
 }  // namespace gdbp::step

@@ -20,8 +20,8 @@ class StepPlan {
  public:
   // state: optimizer.state. roles: for each group what its parameters keep in their state, as pairs of role and
   // key: "state" (in the rule's order), "scale" (of 8-bit states, likewise), "count" (0-dim CPU tensors: step,
-  // product), "master", "average". fresh: for each group the positions of parameters whose first update this will
-  // be, for rules that keep no count.
+  // product), "master", "average", "copy". fresh: for each group the positions of parameters whose first update this
+  // will be, for rules that keep no count.
   StepPlan(const std::vector<Group>& groups, const pybind11::dict& state,
            const std::vector<std::vector<std::pair<std::string, std::string>>>& roles,
            const std::vector<std::vector<int64_t>>& fresh);
@@ -35,8 +35,9 @@ class StepPlan {
   bool collect(const std::vector<Group>& groups, const pybind11::dict& state);
   // Of the gradients just collected: a tensor of grad::Norm's three numbers, on their device.
   at::Tensor norm(double max_norm, double scale, bool skip_nonfinite);
-  // Updates what was collected, as `norm` decides, if there is one. False where it decided to skip the step.
-  bool run(const std::optional<at::Tensor>& norm);
+  // Updates what was collected, as `norm` decides, if there is one. may_skip: whether it may decide to skip the
+  // step; false is returned where it did.
+  bool run(const std::optional<at::Tensor>& norm, bool may_skip);
 
  private:
   struct Entry {
@@ -64,7 +65,6 @@ class StepPlan {
   std::vector<pybind11::object> state_dicts_;
   optim::Batch batch_;
   std::vector<Entry*> collected_;
-  bool may_skip_ = false;
   double average_weight_ = 0;
   uint64_t seed_ = 0;
 };

@@ -12,7 +12,7 @@ import torch
 
 from gdbp import _load
 from gdbp.ops._function import is_fused
-from gdbp.optim import _checkpoint, _compile
+from gdbp.optim import _amp, _checkpoint, _compile
 from gdbp.optim._list_plan import ListPlan
 from gdbp.optim._precision import Precision
 
@@ -39,6 +39,7 @@ _EXTRAS = (
 _STEP_EXTRAS = (
     inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None),
     inspect.Parameter("skip_nonfinite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+    inspect.Parameter("amp_fused", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
     *(
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Precision.__annotations__[name]
@@ -62,6 +63,9 @@ class Fused(torch.optim.Optimizer):
         max_grad_norm: largest 2-norm of all gradients together: one more read of them, and the factor is applied
             in the update, so ``.grad`` is untouched. ``grad_norm`` then holds the norm.
         skip_nonfinite: leave parameters and states as they are when a gradient is not finite.
+        amp_fused: have ``torch.amp.GradScaler`` leave unscaling and skipping to the step, which does both in its pass
+            (with torch's classes ``fused=True`` implies it). Code that asks the scaler's ``unscale_`` for clipping, or
+            looks for skipped steps in another way than ``found_inf``, does not expect that: off by default.
 
         master_weights: keep a float32 original of every bfloat16 or float16 parameter, and float32 states: the
             parameter is its rounded copy, written in the same pass.
@@ -72,6 +76,8 @@ class Fused(torch.optim.Optimizer):
             scale (on the CPU; states of fewer than 4096 elements stay float32).
         ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
             started at the parameters as first stepped; see :meth:`ema_parameters`.
+        copy_dtype: write every new parameter also into a copy of this dtype, for a forward pass in low precision;
+            see :meth:`copied_parameters`.
 
     From max_grad_norm on these are the optimizer's, not a group's. ``max_grad_norm`` and ``skip_nonfinite`` can be
     changed later through the attributes of their names.
@@ -100,25 +106,28 @@ class Fused(torch.optim.Optimizer):
         clip_value: float | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        amp_fused: bool = False,
         master_weights: bool = False,
         stochastic_rounding: bool | int = False,
         state_dtype: torch.dtype | str | None = None,
         ema_decay: float | None = None,
+        copy_dtype: torch.dtype | None = None,
         **kwargs,
     ):
         extras = {"l1": l1, "l1_mode": l1_mode, "clip_value": clip_value}
         _check_extras(extras)
         _check_max_grad_norm(max_grad_norm)
-        precision = Precision(master_weights, stochastic_rounding, state_dtype, ema_decay)
+        precision = Precision(master_weights, stochastic_rounding, state_dtype, ema_decay, copy_dtype)
         precision.check()
         super().__init__(params, *args, **kwargs)
-        # torch's fused=True promises GradScaler that the step unscales; ours leaves that to the scaler.
-        self._step_supports_amp_scaling = False
+        # This tells GradScaler that the step unscales, which torch's fused=True promises without being asked.
+        self._step_supports_amp_scaling = bool(amp_fused)
         # In a dict, as Dynamo drops what a traced step assigns to an optimizer's attributes.
         self._last: dict[str, Any] = {"grad_norm": None}
         self.defaults.update(extras)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.defaults["amp_fused"] = bool(amp_fused)
         self.defaults.update(precision._asdict())
         for group in self.param_groups:
             _set_extras(group, extras)
@@ -134,7 +143,7 @@ class Fused(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_last", {"grad_norm": None})
-        self._step_supports_amp_scaling = False
+        self._step_supports_amp_scaling = self.defaults.get("amp_fused", False)
         for group in self.param_groups:
             _set_extras(group, self.defaults)
 
@@ -170,9 +179,17 @@ class Fused(torch.optim.Optimizer):
 
     def ema_parameters(self) -> Iterator[torch.Tensor]:
         """The moving averages, in the order of the parameters; a parameter that was never stepped stands for itself."""
+        return self._kept("ema_param")
+
+    def copied_parameters(self) -> Iterator[torch.Tensor]:
+        """The copies of ``copy_dtype``, as of the last step, in the order of the parameters; a parameter that was
+        never stepped stands for itself."""
+        return self._kept("param_copy")
+
+    def _kept(self, key: str) -> Iterator[torch.Tensor]:
         for group in self.param_groups:
             for p in group["params"]:
-                yield self.state[p]["ema_param"] if "ema_param" in self.state.get(p, ()) else p.detach()
+                yield self.state[p][key] if key in self.state.get(p, ()) else p.detach()
 
     def _update(self, group: dict[str, Any]) -> Update:
         raise NotImplementedError
@@ -215,7 +232,8 @@ class Fused(torch.optim.Optimizer):
                     f"{type(self).__name__}: a state is not the tensor it should be; expected what state_dict() "
                     "returned; clear optimizer.state or load a checkpoint"
                 )
-        if plan.run(self._norm(plan.norm)):
+        norm = self._norm(plan.norm)
+        if plan.run(norm, self._may_skip()):
             return
         # The step was skipped, so that nothing has begun: a first step is still to come.
         for p, keys in created:
@@ -226,13 +244,18 @@ class Fused(torch.optim.Optimizer):
 
     def _norm(self, norm_of) -> torch.Tensor | None:
         """What the gradients decide, as one read of them says; None where nothing depends on it."""
-        self._last["grad_norm"] = None
-        if self.max_grad_norm is None and not self.skip_nonfinite:
-            return None
+        scale, found_inf = _amp.scaler_of(self)
+        is_scaled = scale is not None or found_inf is not None
         limit = float("inf") if self.max_grad_norm is None else float(self.max_grad_norm)
-        norm = norm_of(limit, 1.0, self.skip_nonfinite)
-        self._last["grad_norm"] = norm[0]
-        return norm
+        norm = None
+        if self.max_grad_norm is not None or self.skip_nonfinite:
+            norm = norm_of(float("inf") if is_scaled else limit, 1.0, self.skip_nonfinite)
+        decided = _amp.scaled(norm, limit, scale, found_inf) if is_scaled else norm
+        self._last["grad_norm"] = None if norm is None else decided[0]
+        return decided
+
+    def _may_skip(self) -> bool:
+        return self.skip_nonfinite or getattr(self, "found_inf", None) is not None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, of this class or of torch's.
@@ -278,14 +301,15 @@ class Fused(torch.optim.Optimizer):
             return plan
         if not precision.is_default():
             raise RuntimeError(
-                f"{type(self).__name__}: master_weights, stochastic_rounding, state_dtype and ema_decay need the "
-                "compiled part, plain tensors on CPU or CUDA, and no parameter twice; switch them off"
+                f"{type(self).__name__}: master_weights, stochastic_rounding, state_dtype, ema_decay and copy_dtype "
+                "need the compiled part, plain tensors on CPU or CUDA, and no parameter twice; switch them off"
             )
         return ListPlan(groups, self.state, roles, fresh)
 
     def _step_torch(self) -> None:
         extras = any(group["l1"] or group["clip_value"] is not None for group in self.param_groups)
-        if extras or self.max_grad_norm is not None or self.skip_nonfinite or not self._precision.is_default():
+        extras = extras or self.max_grad_norm is not None or self.skip_nonfinite or self.defaults["amp_fused"]
+        if extras or not self._precision.is_default():
             raise RuntimeError(
                 f"{type(self).__name__}: arguments beyond torch's do not go with capturable or differentiable, which "
                 "torch's own step computes; switch one of them off"

@@ -37,8 +37,10 @@ def step(optimizer: torch.optim.Optimizer, hyper_of) -> None:
     groups = optimizer.param_groups
     if not optimizer._precision.is_default() or any(group.get("differentiable") for group in groups):
         return _step_outside(optimizer)
-    # Whether a skipped step was a parameter's first cannot be seen from within a graph, and dampening asks.
-    if optimizer.skip_nonfinite and any(group.get("dampening") for group in groups):
+    # What only the host can do: count the steps that were not skipped, where the gradients are elsewhere, and
+    # tell whether a skipped one was a parameter's first, which dampening asks.
+    skips = optimizer.skip_nonfinite or optimizer._step_supports_amp_scaling
+    if skips and any(group.get("dampening") or any(p.is_cuda for p in group["params"]) for group in groups):
         return _step_outside(optimizer)
     calls = []
     for group in groups:

@@ -19,7 +19,6 @@ class ListPlan:
         self._counts = [[key for role, key in kept if role == "count"] for kept in roles]
         self._fresh = [set(positions) for positions in fresh]
         self._work = []
-        self._may_skip = False
 
     def _is_for(self, groups, state) -> bool:
         return (
@@ -48,12 +47,11 @@ class ListPlan:
         return True
 
     def norm(self, max_norm: float, scale: float, skip_nonfinite: bool) -> torch.Tensor:
-        self._may_skip = skip_nonfinite
         return grad.norm([gradient for *_, gradient, _ in self._work], max_norm, scale, skip_nonfinite)
 
     @torch.no_grad()
-    def run(self, norm: torch.Tensor | None = None) -> bool:
-        if norm is not None and self._may_skip and norm[2]:
+    def run(self, norm: torch.Tensor | None, may_skip: bool) -> bool:
+        if norm is not None and may_skip and norm[2]:
             self._work = []
             return False
         # One call for as many as go together; a parameter that stands twice in a group is stepped twice, as in torch.

@@ -17,6 +17,7 @@ class Precision(NamedTuple):
     stochastic_rounding: bool | int = False
     state_dtype: torch.dtype | str | None = None
     ema_decay: float | None = None
+    copy_dtype: torch.dtype | None = None
 
     def check(self) -> None:
         dtypes = (None, "8bit", torch.float64, torch.float32, *_HALF)
@@ -28,6 +29,13 @@ class Precision(NamedTuple):
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(
                 f"Invalid ema_decay: {self.ema_decay}; expected a number from 0 to 1, or None for no average"
+            )
+        if self.copy_dtype not in (None, torch.float64, torch.float32, *_HALF):
+            raise ValueError(f"Invalid copy_dtype: {self.copy_dtype!r}; expected a floating dtype, or None for no copy")
+        if self.copy_dtype is not None and self.master_weights:
+            raise ValueError(
+                f"Invalid copy_dtype: {self.copy_dtype} with master_weights, where the parameter itself is the copy; "
+                "expected one of the two"
             )
         if self.stochastic_rounding < 0:
             raise ValueError(f"Invalid stochastic_rounding: {self.stochastic_rounding}; expected a bool or a seed > 0")
@@ -55,6 +63,8 @@ class Precision(NamedTuple):
             roles.append(("master", "master_param"))
         if self.ema_decay is not None:
             roles.append(("average", "ema_param"))
+        if self.copy_dtype is not None:
+            roles.append(("copy", "param_copy"))
         return roles
 
     def prepare(self, p: torch.Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> bool:
@@ -74,6 +84,8 @@ class Precision(NamedTuple):
         if self.ema_decay is not None and state.get("ema_param") is None:
             dtype = torch.float32 if p.dtype in _HALF else p.dtype
             state["ema_param"] = p.detach().to(dtype, memory_format=torch.preserve_format, copy=True)
+        if self.copy_dtype is not None and state.get("param_copy") is None:
+            state["param_copy"] = p.detach().to(self.copy_dtype, memory_format=torch.preserve_format, copy=True)
         return fresh
 
     def _dtype(self, p: torch.Tensor) -> torch.dtype:
