@@ -48,6 +48,7 @@ class Batch {
   struct Copy {
     at::Tensor to, from;
   };
+  Lane& lane(const at::Device& device, int rule);
   void add_dense(int rule, const Hyper* hyper, const Member& member);
   void launch(const Lane& lane, const Control* control);
   void finish();

@@ -147,7 +147,8 @@ void Batch::add(int rule, const Hyper* hyper, const Member& m) {
 }
 
 void Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
-  Slot slot{};
+  // In its place at once: a slot is 180 bytes.
+  Slot& slot = lane(m.param.device(), rule).slots.emplace_back();
   const char* const op = "optimizer step";
   const Tensor& original = m.master.defined() ? m.master : m.param;
   slot.param = original.mutable_data_ptr();
@@ -182,11 +183,12 @@ void Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
     slot.average_dtype = dtype_of(m.average, op, "an average");
     slot.average_weight = m.average_weight;
   }
-  const at::Device device = m.param.device();
-  for (Lane& lane : lanes_) {
-    if (lane.device == device && lane.rule == rule) return lane.slots.push_back(slot);
-  }
-  lanes_.push_back({device, rule, {slot}});
+}
+
+Batch::Lane& Batch::lane(const at::Device& device, int rule) {
+  for (Lane& lane : lanes_)
+    if (lane.device == device && lane.rule == rule) return lane;
+  return lanes_.emplace_back(Lane{device, rule, {}});
 }
 
 void Batch::launch(const Lane& lane, const Control* control) {

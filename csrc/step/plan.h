@@ -45,12 +45,15 @@ class StepPlan {
     optim::Counts counts;
     pybind11::object param_object, state_dict;
     std::vector<pybind11::object> state_objects;
+    const void* last_grad = nullptr;  // where the next gradient may be, too; never followed
     int group = 0;
     int64_t version = -1;  // the parameter's after our last step, where it has a master
     bool ready = false;
   };
   bool unchanged(const std::vector<Group>& groups, const pybind11::dict& state) const;
   bool unchanged(const Entry& entry) const;
+  static void prefetch_tensors(const Entry& entry);
+  static void prefetch_storages(const Entry& entry);
 
   struct Rule {
     std::string name;
