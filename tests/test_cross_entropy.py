@@ -241,6 +241,8 @@ def test_ce_refuses_what_torch_refuses():
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
     (info,) = (info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
+    if info.module_error_inputs_func is None:
+        pytest.skip("this torch lists no error inputs for CrossEntropyLoss")
     options = {"device": "cpu", "dtype": torch.float64, "requires_grad": False, "training": True}
     cases = info.module_error_inputs_func(info, **options)
     assert cases

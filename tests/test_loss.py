@@ -91,7 +91,9 @@ def test_torchs_samples(mine, dtype):
 
 def test_integers():
     x, y = torch.randn(5, requires_grad=True), torch.arange(5)
-    for mine, other in ((mse_loss(x, y), F.mse_loss(x, y)), (mse_loss(y, x), F.mse_loss(y, x))):
+    # torch 2.11 itself cannot differentiate an integer input's loss.
+    other = F.mse_loss(x, y.float())
+    for mine in (mse_loss(x, y), mse_loss(y, x)):
         torch.testing.assert_close(mine, other)
         assert torch.equal(torch.autograd.grad(mine, x)[0], torch.autograd.grad(other, x)[0])
     half = mse_loss(x.detach().half(), x.detach(), reduction="none")
