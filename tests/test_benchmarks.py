@@ -42,7 +42,7 @@ def example_row(*contenders, **changes):
         "dtype": "float32",
         "device": "cpu",
         "contenders": list(contenders),
-        "limit": {"what": "copy", "seconds": 1e-3},
+        "limit": {"what": "copy, 12 B an element", "seconds": 1e-3},
         "bytes": 2**20,
         "flops": 0,
         "goal": None,
@@ -197,11 +197,12 @@ def test_ulp_error_with_a_floor():
 
 def test_limit_scales_to_the_traffic():
     traffic = 3 * 2**20
-    limit = Setup().copy_limit(traffic)
+    limit = Setup().copy_limit(traffic, "3 B an element")
+    assert limit.what == "copy, 3 B an element"
     assert limit.scale == pytest.approx(1.0)
-    assert Setup().copy_limit(1000) is None
+    assert Setup().copy_limit(1000, "3 B an element") is None
     row = measure(SMOKE["linear.relu 3x5x7"], Setup(), BUDGET)
-    assert row["limit"]["what"] == "GEMMs" and LIMIT not in [c["name"] for c in row["contenders"]]
+    assert row["limit"]["what"] == "the 3 GEMMs" and LIMIT not in [c["name"] for c in row["contenders"]]
 
 
 def test_run_writes_json_that_report_reads(tmp_path, capsys):
@@ -243,6 +244,12 @@ def test_report_refuses_what_is_no_result(tmp_path, capsys, text):
     assert str(file) in capsys.readouterr().err
 
 
+def test_a_case_of_one_dtype_is_measured_once():
+    cases = [case for case in select("linear.gelu 1024") if case.size == "1024x1024x4096"]
+    dtypes = [run._dtypes(case, cases, ["float32", "bfloat16"]) for case in cases]
+    assert dtypes == [[torch.float32], [torch.bfloat16]]
+
+
 def test_refusals_of_run(capsys):
     assert run.main(["-k", "nothing of that name"]) == 2
     assert "--list" in capsys.readouterr().err
@@ -254,7 +261,7 @@ def test_refusals_of_run(capsys):
 
 def test_list_shows_cases_and_goals(capsys):
     assert run.main(["--list", "-k", "optim.adamw"]) == 0
-    assert "10.00x of torch fused" in capsys.readouterr().out
+    assert "40.00x of torch fused" in capsys.readouterr().out
 
 
 def test_kept_heap_is_measured_in_a_process_that_keeps_it(tmp_path):
