@@ -109,8 +109,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Case:
-    """A measurement that can be made: a name, a size, how to put its data in place, and the only dtype to measure,
-    where the case is about one."""
+    """A measurement that can be made: a name, a size, how to put its data in place.
+
+    `dtype` is the only one to measure, where the case is about one; `cpu_only`: there are no kernels for CUDA.
+    """
 
     family: str
     name: str
@@ -118,6 +120,7 @@ class Case:
     build: Callable[[Setup], Work]
     goal: Goal | None = None
     dtype: torch.dtype | None = None
+    cpu_only: bool = False
 
     @property
     def title(self) -> str:
