@@ -12,6 +12,8 @@ from benchmarks.work import COMPILED, OURS, Case, Contender, Setup, Tensors, Wor
 
 # Of a large tensor so many elements, evenly spread, are checked; the rules act on each element alone.
 CHECK_ELEMENTS = 2**16
+# Relative error of torch.compile's first steps of Adam, whose bias corrections 1 - beta**t it forms in float32.
+COMPILED_LOSS = 2**-17
 
 SIZES = {
     LARGE: [(2**26,)],
@@ -71,12 +73,13 @@ def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
         contenders["torch fused"] = torchs(fused=True)
     if setup.compile:
         contenders[COMPILED] = torchs(compiled=True, foreach=True)
+    loss = max(rule.loss, COMPILED_LOSS) if setup.compile else rule.loss
     per_parameter = rule.bytes_per_parameter(setup.dtype.itemsize)
     traffic = round(per_parameter * count)
     return Work(
         contenders,
         reference,
-        tolerance=16 + rule.loss / torch.finfo(setup.dtype).eps,
+        tolerance=16 + loss / torch.finfo(setup.dtype).eps,
         limit=setup.copy_limit(traffic, f"{per_parameter:.4g} B a parameter"),
         bytes=traffic,
     )
