@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
 
     Args:
         case: what to measure.
-        setup: dtype, device and whether torch.compile takes part.
+        setup: dtype (that of the case goes first), device and whether torch.compile takes part.
         budget: seconds of timing; exceeded where five rounds take longer.
         heap: the process's heap setting, which the goal may depend on.
 
@@ -33,6 +34,7 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
     - ``limit``: None, or ``what`` and ``seconds``; ``bytes`` and ``flops`` of the work;
     - ``goal``: None, or ``text``, the required ``ratio`` to ``peer`` and share of the ``limit``, and ``met``.
     """
+    setup = replace(setup, dtype=case.dtype or setup.dtype)
     work = case.build(setup)
     try:
         errors = _check(work)
@@ -56,7 +58,7 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
             "bytes": work.bytes,
             "flops": work.flops,
         }
-        applies = setup.device == "cpu" and setup.dtype is torch.float32
+        applies = setup.device == "cpu" and setup.dtype in (torch.float32, case.dtype)
         row["goal"] = judge(case.goal, row, heap) if case.goal and applies else None
         return row
     finally:

@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-k", dest="pattern", metavar="NAME", default="", help="cases with NAME in their title (see --list)")
     add("--list", action="store_true", help="show the cases and stop")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", type=_names, default=["float32"], metavar="NAME,...", help="default float32")
+    add("--dtype", type=_names, default=["float32"], metavar="NAME,...", help="default float32; some have their own")
     add("--size", choices=("full", "smoke"), default="full", help="smoke: tiny cases, to see that they run")
     add("--peers", choices=("eager", "compile"), default="eager", help="compile adds torch.compile")
     add("--threads", type=_positive(int), default=None, help="of the CPU (default torch's)")
@@ -72,7 +72,15 @@ def _print_list(cases: list[Case], smoke: bool) -> None:
             parts.append(f"{goal.ratio:.2f}x of {goal.peer or 'the best peer'}{kept}")
         if goal and goal.limit is not None:
             parts.append(f"{goal.limit:.0%} of the limit")
-        print(f"{case.title:<36}  {'goal: ' + ', '.join(parts) if parts else ''}".rstrip())
+        print(f"{case.title:<40}  {'goal: ' + ', '.join(parts) if parts else ''}".rstrip())
+
+
+def _dtypes(case: Case, cases: list[Case], names: list[str]) -> list[torch.dtype]:
+    """Those to measure a case in: its own, or the chosen ones, without any that a case of that dtype measures."""
+    if case.dtype:
+        return [case.dtype]
+    own = [c.dtype for c in cases if (c.family, c.name, c.size) == (case.family, case.name, case.size)]
+    return [dtype for dtype in (getattr(torch, name) for name in names) if dtype not in own]
 
 
 def _warn_of_load(env: dict[str, Any]) -> None:
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 where a result of ours was wrong, 2 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    cases = select(options.pattern, options.size == "smoke")
+    cases = select(options.pattern, options.size == "smoke", options.device)
     if not cases:
         return _refuse(f"no case has {options.pattern!r} in its title; --list shows them")
     if options.list:
@@ -118,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases:
         if case.family != family:
             print(family := case.family)
-        for dtype in options.dtype:
-            setup = Setup(getattr(torch, dtype), options.device, options.peers == "compile")
+        for dtype in _dtypes(case, cases, options.dtype):
+            setup = Setup(dtype, options.device, options.peers == "compile")
             rows.append(measure(case, setup, options.budget, env["heap"]))
             print(table.terminal(rows[-1]), flush=True)
     report["seconds"] = time.perf_counter() - started

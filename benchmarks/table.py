@@ -89,6 +89,8 @@ def notes(row: Row) -> list[str]:
             said.append(f"{peer['name']} {duration(peer['median'])}")
     if reached := rate(row):
         said.append(reached)
+    if row["limit"]:
+        said.append(f"limit: {row['limit']['what']}")
     if row["goal"] and row["goal"]["ratio"] and row["goal"]["peer"] != row["best"]:
         said.append(f"goal against {row['goal']['peer']}")
     if noisy := [c["name"] for c in row["contenders"] if c["noisy"] and c["name"] in (OURS, row["best"])]:

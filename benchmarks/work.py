@@ -34,7 +34,7 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """What gdbp is to reach, on the CPU in float32.
+    """What gdbp is to reach, on the CPU, in float32 or the case's own dtype.
 
     Args:
         ratio: the peer's time over ours, at least.
@@ -94,26 +94,35 @@ class Setup:
     def labels(self, count: int, classes: int) -> torch.Tensor:
         return torch.randint(classes, (count,), generator=self.generator).to(self.device)
 
-    def copy_limit(self, traffic: int) -> Limit | None:
-        """A copy that moves `traffic` bytes, reads and writes together; None where that is too few."""
+    def copy_limit(self, traffic: int, counted: str) -> Limit | None:
+        """A copy that moves `traffic` bytes, reads and writes together; None where that is too few.
+
+        `counted` says how many that is of an element, such as "28 B a parameter".
+        """
         if traffic < COPY_MINIMUM:
             return None
         size = min(traffic // 2, COPY_BUFFER_LIMIT) // 4
         source = torch.ones(size, device=self.device)
         target = torch.zeros_like(source)
-        return Limit("copy", lambda: target.copy_(source), traffic / (8 * size))
+        return Limit(f"copy, {counted}", lambda: target.copy_(source), traffic / (8 * size))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A measurement that can be made: a name, a size, and how to put its data in place."""
+    """A measurement that can be made: a name, a size, how to put its data in place.
+
+    `dtype` is the only one to measure, where the case is about one; `cpu_only`: there are no kernels for CUDA.
+    """
 
     family: str
     name: str
     size: str
     build: Callable[[Setup], Work]
     goal: Goal | None = None
+    dtype: torch.dtype | None = None
+    cpu_only: bool = False
 
     @property
     def title(self) -> str:
-        return f"{self.family}.{self.name} {self.size}"
+        dtype = f" {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
+        return f"{self.family}.{self.name} {self.size}{dtype}"

@@ -42,7 +42,7 @@ def example_row(*contenders, **changes):
         "dtype": "float32",
         "device": "cpu",
         "contenders": list(contenders),
-        "limit": {"what": "copy", "seconds": 1e-3},
+        "limit": {"what": "copy, 12 B an element", "seconds": 1e-3},
         "bytes": 2**20,
         "flops": 0,
         "goal": None,
@@ -61,12 +61,12 @@ def test_case_runs_and_is_right(title):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("title", SMOKE)
+@pytest.mark.parametrize("title", [case.title for case in select(smoke=True, device="cuda")])
 def test_case_runs_on_cuda(title):
     assert measure(SMOKE[title], Setup(device="cuda"), BUDGET)["contenders"][0]["correct"]
 
 
-@pytest.mark.parametrize("title", [t for t in SMOKE if "1 M" not in t])
+@pytest.mark.parametrize("title", [t for t in SMOKE if "256 K" not in t])
 def test_ours_is_right_in_bfloat16(title):
     assert measure(SMOKE[title], Setup(torch.bfloat16), BUDGET)["contenders"][0]["correct"]
 
@@ -80,6 +80,7 @@ def test_selection_by_title():
     assert {case.family for case in select("optim.")} == {"optim"}
     assert [case.title for case in select("optim.adamw 67 M")] == ["optim.adamw 67 M"]
     assert select("nothing of that name") == []
+    assert select("8bit") and not select("8bit", device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -197,11 +198,12 @@ def test_ulp_error_with_a_floor():
 
 def test_limit_scales_to_the_traffic():
     traffic = 3 * 2**20
-    limit = Setup().copy_limit(traffic)
+    limit = Setup().copy_limit(traffic, "3 B an element")
+    assert limit.what == "copy, 3 B an element"
     assert limit.scale == pytest.approx(1.0)
-    assert Setup().copy_limit(1000) is None
+    assert Setup().copy_limit(1000, "3 B an element") is None
     row = measure(SMOKE["linear.relu 3x5x7"], Setup(), BUDGET)
-    assert row["limit"]["what"] == "GEMMs" and LIMIT not in [c["name"] for c in row["contenders"]]
+    assert row["limit"]["what"] == "the 3 GEMMs" and LIMIT not in [c["name"] for c in row["contenders"]]
 
 
 def test_run_writes_json_that_report_reads(tmp_path, capsys):
@@ -243,6 +245,12 @@ def test_report_refuses_what_is_no_result(tmp_path, capsys, text):
     assert str(file) in capsys.readouterr().err
 
 
+def test_a_case_of_one_dtype_is_measured_once():
+    cases = [case for case in select("linear.gelu 1024") if case.size == "1024x1024x4096"]
+    dtypes = [run._dtypes(case, cases, ["float32", "bfloat16"]) for case in cases]
+    assert dtypes == [[torch.float32], [torch.bfloat16]]
+
+
 def test_refusals_of_run(capsys):
     assert run.main(["-k", "nothing of that name"]) == 2
     assert "--list" in capsys.readouterr().err
@@ -254,7 +262,7 @@ def test_refusals_of_run(capsys):
 
 def test_list_shows_cases_and_goals(capsys):
     assert run.main(["--list", "-k", "optim.adamw"]) == 0
-    assert "10.00x of torch fused" in capsys.readouterr().out
+    assert "40.00x of torch fused" in capsys.readouterr().out
 
 
 def test_kept_heap_is_measured_in_a_process_that_keeps_it(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,23 +10,49 @@ import torch.nn.functional as F
 import gdbp.nn.functional as ours
 from benchmarks.work import COMPILED, OURS, Case, Contender, Goal, Limit, Setup, Tensors, Work
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class Layer(NamedTuple):
+    """A case: its rows, input and output features, and the only dtype to measure, if any.
+
+    Without input features a layer is its bias and activation alone.
+    """
+
+    activation: str
+    size: tuple[int, int, int]
+    goal: Goal | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        return self.activation if self.size[1] else f"bias_{self.activation}"
+
+
+LAYERS = [
+    Layer("relu", (32, 64, 64), Goal(1.5)),
+    Layer("gelu", (32, 64, 64), Goal(2.5)),
+    Layer("relu", (128, 1024, 4096)),
+    Layer("gelu", (128, 1024, 4096), Goal(limit=1 / 1.05)),
+    Layer("gelu", (1024, 1024, 4096), Goal(limit=1 / 1.05)),
+    Layer("gelu", (1024, 1024, 4096), Goal(limit=1 / 1.1), torch.bfloat16),
+    *(Layer(activation, (4096, 0, 4096), Goal(2.0)) for activation in ("gelu", "silu", "tanh")),
+]
 
 
 def cases(smoke: bool) -> Iterator[Case]:
-    # (rows, in, out, goal for relu, goal for gelu)
-    sizes = [(32, 64, 64, Goal(1.5), Goal(2.5)), (128, 1024, 4096, None, Goal(limit=1 / 1.05))]
-    if smoke:
-        sizes = [(3, 5, 7, None, None)]
     yield Case("linear", "call", "4x4", partial(_build, 4, 4, 4, "relu", True), Goal(1 / 1.3))
-    for rows, inputs, outputs, *goals in sizes:
-        for activation, goal in zip(ACTIVATIONS, goals):
-            build = partial(_build, rows, inputs, outputs, activation, False)
-            yield Case("linear", activation, f"{rows}x{inputs}x{outputs}", build, goal)
+    layers = LAYERS
+    if smoke:  # one layer of each kind
+        kinds = {(layer.name, layer.dtype): layer for layer in LAYERS}.values()
+        layers = [layer._replace(size=(3, min(layer.size[1], 5), 7), goal=None) for layer in kinds]
+    for layer in layers:
+        build = partial(_build, *layer.size, layer.activation, False)
+        yield Case("linear", layer.name, "x".join(map(str, layer.size)), build, layer.goal, layer.dtype)
 
 
 def _build(rows: int, inputs: int, outputs: int, activation: str, call: bool, setup: Setup) -> Work:
-    x, weight = setup.normal(rows, inputs), setup.normal(outputs, inputs, std=inputs**-0.5)
+    x, weight = setup.normal(rows, inputs), setup.normal(outputs, inputs, std=max(inputs, 1) ** -0.5)
     bias, grad = setup.normal(outputs), setup.normal(rows, outputs)
 
     def torch_layer(x, weight, bias):
@@ -49,8 +76,7 @@ def _build(rows: int, inputs: int, outputs: int, activation: str, call: bool, se
         reference,
         tolerance=256,
         floor="rms",
-        limit=None if call else _gemms(x, weight, grad),
-        flops=0 if call else 6 * rows * inputs * outputs,
+        **({} if call else _gemms(x, weight, grad) if inputs else _activation(grad, setup)),
         hot=call,
     )
 
@@ -63,7 +89,7 @@ def _run(layer, grad, x, weight, bias) -> Tensors:
     return results
 
 
-def _gemms(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> Limit:
+def _gemms(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> dict[str, Any]:
     """The three products of a layer, into memory that is there."""
     output, grad_x, grad_weight = torch.empty_like(grad), torch.empty_like(x), torch.empty_like(weight)
 
@@ -72,4 +98,10 @@ def _gemms(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> Limit:
         torch.mm(grad, weight, out=grad_x)
         torch.mm(grad.t(), x, out=grad_weight)
 
-    return Limit("GEMMs", run)
+    return {"limit": Limit("the 3 GEMMs", run), "flops": 2 * 3 * x.numel() * weight.shape[0]}
+
+
+def _activation(grad: torch.Tensor, setup: Setup) -> dict[str, Any]:
+    """Pre-activation read and output written; gradient and saved tensor read, gradient written."""
+    traffic = 5 * grad.nbytes
+    return {"limit": setup.copy_limit(traffic, f"{5 * grad.itemsize} B an element"), "bytes": traffic}

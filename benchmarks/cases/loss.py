@@ -9,31 +9,42 @@ import torch.nn.functional as F
 import gdbp.nn.functional as ours
 from benchmarks.work import COMPILED, OURS, Case, Contender, Goal, Setup, Tensors, Work
 
+# Rows, classes, goal, and the only dtype to measure, if any.
+CROSS_ENTROPY = [
+    (64, 10, Goal(1.5), None),
+    *((4096, 1000, Goal(4.0, kept=2.5), dtype) for dtype in (None, torch.bfloat16)),
+    *((1024, 32000, Goal(4.0, kept=2.5), dtype) for dtype in (None, torch.bfloat16)),
+]
+POINTWISE = {
+    "mse": (ours.mse_loss, F.mse_loss, Goal(4.0, kept=1.5)),
+    "huber": (ours.huber_loss, F.huber_loss, Goal(4.0, kept=1.5)),
+    "smooth_l1": (ours.smooth_l1_loss, F.smooth_l1_loss, None),
+}
+
 
 def cases(smoke: bool) -> Iterator[Case]:
-    sizes = {(64, 10): Goal(1.5), (4096, 1000): Goal(4.0, kept=2.5), (1024, 32000): Goal(4.0, kept=2.5)}
-    if smoke:
-        sizes = {(3, 10): None}
-    for (rows, classes), goal in sizes.items():
-        yield Case("loss", "cross_entropy", f"{rows}x{classes}", partial(_cross_entropy, rows, classes), goal)
-    if smoke:
-        yield Case("loss", "mse", "1 K", partial(_mse, 2**10))
-    else:
-        yield Case("loss", "mse", "16 M", partial(_mse, 2**24), Goal(4.0, kept=1.5))
+    for rows, classes, goal, dtype in [(3, 10, None, None)] if smoke else CROSS_ENTROPY:
+        build = partial(_cross_entropy, rows, classes)
+        yield Case("loss", "cross_entropy", f"{rows}x{classes}", build, goal, dtype)
+    for name, (our_loss, torch_loss, goal) in POINTWISE.items():
+        size, elements = ("1 K", 2**10) if smoke else ("16 M", 2**24)
+        build = partial(_pointwise, our_loss, torch_loss, elements)
+        yield Case("loss", name, size, build, None if smoke else goal)
 
 
 def _cross_entropy(rows: int, classes: int, setup: Setup) -> Work:
     logits, labels = setup.normal(rows, classes, std=2.0), setup.labels(rows, classes)
-    return _work(ours.cross_entropy, F.cross_entropy, logits, labels, 2 * logits.nbytes, setup)
+    return _work(ours.cross_entropy, F.cross_entropy, logits, labels, 2, setup)
 
 
-def _mse(size: int, setup: Setup) -> Work:
+def _pointwise(our_loss, torch_loss, size: int, setup: Setup) -> Work:
     prediction, target = setup.normal(size), setup.normal(size)
-    return _work(ours.mse_loss, F.mse_loss, prediction, target, 3 * prediction.nbytes, setup)
+    return _work(our_loss, torch_loss, prediction, target, 3, setup)
 
 
-def _work(our_loss, torch_loss, input, target, traffic: int, setup: Setup) -> Work:
-    """`traffic`: every input read once and the gradient written once, in bytes."""
+def _work(our_loss, torch_loss, input, target, accesses: int, setup: Setup) -> Work:
+    """`accesses`: to each element; every input is read once and the gradient written once."""
+    traffic = accesses * input.nbytes
 
     def contender(loss) -> Contender:
         run = partial(_run, loss, input.clone().requires_grad_(), target)
@@ -46,8 +57,9 @@ def _work(our_loss, torch_loss, input, target, traffic: int, setup: Setup) -> Wo
     contenders = {OURS: contender(our_loss), "torch": contender(torch_loss)}
     if setup.compile:
         contenders[COMPILED] = contender(torch.compile(torch_loss))
+    limit = setup.copy_limit(traffic, f"{accesses * input.itemsize} B an element")
     # Wide, for torch rounds log-probabilities to the input's dtype, which costs half types some bits.
-    return Work(contenders, reference, tolerance=256, limit=setup.copy_limit(traffic), bytes=traffic)
+    return Work(contenders, reference, tolerance=256, limit=limit, bytes=traffic)
 
 
 def _run(loss, input, target) -> Tensors:
