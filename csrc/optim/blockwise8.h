@@ -7,7 +7,7 @@
 
 namespace gdbp::optim {
 
-constexpr int64_t kQuantBlock = 256;
+constexpr int64_t kQuantBlock = 128;
 
 template <class T>
 GDBP_HD T decode8(int8_t code, T scale) {

@@ -165,8 +165,6 @@ void Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
   for (int k = 0; k < count; ++k) {
     slot.state[k] = m.states[k].mutable_data_ptr();
     if (!blockwise) continue;
-    TORCH_CHECK(m.param.device().is_cpu(), "optimizer step: a state of 8 bits is on ", m.param.device(),
-                "; expected the CPU, where alone they are supported; leave out state_dtype");
     const int64_t blocks = (slot.numel + kQuantBlock - 1) / kQuantBlock;
     TORCH_CHECK(m.scales[k].defined() && m.scales[k].scalar_type() == at::kFloat && m.scales[k].is_contiguous() &&
                     m.scales[k].numel() == blocks,

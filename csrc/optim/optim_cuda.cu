@@ -1,10 +1,13 @@
 // The multi-tensor step on CUDA: a batch of tensors in one launch, described in the kernel's own
 // arguments, so that nothing is copied to the device beforehand.
 #include <cstring>
+#include <limits>
 #include <new>
 
 #include "common/map_cuda.cuh"
 #include "common/random.h"
+#include "common/reduce_cuda.cuh"
+#include "optim/blockwise8.h"
 #include "optim/optim.h"
 
 namespace gdbp::optim {
@@ -25,11 +28,12 @@ constexpr size_t kArgumentBytes = 32000;
 constexpr size_t kArgumentBytes = 4000;
 #endif
 
-// What is written besides, of the few tensors that have it; the others save the room.
-template <class T, bool extra>
+// What is written besides, and states of 8 bits, for the few tensors that have it; the others save the room.
+template <int states, class T, bool extra>
 struct Extra {};
-template <class T>
-struct Extra<T, true> {
+template <int states, class T>
+struct Extra<states, T, true> {
+  float* scale[states > 0 ? states : 1];
   void* copy;
   void* average;
   uint64_t seed;
@@ -38,11 +42,12 @@ struct Extra<T, true> {
 };
 
 template <int states, class T, bool extra>
-struct Tensor : Extra<T, extra> {
+struct Tensor : Extra<states, T, extra> {
   void* param;
   const void* grad;
   void* state[states > 0 ? states : 1];
   int64_t numel;
+  static constexpr bool has_extra = extra;
   uint32_t first_chunk;  // chunks of the tensors before it
   uint8_t constants;
   Dtype param_dtype, grad_dtype, state_dtype;
@@ -94,6 +99,62 @@ __device__ __forceinline__ void write(void* base, Dtype dtype, int64_t at, int c
   }
 }
 
+// A quantised block is what the lanes of a warp hold, so that they find its scale among themselves.
+static_assert(kQuantBlock == cuda::kWarp * kWidth);
+
+template <class T>
+__device__ __forceinline__ void read8(const int8_t* codes, const float* scale, int64_t at, int count, T (&to)[kWidth]) {
+  const T s = count > 0 ? T(scale[at / kQuantBlock]) : T(0);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) to[k] = k < count ? decode8(codes[at + k], s) : T(0);
+}
+
+template <class T>
+__device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, int count, const T (&from)[kWidth]) {
+  T largest = 0;
+  int broken = 0;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const T magnitude = k < count ? math::abs(from[k]) : T(0);
+    largest = magnitude > largest ? magnitude : largest;
+    broken |= !(magnitude <= T(std::numeric_limits<float>::max()));
+  }
+  largest = cuda::warp_reduce(largest, cuda::Max{});
+  broken = cuda::warp_reduce(broken, cuda::Max{});
+  // As on the CPU: what is not finite makes its block so, and decoding and encoding agree on the stored scale.
+  const float stored = broken ? std::numeric_limits<float>::quiet_NaN() : float(largest);
+  if (at % kQuantBlock == 0 && count > 0) scale[at / kQuantBlock] = stored;
+  const T inverse = stored > 0 ? T(1) / T(stored) : T(0);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k)
+    if (k < count) codes[at + k] = broken ? int8_t(127) : encode8(from[k], inverse);
+}
+
+template <class Entry, class T>
+__device__ __forceinline__ void read_state(const Entry& t, int i, int64_t at, int count, bool vectors,
+                                           T (&to)[kWidth]) {
+  if constexpr (Entry::has_extra) {
+    if (t.state_dtype == Dtype::blockwise8)
+      return read8(static_cast<const int8_t*>(t.state[i]), t.scale[i], at, count, to);
+  }
+  read(t.state[i], t.state_dtype, at, count, vectors, to);
+}
+template <class Entry, class T>
+__device__ __forceinline__ void write_state(const Entry& t, int i, int64_t at, int count, bool vectors,
+                                            const T (&from)[kWidth]) {
+  if constexpr (Entry::has_extra) {
+    if (t.state_dtype == Dtype::blockwise8)
+      return write8(static_cast<int8_t*>(t.state[i]), t.scale[i], at, count, from);
+  }
+  write(t.state[i], t.state_dtype, at, count, vectors, from);
+}
+
+// Whether the loop goes on: where blocks are quantised, for all lanes of a warp as long as one has elements.
+template <bool extra>
+GDBP_HD bool in_reach(int64_t at, int64_t end) {
+  return (extra ? at - at % kQuantBlock : at) < end;
+}
+
 // The new parameters, and what goes beyond them.
 template <class Entry, class T>
 __device__ __forceinline__ void write_extra(const Entry& t, int64_t at, int count, bool vectors, const T (&p)[kWidth]) {
@@ -143,13 +204,13 @@ __global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch
   const int64_t elements = chunk_elements(t.param_dtype);
   const int64_t first = (chunk - t.first_chunk) * elements;
   const int64_t end = first + elements < t.numel ? first + elements : t.numel;
-  for (int64_t at = first + int64_t(threadIdx.x) * kWidth; at < end; at += kThreads * kWidth) {
-    const int count = int(end - at < kWidth ? end - at : kWidth);
+  for (int64_t at = first + int64_t(threadIdx.x) * kWidth; in_reach<extra>(at, end); at += kThreads * kWidth) {
+    const int count = int(end - at < kWidth ? (end > at ? end - at : 0) : kWidth);
     T p[kWidth], g[kWidth], s[Rule::states + 1][kWidth];
     read(t.param, t.param_dtype, at, count, vectors, p);
     read(t.grad, t.grad_dtype, at, count, vectors, g);
 #pragma unroll
-    for (int i = 0; i < Rule::states; ++i) read(t.state[i], t.state_dtype, at, count, vectors, s[i]);
+    for (int i = 0; i < Rule::states; ++i) read_state(t, i, at, count, vectors, s[i]);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       T of_element[Rule::states + 1];
@@ -163,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch
       for (int i = 0; i < Rule::states; ++i) s[i][k] = of_element[i];
     }
 #pragma unroll
-    for (int i = 0; i < Rule::states; ++i) write(t.state[i], t.state_dtype, at, count, vectors, s[i]);
+    for (int i = 0; i < Rule::states; ++i) write_state(t, i, at, count, vectors, s[i]);
     if constexpr (extra) {
       write_extra(t, at, count, vectors, p);
     } else {
@@ -201,9 +262,15 @@ class Step {
     tensor.param_dtype = slot.param_dtype;
     tensor.grad_dtype = slot.grad_dtype;
     tensor.state_dtype = slot.state_dtype;
-    if constexpr (extra)
-      static_cast<Extra<T, true>&>(tensor) = {slot.copy,       slot.average,      slot.seed, T(slot.average_weight),
-                                              slot.copy_dtype, slot.average_dtype};
+    if constexpr (extra) {
+      std::memcpy(tensor.scale, slot.scale, Rule::states * sizeof(float*));
+      tensor.copy = slot.copy;
+      tensor.average = slot.average;
+      tensor.seed = slot.seed;
+      tensor.average_weight = T(slot.average_weight);
+      tensor.copy_dtype = slot.copy_dtype;
+      tensor.average_dtype = slot.average_dtype;
+    }
     chunks_ += cuda::ceil_div(slot.numel, chunk_elements(slot.param_dtype));
     return batch_.count == Arguments::capacity ? launch() : 0;
   }
@@ -234,7 +301,8 @@ int step_in(const Slot* slots, int64_t count, const Control* control, void* stre
   for (int64_t i = 0; i < count; ++i) {
     const Slot& slot = slots[i];
     if ((slot.param_dtype == Dtype::float64) != (sizeof(T) == 8)) continue;
-    const int error = slot.copy || slot.average || slot.seed ? extra.add(slot) : plain.add(slot);
+    const bool has_extra = slot.copy || slot.average || slot.seed || slot.state_dtype == Dtype::blockwise8;
+    const int error = has_extra ? extra.add(slot) : plain.add(slot);
     if (error != 0) return error;
   }
   const int error = plain.launch();

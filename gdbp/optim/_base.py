@@ -73,7 +73,7 @@ class Fused(torch.optim.Optimizer):
             not lost; True, or a seed > 0. A function of the seed, the parameter's position, the step and the
             element: reproducible for any number of threads.
         state_dtype: dtype of the states, None for the parameter's; "8bit" for blocks of 8-bit numbers with a common
-            scale (on the CPU; states of fewer than 4096 elements stay float32).
+            scale (states of fewer than 4096 elements stay float32).
         ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
             started at the parameters as first stepped; see :meth:`ema_parameters`.
         copy_dtype: write every new parameter also into a copy of this dtype, for a forward pass in low precision;

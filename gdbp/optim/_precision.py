@@ -6,7 +6,7 @@ import torch
 
 # A state smaller than this is kept in float32: its scales and its share of the error would not be worth it.
 MIN_8BIT_SIZE = 4096
-BLOCK = 256  # kQuantBlock in csrc/optim/blockwise8.h
+BLOCK = 128  # kQuantBlock in csrc/optim/blockwise8.h
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -97,7 +97,7 @@ class Precision(NamedTuple):
 
 
 def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor as codes of 8 bits, in its own layout, and a float32 scale for each 256 of them in memory order;
+    """A tensor as codes of 8 bits, in its own layout, and a float32 scale for each 128 of them in memory order;
     csrc/optim/blockwise8.h says what a code stands for."""
     flat = torch.as_strided(x, (x.numel(),), (1,)).float() if x.numel() else x.reshape(-1).float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)

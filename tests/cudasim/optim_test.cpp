@@ -1,5 +1,6 @@
 // The multi-tensor step on CUDA against the CPU's: the same functors in the same order, so the same bits.
 #include "optim/optim.h"
+#include "optim/blockwise8.h"
 #include "testing.h"
 
 namespace {
@@ -166,6 +167,48 @@ void besides() {
   }
 }
 
+// States of 8 bits, with a block that is all zeros and one that is not finite: codes and scales of three steps.
+void quantised() {
+  std::mt19937 generator(8);
+  for (const char* name : {"sgd_momentum", "adam", "rmsprop_centered_momentum"}) {
+    const int rule = find_rule(name), states = rule_states(rule);
+    for (const Types& types : kTypes) {
+      for (const int64_t numel : {1, 127, 128, 129, 1025, 8200}) {
+        context = name + std::string(" of 8 bits, ") + std::to_string(numel);
+        const size_t blocks = size_t((numel + kQuantBlock - 1) / kQuantBlock);
+        Array grad(types.grad, numel, 1, generator, -1, 1);
+        for (int64_t i = 2 * kQuantBlock; i < std::min(numel, 3 * kQuantBlock); ++i) grad.set(i, 0);
+        if (numel > 4 * kQuantBlock) grad.set(4 * kQuantBlock, kNan);
+        std::vector<Array> params(2, Array(types.param, numel, 1, generator, -1, 1));
+        std::vector<int8_t> codes[2];
+        std::vector<float> scales[2];
+        for (const int side : {0, 1}) {
+          codes[side].resize(states * numel);
+          scales[side].resize(states * blocks);
+          for (double step = 1; step <= 3; ++step) {
+            const Clock clock = clock_at(rule, kHypers[0], step);
+            Slot slot{params[side].data(), grad.data(),      {}, numel, clock, kHypers, types.param,
+                      types.grad,          Dtype::blockwise8};
+            for (int i = 0; i < states; ++i) {
+              slot.state[i] = codes[side].data() + i * numel;
+              slot.scale[i] = scales[side].data() + i * blocks;
+            }
+            expect((side ? step_cuda : step_cpu)(rule, &slot, 1, nullptr, nullptr) == 0, "the launch fails");
+          }
+        }
+        expect_close(params[1], params[0], 0, 0, "param");
+        expect(codes[0] == codes[1], "codes differ");
+        for (size_t i = 0; i < scales[0].size(); ++i) {
+          const float a = scales[0][i], b = scales[1][i];
+          expect(a == b || (a != a && b != b), "scale " + std::to_string(i) + " differs");
+          expect((a != a) == (numel > 4 * kQuantBlock && i % blocks == 4),
+                 "scale " + std::to_string(i) + " and what is not finite");
+        }
+      }
+    }
+  }
+}
+
 // Tensors of all types, a few elements each.
 Parameters few(int rule, const Hyper& hyper, std::mt19937& generator) {
   Parameters parameters;
@@ -240,7 +283,8 @@ void nothing() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  static const Case cases[] = {{"rules", rules},         {"control", control}, {"besides", besides},
-                               {"schedules", schedules}, {"many", many},       {"nothing", nothing}};
+  static const Case cases[] = {{"rules", rules},         {"control", control},     {"besides", besides},
+                               {"quantised", quantised}, {"schedules", schedules}, {"many", many},
+                               {"nothing", nothing}};
   return run_cases(argc, argv, cases);
 }
