@@ -28,7 +28,7 @@ class Rule:
         loss: relative error that is no mistake, beyond that of rounding the results.
         compare_states: False where they are no numbers to compare.
         sizes: names of cases.optim.SIZES.
-        dtype, cpu_only: see :class:`benchmarks.work.Case`.
+        dtype: see :class:`benchmarks.work.Case`.
         goals: by size.
     """
 
@@ -43,7 +43,6 @@ class Rule:
     compare_states: bool = True
     sizes: tuple[str, ...] = (LARGE,)
     dtype: torch.dtype | None = None
-    cpu_only: bool = False
     goals: dict[str, Goal] = field(default_factory=dict)
 
     def make(self, module, params, **implementation):
@@ -91,7 +90,6 @@ RULES = {
         extras={"state_dtype": "8bit"},
         loss=2**-7,
         compare_states=False,
-        cpu_only=True,
         goals={LARGE: Goal(1.3, peer="torch fused")},
     ),
     # The average is float32 at least; in half types it follows rounded parameters, unlike the reference's.

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 where a result of ours was wrong, 2 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    cases = select(options.pattern, options.size == "smoke", options.device)
+    cases = select(options.pattern, options.size == "smoke")
     if not cases:
         return _refuse(f"no case has {options.pattern!r} in its title; --list shows them")
     if options.list:

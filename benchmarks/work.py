@@ -111,7 +111,7 @@ class Setup:
 class Case:
     """A measurement that can be made: a name, a size, how to put its data in place.
 
-    `dtype` is the only one to measure, where the case is about one; `cpu_only`: there are no kernels for CUDA.
+    `dtype` is the only one to measure, where the case is about one.
     """
 
     family: str
@@ -120,7 +120,6 @@ class Case:
     build: Callable[[Setup], Work]
     goal: Goal | None = None
     dtype: torch.dtype | None = None
-    cpu_only: bool = False
 
     @property
     def title(self) -> str:

@@ -28,7 +28,7 @@ def cases(smoke: bool) -> Iterator[Case]:
         for name, rule in RULES.items():
             if smoke or size in rule.sizes:
                 build = partial(_build, rule, shapes)
-                yield Case("optim", name, size, build, rule.goals.get(size), rule.dtype, rule.cpu_only)
+                yield Case("optim", name, size, build, rule.goals.get(size), rule.dtype)
 
 
 def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
