@@ -1,14 +1,13 @@
-// The arithmetic of the layers and losses (linear_math.h, loss_math.h), one element or one row at a time,
+// The arithmetic of the layers and losses (activations.h, loss_math.h), one element or one row at a time,
 // against the same mathematics in long double.
 #include <algorithm>
 #include <string>
 
 #include "check.h"
-#include "linear/linear_math.h"
+#include "common/activations.h"
 #include "loss/loss_math.h"
 
 using real = long double;
-namespace linear = gdbp::linear;
 namespace loss = gdbp::loss;
 using check::error_against;
 using check::uniform;
@@ -22,8 +21,8 @@ void test_activation(const char* name, double bound, double back_bound, Forward 
     const T y = Op::forward(z);
     // Where the normal distribution is subnormal its error is absolute, and z multiplies it.
     const real floor = std::fabs(real(z)) * std::numeric_limits<T>::min();
-    ahead.see(error_against(y, forward(real(z)), {Op::saves == linear::Saved::pre ? floor : 0}), double(z));
-    const T saved = Op::saves == linear::Saved::pre ? z : y;
+    ahead.see(error_against(y, forward(real(z)), {Op::saves == gdbp::Saved::pre ? floor : 0}), double(z));
+    const T saved = Op::saves == gdbp::Saved::pre ? z : y;
     real largest = floor;  // of the terms of the derivative
     const real wanted = derivative(real(saved), largest);
     back.see(error_against(Op::backward(g, saved), g * wanted, {g * largest}), double(z));
@@ -34,11 +33,11 @@ void test_activation(const char* name, double bound, double back_bound, Forward 
 
 template <class T>
 void test_activations() {
-  test_activation<T, linear::None>("none", 0, 0, [](real z) { return z; }, [](real, real&) { return real(1); });
-  test_activation<T, linear::Relu>(
+  test_activation<T, gdbp::None>("none", 0, 0, [](real z) { return z; }, [](real, real&) { return real(1); });
+  test_activation<T, gdbp::Relu>(
       "relu", 0, 0, [](real z) { return z > 0 ? z : 0; }, [](real y, real&) { return real(y > 0); });
   const auto cdf = [](real z) { return std::erfc(-z * std::sqrt(0.5L)) / 2; };
-  test_activation<T, linear::Gelu>(
+  test_activation<T, gdbp::Gelu>(
       "gelu", 6, 6, [=](real z) { return z * cdf(z); },
       [=](real z, real& largest) {
         const real slope = z * std::exp(-z * z / 2) / std::sqrt(2 * std::acos(-1.0L));
@@ -46,10 +45,10 @@ void test_activations() {
         return cdf(z) + slope;
       });
   // g y (1 - y) rounds three times, each by up to an ulp of a result just below a power of two.
-  test_activation<T, linear::Sigmoid>(
+  test_activation<T, gdbp::Sigmoid>(
       "sigmoid", 2, 3, [](real z) { return 1 / (1 + std::exp(-z)); }, [](real y, real&) { return y * (1 - y); });
   // 1 - y^2 in T loses what y^2 rounds by: an ulp of 1, however small the difference.
-  test_activation<T, linear::Tanh>(
+  test_activation<T, gdbp::Tanh>(
       "tanh", 2, 2, [](real z) { return std::tanh(z); },
       [](real y, real& largest) {
         largest = 1;
