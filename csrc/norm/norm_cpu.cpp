@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "common/map_cpu.h"
 #include "norm/norm.h"
@@ -200,23 +201,28 @@ void compute_stats(const Forward& a, const Tiling& t, const Workspace<Compute<T>
     const T* const x = input + tile.start;
     double pivot[kColumnTile];
     for (int64_t col = 0; col < tile.cols; ++col) pivot[col] = double(widen(x[t.by_column ? col : 0]));
-    Sums sums;
-    collect(x, t.row_step, tile.rows, tile.cols, pivot, sums);
     const double count = t.elements(tile.index);
-    const int64_t at = tile.index * t.channels + tile.channel;
-    const auto leave = [&](int64_t col, double sum, double squares) {
-      const Moments moments = Moments::about(pivot[col], count, sum, squares);
-      w.first[at + col] = moments.mean;
-      w.second[at + col] = moments.squares;
-    };
-    if (t.by_column) {
-      for (int64_t col = 0; col < tile.cols; ++col) leave(col, sums.first[col], sums.second[col]);
-    } else {
+    Sums sums;
+    const auto collect_once = [&] {
+      sums = Sums();
+      collect(x, t.row_step, tile.rows, tile.cols, pivot, sums);
+      if (t.by_column) return;
       for (int64_t col = 1; col < tile.cols; ++col) {
         sums.first[0] += sums.first[col];
         sums.second[0] += sums.second[col];
       }
-      leave(0, sums.first[0], sums.second[0]);
+    };
+    collect_once();
+    if (std::is_same_v<T, double>) {
+      // Sums of other types have digits to spare. Here the tile is read again, from the cache, about its mean.
+      for (int64_t col = 0; col < tile.cols; ++col) pivot[col] += sums.first[t.by_column ? col : 0] / count;
+      collect_once();
+    }
+    const int64_t at = tile.index * t.channels + tile.channel;
+    for (int64_t col = 0; col < (t.by_column ? tile.cols : 1); ++col) {
+      const Moments moments = Moments::about(pivot[col], count, sums.first[col], sums.second[col]);
+      w.first[at + col] = moments.mean;
+      w.second[at + col] = moments.squares;
     }
   });
   const double count = t.elements();

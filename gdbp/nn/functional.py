@@ -92,8 +92,8 @@ def batch_norm(
         input: (N, C), (N, C, L) or more dimensions; any strides; float64, float32, bfloat16 or float16.
         running_mean, running_var: (C,). In training both may be None; else they are updated in place with the
             batch's mean and unbiased variance. Otherwise they normalise.
-        weight, bias: (C,) or None for 1 and 0. Like the running statistics of the input's dtype, or float32 beside
-            a half type.
+        weight, bias: (C,) or None for 1 and 0; any strides (torch's backward on the CPU reads a strided weight
+            wrongly). Like the running statistics of the input's dtype, or float32 beside a half type.
         training: whether to normalise with the mean and the (biased) variance of the batch.
         momentum: share of the batch in the running statistics.
         eps: added to the variance; above 0 in training.
@@ -151,10 +151,22 @@ def _batch_norm(
     if activation is not None:
         _check_activation(activation)
     if input.dim() < 2:
+        if input.dim() == 1 and not input.numel():
+            # torch's function lets it pass.
+            output = torch.nn.functional.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+            return _activate(output, activation)
         raise ValueError(f"batch_norm: input has shape {tuple(input.shape)}; expected (N, C) or (N, C, L)")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if training:
+        for name, values in (("running_mean", running_mean), ("running_var", running_var)):
+            if values is not None and values.shape != input.shape[1:2]:
+                raise RuntimeError(
+                    f"batch_norm: {name} has shape {tuple(values.shape)}; expected ({input.shape[1]},), "
+                    "one value for each channel of input"
+                )
         if input.shape[0] * math.prod(input.shape[2:]) == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         if eps <= 0:
