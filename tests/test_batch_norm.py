@@ -52,6 +52,7 @@ def norms(activation=None, training=True, running=True, eps=1e-5):
         return call
 
     activate = TORCHS[activation or "none"][0]
+
     def torchs(x, mean, var, w, b, *args):
         # torch's backward on the CPU reads a strided weight as if it were contiguous.
         return activate(F.batch_norm(x, mean, var, *(t if t is None else t.contiguous() for t in (w, b)), *args))
@@ -98,7 +99,8 @@ def test_without_weight_or_bias(affine, training):
         parameters = [t if there else None for t, there in zip(parameters, affine)]
         for activation in (None, "relu", "gelu"):
             compare(*norms(activation, training), [x, *parameters])
-            compare(*norms(activation, training), [x.detach(), *parameters]) if any(affine) else None
+            if any(affine):
+                compare(*norms(activation, training), [x.detach(), *parameters])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -153,7 +155,12 @@ def test_no_channels():
     for shape in ((4, 0), (4, 0, 3)):
         for training in (True, False):
             x, w, b = values(shape)
-            assert [t.shape for t in values_and_grads(norms("relu", training)[0], (x, w, b))] == [shape, shape, (0,), (0,)]
+            assert [t.shape for t in values_and_grads(norms("relu", training)[0], (x, w, b))] == [
+                shape,
+                shape,
+                (0,),
+                (0,),
+            ]
 
 
 def test_equal_values():
@@ -203,9 +210,7 @@ def test_any_batch(data):
     grad = data.draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     layouts = [data.draw(st.sampled_from([how for how in LAYOUTS if how != "expanded"])) for _ in range(4)]
-    tensors = [
-        laid_out(t.detach(), how).requires_grad_(g) for t, how, g in zip(values(shape, dtype), layouts, grad)
-    ]
+    tensors = [laid_out(t.detach(), how).requires_grad_(g) for t, how, g in zip(values(shape, dtype), layouts, grad)]
     for i in (1, 2):
         if data.draw(st.booleans()):
             tensors[i] = None
@@ -264,16 +269,13 @@ def test_changes_are_seen_by_autograd():
 
 
 def test_running_statistics_may_change_before_backward():
+    x, other = (torch.randn(6, 3, dtype=torch.float64) for _ in range(2))
     results = []
-    for f in norms():
-        x, w, b = values((6, 3), grad=True)
-        torch.manual_seed(1)
-        x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-        module = (gdbp if f is norms()[0] else torch).nn.BatchNorm1d(3, dtype=torch.float64)
-        module(torch.randn(6, 3, dtype=torch.float64))
-        y = module.eval()(x)
-        module.train()(torch.randn(6, 3, dtype=torch.float64))
-        results.append(torch.autograd.grad(y.pow(2).sum(), x)[0])
+    for package in (gdbp, torch):
+        module, leaf_x = package.nn.BatchNorm1d(3, dtype=torch.float64), x.clone().requires_grad_()
+        y = module.eval()(leaf_x)
+        module.train()(other)
+        results.append(torch.autograd.grad(y.pow(2).sum(), leaf_x)[0])
     torch.testing.assert_close(*results)
 
 
@@ -308,13 +310,10 @@ def test_only_what_is_asked_for(mask, training):
 @activations
 def test_output_may_be_changed_in_place(activation):
     x, w, b = values((5, 3))
-    results = []
-    for f in norms(activation):
-        y = f(x, w, b)
-        results.append(torch.autograd.grad((y * 2 if f is norms else y + y).sum(), (x, w, b)))
-    y = norms(activation)[0](x, w, b)
-    torch.testing.assert_close(torch.autograd.grad(y.mul_(2).sum(), (x, w, b)), results[1])
-    y = norms(activation)[0](x, w, b)
+    mine, torchs = norms(activation)
+    expected = torch.autograd.grad((2 * torchs(x, w, b)).sum(), (x, w, b))
+    torch.testing.assert_close(torch.autograd.grad(mine(x, w, b).mul_(2).sum(), (x, w, b)), expected)
+    y = mine(x, w, b)
     with torch.no_grad():
         x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

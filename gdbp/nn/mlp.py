@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -56,7 +57,7 @@ class MLP(torch.nn.Sequential):
         F._check_activation(activation)
         where = {"device": device, "dtype": dtype}
         layers: list[torch.nn.Module] = []
-        for inputs, outputs in zip(sizes[:-2], sizes[1:-1]):
+        for inputs, outputs in pairwise(sizes[:-1]):
             if batch_norm:
                 linear = Linear(inputs, outputs, bias=False, **where)
                 layers += [linear, BatchNorm1d(outputs, activation=activation, **where)]
