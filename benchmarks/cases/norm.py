@@ -13,9 +13,9 @@ from benchmarks.work import COMPILED, OURS, Case, Contender, Goal, Limit, Setup,
 def cases(smoke: bool) -> Iterator[Case]:
     rows, inputs, channels = (5, 3, 7) if smoke else (4096, 256, 256)
     goal = None if smoke else Goal(1.5)
-    yield Case("norm", "batch_norm_relu", f"{rows}x{channels}", partial(_build, rows, None, channels), goal)
+    yield Case("norm", "bn_relu", f"{rows}x{channels}", partial(_build, rows, None, channels), goal)
     size = f"{rows}x{inputs}x{channels}"
-    yield Case("norm", "linear_batch_norm_relu", size, partial(_build, rows, inputs, channels), goal)
+    yield Case("norm", "linear_bn_relu", size, partial(_build, rows, inputs, channels), goal)
 
 
 def _build(rows: int, inputs: int | None, channels: int, setup: Setup) -> Work:

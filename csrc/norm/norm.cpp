@@ -191,7 +191,7 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_update_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
-      "Tensor stats, Tensor? offset, int elements, float? momentum) -> ()",
+      "Tensor stats, Tensor? offset, SymInt elements, float? momentum) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 

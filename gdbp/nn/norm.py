@@ -1,5 +1,7 @@
 """Batch normalisation."""
 
+import sys
+
 import torch
 
 from gdbp.nn import functional as F
@@ -76,13 +78,15 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     @property
     def qconfig(self):
-        """torch's converters ask for this when they copy a layer into one of another class, without its activation."""
+        """What torch.ao may have set. torch's conversion to SyncBatchNorm, which copies a layer into another class,
+        asks for it as well: the only place to tell it that there is an activation to lose."""
         if "qconfig" in self.__dict__:
             return self.__dict__["qconfig"]
-        if self.__dict__.get("activation") is not None:
+        caller = sys._getframe(1).f_code.co_name
+        if caller == "convert_sync_batchnorm" and self.activation is not None:
             raise RuntimeError(
                 f"this BatchNorm1d has activation={self.activation!r}, which torch's conversion would lose; "
-                "use gdbp.nn.SyncBatchNorm.convert_sync_batchnorm, or activation=None and a layer of its own"
+                "use gdbp.nn.SyncBatchNorm.convert_sync_batchnorm"
             )
         raise AttributeError("qconfig")
 
