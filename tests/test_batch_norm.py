@@ -24,6 +24,7 @@ from tests.oracle import (
     leaf,
     no_worse,
     on_one_and_two_threads,
+    torchs_tables,
     values_and_grads,
 )
 
@@ -496,8 +497,7 @@ def test_module_is_torchs(activation, options):
 
 
 def test_torchs_module_samples():
-    common = pytest.importorskip("torch.testing._internal.common_modules")
-    (info,) = (info for info in common.module_db if info.module_cls is torch.nn.BatchNorm1d)
+    (info,) = (info for info in torchs_tables("common_modules").module_db if info.module_cls is torch.nn.BatchNorm1d)
     count = 0
     for training in (True, False):
         for dtype in FULL_DTYPES:
