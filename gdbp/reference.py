@@ -52,6 +52,114 @@ def linear_backward(
     return grad_pre @ weight, grad_weight, rows.sum(0) if bias is not None else None
 
 
+# ---- batch normalisation ----
+#
+# ``offset`` would be added to the input of every channel. Normalised with the batch's own mean it changes nothing,
+# so it only counts with running statistics; its gradient is then that of the input, summed.
+
+
+def _per_channel(values: Tensor, input: Tensor) -> Tensor:
+    """(channels,) in the compute type, shaped to meet (batch, channels, ...)."""
+    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    return values.to(dtype).view(-1, *[1] * (input.dim() - 2))
+
+
+def _normalized(input: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """(input - mean) / deviation in the compute type, 1 / deviation, mean and variance; those of the batch for None."""
+    x = input.double() if input.dtype is torch.float64 else input.float()
+    if mean is None:
+        dims = [0, *range(2, input.dim())]
+        mean = x.mean(dims, keepdim=True)
+        variance = (x - mean).square().mean(dims, keepdim=True)
+    inverse = (variance + eps).rsqrt()
+    return (x - mean) * inverse, inverse, mean, variance
+
+
+def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    z = normalized if weight is None else normalized * _per_channel(weight, normalized)
+    return z if bias is None else z + _per_channel(bias, normalized)
+
+
+def batch_norm(
+    input: Tensor,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """The output, and mean and variance of the input without the offset, (2, channels) in float64."""
+    mean, variance = running_mean, running_var
+    if mean is not None:
+        mean = mean if offset is None else mean - offset
+        mean, variance = _per_channel(mean, input), _per_channel(variance, input)
+    normalized, _, mean, variance = _normalized(input, mean, variance, eps)
+    output = ACTIVATIONS[activation][0](_affine(normalized, weight, bias)).to(input.dtype)
+    return output, torch.stack((mean.reshape(-1), variance.reshape(-1))).double()
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, offset, weight and bias, as a graph that can be differentiated again. ``stats`` where
+    they are not the batch's."""
+    dims = [0, *range(2, input.dim())]
+    mean, variance = (None, None) if stats is None else (_per_channel(s, input) for s in stats)
+    if stats is not None and offset is not None:
+        # stats has the offset in it, as a number; here it must be seen.
+        mean = mean - _per_channel(offset - offset.detach(), input)
+    normalized, inverse, *_ = _normalized(input, mean, variance, eps)
+    g = ACTIVATIONS[activation][1](grad_output.to(normalized.dtype), _affine(normalized, weight, bias))
+    sum_g, sum_g_x = g.sum(dims, keepdim=True), (g * normalized).sum(dims, keepdim=True)
+    grad = g
+    if stats is None:
+        count = input.numel() // max(1, input.shape[1])
+        grad = g - sum_g / count - normalized * (sum_g_x / count)
+    grad = grad * inverse if weight is None else grad * (inverse * _per_channel(weight, input))
+    grad_offset = None
+    if offset is not None:
+        grad_offset = (grad.sum(dims) if stats is not None else torch.zeros_like(offset)).to(offset.dtype)
+    return (
+        grad.to(input.dtype),
+        grad_offset,
+        None if weight is None else sum_g_x.reshape(-1).to(weight.dtype),
+        None if bias is None else sum_g.reshape(-1).to(bias.dtype),
+    )
+
+
+@torch.no_grad()
+def batch_norm_update_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    stats: Tensor,
+    offset: Tensor | None,
+    elements: int,
+    momentum: float | None,
+) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``, the variance without bias. Without a momentum the
+    mean over all batches so far, which ``num_batches_tracked`` counts."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if not elements:
+        return
+    if momentum is None:
+        momentum = 1 / num_batches_tracked.double()
+    mean, variance = stats[0], stats[1] * (elements / (elements - 1))
+    mean = mean if offset is None else mean + offset
+    for running, batch in ((running_mean, mean), (running_var, variance)):
+        running.copy_((1 - momentum) * running + momentum * batch)
+
+
 # ---- losses ----
 
 

@@ -30,8 +30,9 @@ def layers_and_losses(device: str, dtype: torch.dtype) -> None:
         for activation in ACTIVATIONS:
             name = None if activation == "none" else activation
             layer = nn.Linear(features, classes, activation=name, device=device, dtype=dtype)
+            norm = nn.BatchNorm1d(classes, activation=name, device=device, dtype=dtype).train(rows > 1)
             for reduction in ("none", "mean", "sum"):
-                output = layer(x)
+                output = norm(layer(x)) + norm(layer(x).unsqueeze(2).expand(-1, -1, 3)).sum(2)
                 loss = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=0.1)(output, labels)
                 for of_elements in (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss):
                     loss = loss.sum() + of_elements(reduction=reduction)(output, torch.zeros_like(output)).sum()

@@ -7,6 +7,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include "common/activations.h"
 #include "common/dtype.h"
 #include "common/reduction.h"
 
@@ -46,6 +47,19 @@ inline void check_same(const at::Tensor& a, const char* a_name, const at::Tensor
 // The compute type of a stored type, as torch names it.
 inline at::ScalarType compute_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// ---- what the layers share ----
+
+inline Activation parse_activation(c10::string_view name, const char* op) {
+  std::string names;
+  for (Activation activation : kActivations) {
+    const char* const known = kActivationNames[int(activation)];
+    if (name == known) return activation;
+    names += (names.empty() ? "" : ", ") + std::string(known);
+  }
+  TORCH_CHECK_VALUE(false, op, ": activation is '", name, "'; expected one of ", names,
+                    "; pass activation=None for none");
 }
 
 // ---- what the losses share ----

@@ -16,17 +16,6 @@ namespace {
 
 using at::Tensor;
 
-Activation parse(c10::string_view name) {
-  std::string names;
-  for (Activation activation : kActivations) {
-    const char* const known = kActivationNames[int(activation)];
-    if (name == known) return activation;
-    names += (names.empty() ? "" : ", ") + std::string(known);
-  }
-  TORCH_CHECK_VALUE(false, "linear: activation is '", name, "'; expected one of ", names,
-                    "; pass activation=None for none");
-}
-
 // The names of the activations whose backward pass needs "nothing", the "output", or the pre-activation, "pre".
 std::vector<std::string> activations_that_save(c10::string_view what) {
   constexpr const char* kSavedNames[] = {"nothing", "output", "pre"};
@@ -71,7 +60,7 @@ void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor
 std::pair<Tensor, Tensor> compute(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                   c10::string_view activation_name, bool keep_pre) {
   const BelowAutogradAndAutocast guard;
-  const Activation activation = parse(activation_name);
+  const Activation activation = parse_activation(activation_name, "linear");
   check(input, weight, bias);
   const Tensor x = as_matrix(input);
   // The library adds the bias where there is no activation, hence no pass of ours to do it in, and for half
@@ -107,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                             const Tensor& saved, c10::string_view activation_name,
                                             std::array<bool, 3> mask) {
   const BelowAutogradAndAutocast guard;
-  const Activation activation = parse(activation_name);
+  const Activation activation = parse_activation(activation_name, "linear");
   check(input, weight, std::nullopt);
   check_same(input, "input", grad_output, "grad_output", "linear_backward");
   auto expected = input.sizes().vec();

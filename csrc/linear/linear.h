@@ -3,8 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/activations.h"
 #include "common/dtype.h"
-#include "linear/linear_math.h"
 
 namespace gdbp::linear {
 

@@ -11,6 +11,7 @@ if _load.available:
 
 from gdbp.ops.linear import linear
 from gdbp.ops.loss import cross_entropy, pointwise_loss
+from gdbp.ops.norm import batch_norm
 from gdbp.ops.optim import step_
 
-__all__ = ["cross_entropy", "linear", "pointwise_loss", "step_"]
+__all__ = ["batch_norm", "cross_entropy", "linear", "pointwise_loss", "step_"]

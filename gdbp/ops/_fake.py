@@ -37,6 +37,30 @@ def _(grad_output, input, weight, saved, activation, mask):
     )
 
 
+@torch.library.register_fake("gdbp::batch_norm")
+def _(input, offset, weight, bias, running_mean, running_var, eps, activation):
+    parameters = {"offset": offset, "weight": weight, "bias": bias}
+    _check_devices("batch_norm", input=input, **parameters, running_mean=running_mean, running_var=running_var)
+    return input.new_empty(input.shape), input.new_empty((2, input.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("gdbp::batch_norm_backward")
+def _(grad_output, input, weight, bias, stats, of_batch, eps, activation, mask):
+    _check_devices("batch_norm_backward", grad_output=grad_output, input=input, weight=weight, bias=bias)
+    compute = torch.float64 if input.dtype is torch.float64 else torch.float32
+    weight_type, bias_type = (compute if t is None else t.dtype for t in (weight, bias))
+    return (
+        input.new_empty(input.shape) if mask[0] else None,
+        input.new_empty((input.shape[1],), dtype=weight_type) if mask[1] else None,
+        input.new_empty((input.shape[1],), dtype=bias_type) if mask[2] else None,
+    )
+
+
+@torch.library.register_fake("gdbp::batch_norm_update_")
+def _(running_mean, running_var, num_batches_tracked, stats, offset, elements, momentum):
+    return None
+
+
 @torch.library.register_fake("gdbp::pointwise_loss")
 def _(input, target, kind, parameter, reduction):
     _check_devices(kind, input=input, target=target)

@@ -1,13 +1,13 @@
-// The activations of linear_math.h, forward and backward, against the same mathematics in long double.
+// The activations of activations.h, forward and backward, against the same mathematics in long double.
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "check.h"
-#include "linear/linear_math.h"
+#include "common/activations.h"
 
 using real = long double;
-namespace linear = gdbp::linear;
+namespace linear = gdbp;
 using check::error_against;
 using check::uniform;
 

@@ -31,6 +31,7 @@ FAMILIES = {
     "grad": ["sizes", "many", "extremes", "nonfinite", "limits"],
     "linear": ["forward", "backward"],
     "loss": ["cross_entropy", "no_rows", "all_ignored", "bad_labels", "extremes"],
+    "norm": ["forward", "backward", "update"],
     "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "nothing"],
     "pointwise": ["forward", "backward"],
 }

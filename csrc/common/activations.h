@@ -3,7 +3,7 @@
 #pragma once
 #include "common/math.h"
 
-namespace gdbp::linear {
+namespace gdbp {
 
 // What the backward pass needs: the output where the derivative is a function of it (one tensor less
 // to keep), the pre-activation where it is not.
@@ -212,4 +212,10 @@ inline Saved saves(Activation activation) {
   return dispatch(activation, [](auto op) { return decltype(op)::saves; });
 }
 
-}  // namespace gdbp::linear
+// The gradient of the pre-activation z where nothing but z was kept.
+template <class Op, class T>
+GDBP_HD T backward_from_pre(T g, T z) {
+  return Op::backward(g, Op::saves == Saved::output ? Op::forward(z) : z);
+}
+
+}  // namespace gdbp

@@ -1,0 +1,77 @@
+"""A multilayer perceptron."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from gdbp.nn import functional as F
+from gdbp.nn import init as init_
+from gdbp.nn.linear import Linear
+from gdbp.nn.norm import BatchNorm1d
+
+
+class MLP(torch.nn.Sequential):
+    """Linear layers with an activation after each but the last.
+
+    ``MLP([784, 256, 10])`` is ``Linear(784, 256, activation="relu")`` and ``Linear(256, 10)``. With ``batch_norm``
+    each hidden layer is ``Linear(..., bias=False)`` and ``BatchNorm1d(..., activation=...)``: the normalisation would
+    take a bias of the linear layer out again. With ``dropout`` each hidden layer ends in a ``torch.nn.Dropout``.
+
+    Args:
+        sizes: number of inputs, of units in each hidden layer, and of outputs; at least two.
+        activation: of the hidden layers; None, or a name, see :func:`gdbp.nn.functional.linear`.
+        batch_norm: whether to normalise hidden layers before their activation.
+        dropout: probability of a hidden unit to be dropped in training; none for 0.
+        init: how weights are drawn, a name in ``gdbp.nn.init.SCHEMES``, with the gain of the activation (1 for the
+            last layer); biases start at 0.
+        device, dtype: of the parameters.
+
+    Shape:
+        input (\\*, sizes[0]), or (N, sizes[0]) with ``batch_norm``; output (\\*, sizes[-1]).
+
+    Raises:
+        ValueError: fewer than two sizes or one below 1, an unknown activation or scheme, all-zero weights asked
+            for, dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str | None = "relu",
+        *,
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+        init: str = "he",
+        device=None,
+        dtype=None,
+    ):
+        sizes = list(sizes)
+        if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(
+                f"sizes is {sizes}; expected two or more whole numbers above 0: inputs, hidden units, outputs"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
+        F._check_activation(activation)
+        where = {"device": device, "dtype": dtype}
+        layers: list[torch.nn.Module] = []
+        for inputs, outputs in pairwise(sizes[:-1]):
+            if batch_norm:
+                linear = Linear(inputs, outputs, bias=False, **where)
+                layers += [linear, BatchNorm1d(outputs, activation=activation, **where)]
+            else:
+                linear = Linear(inputs, outputs, activation=activation, **where)
+                layers.append(linear)
+            init_.init_(linear, init, nonlinearity=activation)
+            if dropout:
+                layers.append(torch.nn.Dropout(dropout))
+        layers.append(init_.init_(Linear(*sizes[-2:], **where), init, nonlinearity=None))
+        super().__init__(*layers)
+
+    def __getitem__(self, index):
+        # A part of it is a plain Sequential: torch would call the constructor with layers.
+        if isinstance(index, slice):
+            return torch.nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
