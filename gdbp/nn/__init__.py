@@ -1,6 +1,6 @@
 """Layers and losses with torch.nn's interfaces, on fused kernels."""
 
-from gdbp.nn import functional, init
+from gdbp.nn import functional, init, utils
 from gdbp.nn.linear import Linear
 from gdbp.nn.loss import CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss
 
@@ -13,4 +13,5 @@ __all__ = [
     "SmoothL1Loss",
     "functional",
     "init",
+    "utils",
 ]

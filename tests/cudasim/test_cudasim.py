@@ -28,7 +28,7 @@ WRONG = {
     "short_warp": "a mask that names lanes beyond the block",
 }
 FAMILIES = {
-    "grad": ["sizes", "many", "extremes", "nonfinite", "limits"],
+    "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites"],
     "linear": ["forward", "backward"],
     "loss": ["cross_entropy", "no_rows", "all_ignored", "bad_labels", "extremes"],
     "optim": ["rules", "control", "besides", "schedules", "many", "nothing"],
