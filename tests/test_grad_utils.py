@@ -66,6 +66,8 @@ def test_any_gradients(data):
     order = data.draw(st.sampled_from(ORDERS) | st.floats(0.3, 6))
     layout = data.draw(st.sampled_from([name for name in LAYOUTS if name != "expanded"]))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
+    if order == math.inf:  # where torch refuses empty tensors
+        shapes = [shape for shape in shapes if 0 not in shape]
     mine = params(shapes, torch.float64, data.draw(st.sampled_from((1e-9, 1.0, 1e9))), layout)
     for p in mine:
         if data.draw(st.integers(0, 4)) == 0:

@@ -79,7 +79,7 @@ class _Row:
         return [self.name, str(self.numel), *numbers, *(f"{c:.0f}" for c in counts[:2]), *shares, *ratio]
 
     def verdict(self) -> str:
-        norm, largest, _, nans, infinities, zeros = self.numbers
+        norm, _, _, nans, infinities, zeros = self.numbers
         typical = norm / max(1, self.numel) ** 0.5
         ratio = self.update_ratio
         if nans or infinities:
