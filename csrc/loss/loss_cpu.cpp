@@ -127,7 +127,8 @@ class Forward {
     C value = labels.a * softmax.nll(widen(x[labels.first]));
     if (labels.second >= 0) value += labels.b * softmax.nll(widen(x[labels.second]));
     if (labels.uniform > 0)
-      value += labels.uniform * (weights_.sum * softmax.log_total() + distance(x, weights_.data(), softmax.m, in_.classes));
+      value +=
+          labels.uniform * (weights_.sum * softmax.log_total() + distance(x, weights_.data(), softmax.m, in_.classes));
     if (in_.z != 0) value += in_.z * labels.weight * softmax.log_sum_exp() * softmax.log_sum_exp();
     *loss = value;
     *weight = labels.weight;
@@ -238,8 +239,7 @@ void cross_entropy_forward(const CrossEntropyForward& a) {
   const T* const t = static_cast<const T*>(a.probabilities);
   parallel_for(0, rows, grain(a), [&](int64_t lo, int64_t hi) {
     if (!Stage<T>::needed(a)) {
-      for (int64_t row = lo; row < hi; ++row)
-        forward(row, x + row * a.classes, t ? t + row * a.classes : nullptr);
+      for (int64_t row = lo; row < hi; ++row) forward(row, x + row * a.classes, t ? t + row * a.classes : nullptr);
       return;
     }
     Stage<T> stage(a);

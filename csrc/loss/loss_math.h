@@ -90,6 +90,8 @@ struct Labels {
   C uniform = 0;                    // what every class has besides, times its weight
   C weight = 0;                     // of the row in the mean
 
+  Labels() = default;
+
   template <class T>
   GDBP_HD Labels(const Rows<T>& in, int64_t row) {
     if (in.second == nullptr) {
@@ -148,8 +150,8 @@ struct LabelGradient {
 // The gradient of one row of probabilities, of which a_j are the coefficients.
 template <class C>
 struct SoftGradient {
-  C m, inverse, rest;    // of the softmax; rest: 1 - p of the largest logit
-  C total, others;       // sum of a_j; sum over all but the largest logit
+  C m, inverse, rest;  // of the softmax; rest: 1 - p of the largest logit
+  C total, others;     // sum of a_j; sum over all but the largest logit
   C pull, scale;
   bool lonely;  // whether the largest logit is the only one of its size: only then its p may be near 1
 

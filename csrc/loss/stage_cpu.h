@@ -15,8 +15,7 @@ class Stage {
   static bool needed(const CrossEntropy& a) { return a.inner != 1 || a.softcap != 0; }
 
   // grad, grad_t: where the gradients of logits and probabilities go, or null.
-  explicit Stage(const CrossEntropy& a, T* grad = nullptr, T* grad_t = nullptr)
-      : in_(a), grad_(grad), grad_t_(grad_t) {
+  explicit Stage(const CrossEntropy& a, T* grad = nullptr, T* grad_t = nullptr) : in_(a), grad_(grad), grad_t_(grad_t) {
     const int64_t size = kRows * in_.classes;
     for (auto [buffer, used] : {std::pair{&x_, true}, std::pair{&t_, in_.probabilities != nullptr},
                                 std::pair{&g_, grad != nullptr}, std::pair{&g_t_, grad_t != nullptr}})

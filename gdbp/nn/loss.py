@@ -37,11 +37,33 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """Softmax cross-entropy of logits against labels, with torch's arguments (weight, ignore_index,
-    reduction, label_smoothing) and its buffer ``weight``; see :func:`gdbp.nn.functional.cross_entropy`.
+    """Softmax cross-entropy of logits against labels, probabilities or mixtures, with torch's arguments (weight,
+    ignore_index, reduction, label_smoothing) and its buffer ``weight``.
+
+    ``z_loss``, ``softcap``, ``empty`` and ``inplace_backward`` are those of
+    :func:`gdbp.nn.functional.cross_entropy`; ``normalizer`` is given with each call.
     """
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def __init__(
+        self,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        empty: str = "nan",
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss, self.softcap, self.empty, self.inplace_backward = z_loss, softcap, empty, inplace_backward
+
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor | F.Mixture, *, normalizer: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
         return F.cross_entropy(
             input,
             target,
@@ -49,4 +71,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            normalizer=normalizer,
+            empty=self.empty,
+            inplace_backward=self.inplace_backward,
         )

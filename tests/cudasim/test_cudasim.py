@@ -30,7 +30,7 @@ WRONG = {
 FAMILIES = {
     "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites"],
     "linear": ["forward", "backward"],
-    "loss": ["cross_entropy", "no_rows", "all_ignored", "bad_labels", "extremes"],
+    "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
     "optim": ["rules", "control", "besides", "schedules", "many", "nothing"],
     "pointwise": ["forward", "backward"],
 }
