@@ -92,6 +92,31 @@ def pointwise_loss_backward(
     return grad, -grad
 
 
+def bce_with_logits(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
+) -> Tensor:
+    q = 1 if pos_weight is None else pos_weight
+    loss = q * target * -F.logsigmoid(input) + (1 - target) * -F.logsigmoid(-input)
+    return _reduce(loss if weight is None else loss * weight, reduction)
+
+
+def bce_with_logits_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of input and target, as a graph that can be differentiated again."""
+    q = 1 if pos_weight is None else pos_weight
+    scale = grad_output if weight is None else grad_output * weight
+    if reduction == "mean":
+        scale = scale / input.numel()
+    grad_input = scale * ((1 - target) * torch.sigmoid(input) - q * target * torch.sigmoid(-input))
+    return grad_input, scale * ((1 - q) * F.logsigmoid(input) - input)
+
+
 def _targets(
     logits: Tensor,
     target: Tensor,

@@ -340,7 +340,7 @@ def test_inplace(layout, kind):
 def test_inplace_where_others_need_the_logits():
     x, y = logits((6, 4)), torch.randint(4, (6,))
     inplace = {"inplace_backward": True}
-    with pytest.raises(RuntimeError, match="these are a leaf.*leave it out"):
+    with pytest.raises(RuntimeError, match=r"these are a leaf.*leave it out"):
         cross_entropy(x, y, **inplace)
     with torch.no_grad():
         cross_entropy(x, y, **inplace)
@@ -368,7 +368,7 @@ REFUSED = {
     "empty": (lambda: cross_entropy(X, Y, empty="one"), ValueError, "empty is 'one'; expected 'nan' or 'zero'"),
     "normalizer": (lambda: cross_entropy(X, Y, normalizer=3, reduction="sum"), ValueError, "reduction is 'sum'; leave"),
     "normalizers": (lambda: cross_entropy(X, Y, normalizer=X), ValueError, r"shape \(3, 4\); expected one number"),
-    "tuple": (lambda: cross_entropy(X, (Y, Y)), ValueError, "tuple of 2; expected .labels, labels, share"),
+    "tuple": (lambda: cross_entropy(X, (Y, Y)), ValueError, r"tuple of 2; expected .labels, labels, share"),
     "share": (lambda: cross_entropy(X, (Y, Y, 1.5)), ValueError, "share of a mixture is 1.5; expected .* 0 to 1"),
     "soft mixture": (lambda: cross_entropy(X, (X, X, 0.5)), ValueError, "mix probabilities yourself"),
     "mixture shapes": (lambda: cross_entropy(X, (Y, Y[:2], 0.5)), ValueError, r"shapes \(3,\) and \(2,\)"),

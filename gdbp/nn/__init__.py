@@ -2,9 +2,10 @@
 
 from gdbp.nn import functional, init, utils
 from gdbp.nn.linear import Linear
-from gdbp.nn.loss import CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss
+from gdbp.nn.loss import BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss
 
 __all__ = [
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "HuberLoss",
     "L1Loss",

@@ -188,6 +188,51 @@ def smooth_l1_loss(
     return _pointwise("smooth_l1_loss" if beta else "l1_loss", input, target, reduction, beta)
 
 
+def binary_cross_entropy_with_logits(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Binary cross-entropy, ``pos_weight * target * softplus(-input) + (1 - target) * softplus(input)``: of logits
+    with targets from 0 to 1, its mean, its sum, or each element's ("none").
+
+    Args:
+        input, target: of one shape, promoted to one dtype with the factors. Gradients flow to both.
+        weight: a factor for each element, or one that broadcasts to them.
+        pos_weight: a factor for the positives, often of shape (classes,).
+
+    Accurate for confident elements of either kind.
+
+    Raises:
+        RuntimeError: factors that do not broadcast to the input, or require gradients; devices that do not fit.
+        ValueError: an unknown reduction, a target of another shape.
+    """
+    reduction = _reduction_name(size_average, reduce, reduction)
+    if target.shape != input.shape:
+        raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
+    input, target, weight, pos_weight = _without_autocast(input, target, weight, pos_weight)
+    factors = [f for f in (weight, pos_weight) if f is not None]
+    dtype = input.dtype
+    for t in (target, *factors):
+        if t.dim() or not input.dim():  # a lone number takes the others' dtype
+            dtype = torch.promote_types(dtype, t.dtype)
+    differentiable = torch.is_grad_enabled() and any(f.requires_grad for f in factors)
+    if differentiable or not dtype.is_floating_point or any(_widens(f, input) for f in factors):
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            input, target, weight, reduction=reduction, pos_weight=pos_weight
+        )
+    tensors = (None if t is None else t.to(dtype) for t in (input, target, weight, pos_weight))
+    return ops.bce_with_logits(*tensors, reduction)
+
+
+def _widens(factor: torch.Tensor, input: torch.Tensor) -> bool:
+    return torch.broadcast_shapes(factor.shape, input.shape) != input.shape
+
+
 Mixture = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
 
 

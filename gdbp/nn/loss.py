@@ -36,6 +36,17 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """Binary cross-entropy with logits, with torch's arguments (weight, reduction, pos_weight) and its buffers
+    ``weight`` and ``pos_weight``; see :func:`gdbp.nn.functional.binary_cross_entropy_with_logits`.
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(
+            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Softmax cross-entropy of logits against labels, probabilities or mixtures, with torch's arguments (weight,
     ignore_index, reduction, label_smoothing) and its buffer ``weight``.

@@ -10,7 +10,7 @@ if _load.available:
     from gdbp.ops import _fake  # noqa: F401
 
 from gdbp.ops.linear import linear
-from gdbp.ops.loss import cross_entropy, pointwise_loss
+from gdbp.ops.loss import bce_with_logits, cross_entropy, pointwise_loss
 from gdbp.ops.optim import step_
 
-__all__ = ["cross_entropy", "linear", "pointwise_loss", "step_"]
+__all__ = ["bce_with_logits", "cross_entropy", "linear", "pointwise_loss", "step_"]

@@ -51,6 +51,18 @@ def _(grad_output, input, target, kind, parameter, reduction, mask):
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
 
 
+@torch.library.register_fake("gdbp::bce_with_logits")
+def _(input, target, weight, pos_weight, reduction):
+    op = "binary_cross_entropy_with_logits"
+    _check_devices(op, input=input, target=target, weight=weight, pos_weight=pos_weight)
+    return input.new_empty(input.shape if reduction == "none" else ())
+
+
+@torch.library.register_fake("gdbp::bce_with_logits_backward")
+def _(grad_output, input, target, weight, pos_weight, reduction, mask):
+    return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
+
+
 @torch.library.register_fake("gdbp::cross_entropy")
 def _(logits, target, second, share, weight, normalizer, reduction, *options):
     _check_devices("cross_entropy", logits=logits, target=target, second=second, share=share, weight=weight)

@@ -46,6 +46,46 @@ def pointwise_loss(
     return torch.ops.gdbp.pointwise_loss(input, target, kind, parameter, reduction)
 
 
+class _BceWithLogits(Function):
+    @staticmethod
+    def forward(input, target, weight, pos_weight, reduction):
+        return torch.ops.gdbp.bce_with_logits(input, target, weight, pos_weight, reduction)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.reduction = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *reference.bce_with_logits_backward(grad_output, *tensors, ctx.reduction), None, None, None
+        mask = ctx.needs_input_grad[:2]
+        return *torch.ops.gdbp.bce_with_logits_backward(grad_output, *tensors, ctx.reduction, mask), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return torch.vmap(reference.bce_with_logits, in_dims=in_dims)(*arguments), 0
+
+
+def bce_with_logits(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    pos_weight: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
+    """Binary cross-entropy with logits, for two tensors of one shape and factors that broadcast to it, all of one
+    dtype; see :mod:`gdbp.nn.functional`. Not differentiable in the factors."""
+    tensors = (input, target, weight, pos_weight)
+    if not (_load.available and is_fused(*tensors)):
+        return reference.bce_with_logits(*tensors, reduction)
+    if needs_autograd(input, target):
+        return _BceWithLogits.apply(*tensors, reduction)
+    return torch.ops.gdbp.bce_with_logits(*tensors, reduction)
+
+
 class _CrossEntropy(Function):
     """Keeps the logits; with ``inplace`` the backward pass writes their gradient over them."""
 

@@ -28,6 +28,7 @@ WRONG = {
     "short_warp": "a mask that names lanes beyond the block",
 }
 FAMILIES = {
+    "bce": ["forward", "backward", "nothing"],
     "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites"],
     "linear": ["forward", "backward"],
     "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
