@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common/map_cpu.h"
+#include "loss/columns_cpu.h"
 #include "loss/loss.h"
 #include "loss/loss_math.h"
 #include "loss/stage_cpu.h"
@@ -108,43 +109,67 @@ class Forward {
   // x and t are of type T, or C where they are staged.
   template <class X>
   void operator()(int64_t row, const X* x, const X* t) const {
-    double* const loss = a_.workspace + row;
-    double* const weight = loss + in_.rows;
     if (t)
-      soft(row, x, t, loss, weight);
+      soft(row, x, t);
     else
-      labels(row, x, loss, weight);
+      labels(row, x);
+  }
+
+  // Rows of labels that lie across memory.
+  void columns(int64_t lo, int64_t hi) const {
+    Columns<T> columns(in_);
+    while (lo < hi) {
+      const int64_t count = columns.load(lo, hi);
+      columns.find_softmax();
+      if (in_.smooth > 0) columns.find_distances(weights_.data());
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const Labels<C> labels(in_, lo + lane);
+        const C first = labels.counts() ? columns.at(labels.first, lane) : C(0);
+        const C second = labels.second >= 0 ? columns.at(labels.second, lane) : C(0);
+        const Softmax<C> softmax = labels.counts() ? columns.softmax(lane) : Softmax<C>{0, 0};
+        finish(lo + lane, labels, softmax, first, second, in_.smooth > 0 ? columns.distance(lane) : C(0));
+      }
+      lo += count;
+    }
   }
 
  private:
   template <class X>
-  void labels(int64_t row, const X* x, double* loss, double* weight) const {
+  void labels(int64_t row, const X* x) const {
     const Labels<C> labels(in_, row);
-    C* const kept = static_cast<C*>(a_.stats) + 2 * row;
-    *loss = *weight = kept[0] = kept[1] = 0;
-    if (!labels.counts()) return;
+    if (!labels.counts()) return finish(row, labels, {0, 0}, 0, 0, 0);
     const Softmax<C> softmax = softmax_of(x, in_.classes, C(0));
-    C value = labels.a * softmax.nll(widen(x[labels.first]));
-    if (labels.second >= 0) value += labels.b * softmax.nll(widen(x[labels.second]));
-    if (labels.uniform > 0)
-      value +=
-          labels.uniform * (weights_.sum * softmax.log_total() + distance(x, weights_.data(), softmax.m, in_.classes));
-    if (in_.z != 0) value += in_.z * labels.weight * softmax.log_sum_exp() * softmax.log_sum_exp();
-    *loss = value;
-    *weight = labels.weight;
+    const C far = labels.uniform > 0 ? distance(x, weights_.data(), softmax.m, in_.classes) : C(0);
+    const bool two = labels.second >= 0;
+    finish(row, labels, softmax, widen(x[labels.first]), two ? C(widen(x[labels.second])) : C(0), far);
+  }
+
+  // The loss of a row with these logits at its labels, and this distance.
+  void finish(int64_t row, const Labels<C>& labels, Softmax<C> softmax, C first, C second, C far) const {
+    C value = 0;
+    if (labels.counts()) {
+      value = labels.a * softmax.nll(first);
+      if (labels.second >= 0) value += labels.b * softmax.nll(second);
+      if (labels.uniform > 0) value += labels.uniform * (weights_.sum * softmax.log_total() + far);
+      if (in_.z != 0) value += in_.z * labels.weight * softmax.log_sum_exp() * softmax.log_sum_exp();
+    }
+    a_.workspace[row] = value;
+    a_.workspace[in_.rows + row] = labels.weight;
+    C* const kept = static_cast<C*>(a_.stats) + 2 * row;
     kept[0] = softmax.m;
     kept[1] = softmax.others;
   }
 
   template <class X>
-  void soft(int64_t row, const X* x, const X* t, double* loss, double* weight) const {
+  void soft(int64_t row, const X* x, const X* t) const {
     const Softmax<C> softmax = softmax_of(x, in_.classes, C(0));
     const SoftSums<C> sums =
         soft_sums(x, t, weights_.data(), in_.keep, in_.smooth, softmax.m, softmax.log_total(), in_.classes);
     C* const kept = static_cast<C*>(a_.stats) + 4 * row;
-    *loss = sums.loss;
-    if (in_.z != 0) *loss += in_.z * softmax.log_sum_exp() * softmax.log_sum_exp();
-    *weight = 1;
+    C value = sums.loss;
+    if (in_.z != 0) value += in_.z * softmax.log_sum_exp() * softmax.log_sum_exp();
+    a_.workspace[row] = value;
+    a_.workspace[in_.rows + row] = 1;
     kept[0] = softmax.m;
     kept[1] = softmax.others;
     kept[2] = sums.total;
@@ -164,11 +189,11 @@ class Backward {
 
   template <class X>
   void operator()(int64_t row, const X* x, const X* t, X* grad, X* grad_t) const {
-    const C scale = upstream(row);
     if (!t) {
-      labels(row, x, grad, scale);
+      labels(row, x, grad);
       return;
     }
+    const C scale = upstream(row);
     const C* const kept = static_cast<const C*>(a_.stats) + 4 * row;
     const Softmax<C> softmax{kept[0], kept[1]};
     // Before the logits, whose place the gradient may take.
@@ -179,7 +204,47 @@ class Backward {
                     SoftGradient<C>(softmax, kept[2], kept[3], in_.z, scale), in_.classes);
   }
 
+  // Rows of labels that lie across memory.
+  void columns(int64_t lo, int64_t hi, T* grad) const {
+    Columns<T> columns(in_);
+    C ones[2 * Columns<T>::kLanes];
+    while (lo < hi) {
+      const int64_t count = columns.load(lo, hi);
+      typename Columns<T>::Gradients lanes;
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const Labels<C> labels(in_, lo + lane);
+        if (!labels.counts()) continue;
+        const LabelGradient<C> of = gradient(lo + lane, labels);
+        lanes.m[lane] = of.softmax.m;
+        lanes.factor[lane] = of.factor();
+        lanes.uniform[lane] = labels.uniform;
+        lanes.scale[lane] = of.scale;
+        lanes.counts[lane] = 1;
+        // Formed before the rows are written: the gradient may take the logits' place.
+        ones[2 * lane] = at_label(of, labels.a, labels.b, labels.first, columns, lane);
+        if (labels.second >= 0) ones[2 * lane + 1] = at_label(of, labels.b, labels.a, labels.second, columns, lane);
+      }
+      columns.write(lanes, weights_.data(), grad);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const Labels<C> labels(in_, lo + lane);
+        if (labels.counts()) columns.write_one(grad, labels.first, lane, ones[2 * lane]);
+        if (labels.second >= 0) columns.write_one(grad, labels.second, lane, ones[2 * lane + 1]);
+      }
+      lo += count;
+    }
+  }
+
  private:
+  LabelGradient<C> gradient(int64_t row, const Labels<C>& labels) const {
+    const C* const kept = static_cast<const C*>(a_.stats) + 2 * row;
+    return LabelGradient<C>({kept[0], kept[1]}, labels, weights_.sum, in_.z, upstream(row));
+  }
+
+  C at_label(const LabelGradient<C>& of, C own, C other, int64_t label, const Columns<T>& columns, int64_t lane) const {
+    const C g = of.at_label(own, other, in_.weight_of(label), columns.at(label, lane));
+    return in_.softcap != 0 ? g * cap_slope(columns.stored(label, lane), in_.softcap) : g;
+  }
+
   C upstream(int64_t row) const {
     const T* const grad_output = static_cast<const T*>(a_.grad_output);
     const double upstream = widen(grad_output[a_.reduction == Reduction::none ? row : 0]);
@@ -188,20 +253,19 @@ class Backward {
   }
 
   template <class X>
-  void labels(int64_t row, const X* x, X* grad, C scale) const {
+  void labels(int64_t row, const X* x, X* grad) const {
     const Labels<C> labels(in_, row);
     if (!labels.counts()) {
       std::fill(grad, grad + in_.classes, X{});
       return;
     }
-    const C* const kept = static_cast<const C*>(a_.stats) + 2 * row;
-    const LabelGradient<C> of({kept[0], kept[1]}, labels, weights_.sum, in_.z, scale);
+    const LabelGradient<C> of = gradient(row, labels);
     // Formed before the row is written: the gradient may take the logits' place.
     const C first = of.at_label(labels.a, labels.b, in_.weight_of(labels.first), widen(x[labels.first]));
     const bool two = labels.second >= 0;
     const C second =
         two ? of.at_label(labels.b, labels.a, in_.weight_of(labels.second), widen(x[labels.second])) : C(0);
-    label_gradient(x, grad, weights_.data(), of.softmax.m, of.factor(), labels.uniform, scale, in_.classes);
+    label_gradient(x, grad, weights_.data(), of.softmax.m, of.factor(), labels.uniform, of.scale, in_.classes);
     grad[labels.first] = narrow<X>(first);
     if (two) grad[labels.second] = narrow<X>(second);
   }
@@ -238,6 +302,7 @@ void cross_entropy_forward(const CrossEntropyForward& a) {
   const T* const x = static_cast<const T*>(a.logits);
   const T* const t = static_cast<const T*>(a.probabilities);
   parallel_for(0, rows, grain(a), [&](int64_t lo, int64_t hi) {
+    if (Columns<T>::suit(a)) return forward.columns(lo, hi);
     if (!Stage<T>::needed(a)) {
       for (int64_t row = lo; row < hi; ++row) forward(row, x + row * a.classes, t ? t + row * a.classes : nullptr);
       return;
@@ -269,6 +334,7 @@ void cross_entropy_backward(const CrossEntropyBackward& a) {
   T* const grad = static_cast<T*>(a.grad_logits);
   T* const grad_t = static_cast<T*>(a.grad_probabilities);
   parallel_for(0, a.rows(), grain(a), [&](int64_t lo, int64_t hi) {
+    if (Columns<T>::suit(a)) return backward.columns(lo, hi, grad);
     if (!Stage<T>::needed(a)) {
       for (int64_t row = lo; row < hi; ++row) {
         const int64_t at = row * a.classes;

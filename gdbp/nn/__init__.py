@@ -2,7 +2,15 @@
 
 from gdbp.nn import functional, init, utils
 from gdbp.nn.linear import Linear
-from gdbp.nn.loss import BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss
+from gdbp.nn.loss import (
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    HuberLoss,
+    L1Loss,
+    LinearCrossEntropyLoss,
+    MSELoss,
+    SmoothL1Loss,
+)
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -10,6 +18,7 @@ __all__ = [
     "HuberLoss",
     "L1Loss",
     "Linear",
+    "LinearCrossEntropyLoss",
     "MSELoss",
     "SmoothL1Loss",
     "functional",
