@@ -10,6 +10,8 @@ namespace {
 
 // Independent running sums, so that an addition need not wait for the one before.
 constexpr int64_t kLanes = 32;
+// Chunks that are worth waking a thread for: so little is done with an element that it takes more than elsewhere.
+constexpr int64_t kGrain = 16;
 
 template <class Terms, class T>
 GDBP_CLONES double accumulate(const Terms terms, const T* x, int64_t n) {
@@ -64,15 +66,17 @@ void for_chunks(const Source* sources, int64_t count, const Prepare& prepare, co
   }
   prepare(chunks);
   const int64_t* const firsts = first_chunk.data();
-  line.for_shares([=, &f](const auto& share) {
-    share([=, &f](int64_t i, int64_t begin, int64_t end) {
-      dispatch(sources[i].dtype, [=, &f](auto type) {
-        const auto* const x = static_cast<const typename decltype(type)::type*>(sources[i].data);
-        for (int64_t at = begin; at < end; at += cpu::kChunk)
-          f(x, at, std::min(end, at + cpu::kChunk), firsts[i] + at / cpu::kChunk);
-      });
-    });
-  });
+  line.for_shares(
+      [=, &f](const auto& share) {
+        share([=, &f](int64_t i, int64_t begin, int64_t end) {
+          dispatch(sources[i].dtype, [=, &f](auto type) {
+            const auto* const x = static_cast<const typename decltype(type)::type*>(sources[i].data);
+            for (int64_t at = begin; at < end; at += cpu::kChunk)
+              f(x, at, std::min(end, at + cpu::kChunk), firsts[i] + at / cpu::kChunk);
+          });
+        });
+      },
+      kGrain);
 }
 
 template <class T>
