@@ -396,3 +396,20 @@ def test_module():
     (grad,) = torch.autograd.grad(inplace(1 * x, y), x)
     torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(x, y), x)[0])
     assert isinstance(gdbp.nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "BCEWithLogitsLoss", "LinearCrossEntropyLoss"])
+def test_torchs_module_samples(name):
+    from torch.testing._internal.common_modules import module_db
+
+    infos = [info for info in module_db if info.module_cls is getattr(torch.nn, name, None)]
+    assert infos or name == "LinearCrossEntropyLoss"  # which older torch does not have
+    for info in infos:
+        options = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": True}
+        for sample in info.module_inputs_func(info, **options):
+            made, given = sample.constructor_input, sample.forward_input
+            torchs = info.module_cls(*made.args, **made.kwargs).double()
+            mine = getattr(gdbp.nn, name)(*made.args, **made.kwargs).double()
+            mine.load_state_dict(torchs.state_dict())
+            wanted, got = (module(*given.args, **given.kwargs) for module in (torchs, mine))
+            torch.testing.assert_close(got, wanted, equal_nan=True, rtol=1e-10, atol=1e-12)

@@ -120,7 +120,7 @@ def gradient_health(
     ratio = None
     if lr is not None:
         ratio = lr * numbers[0] / _read([p.detach() for _, p in pairs])[0]
-    names, numels = tuple(name for name, _ in pairs), tuple(p.grad.numel() for _, p in pairs)
+    names, numels = tuple(str(name) for name, _ in pairs), tuple(p.grad.numel() for _, p in pairs)
     return GradientHealth(names, numels, *numbers, ratio)
 
 
