@@ -268,3 +268,20 @@ def test_health_without_kernels():
     health = utils.gradient_health([("p", p), ("q", q)])
     torch.testing.assert_close(health.norm[0], torch.tensor(2**0.5).double(), rtol=1e-6, atol=0)
     assert health.zeros.tolist() == [6, 1] and health.largest.tolist() == [1, 5] and health.nans.tolist() == [0, 1]
+
+
+def test_dtensors_are_left_to_torch(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        p = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(torch.full((4, 2), 3.0), mesh, [Shard(0)])
+        norm = utils.clip_grad_norm_([p], 1.0)
+        torch.testing.assert_close(norm.full_tensor(), torch.tensor(72.0).sqrt())
+        torch.testing.assert_close(p.grad.full_tensor().norm(), torch.tensor(1.0))
+        assert utils.gradient_health([("p", p)]).largest.tolist() == [p.grad.full_tensor().max().item()]
+    finally:
+        dist.destroy_process_group()
