@@ -2,6 +2,7 @@
 // bound here; each family registers its own with torch's dispatcher.
 #include <pybind11/pybind11.h>
 
+#include "grad/gradients.h"
 #include "step/plan.h"
 
 namespace py = pybind11;
@@ -50,5 +51,6 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "What was built, and the instruction set it runs with on this CPU.");
   // Families with host-side objects bind them here, one line each.
+  gdbp::grad::bind(module);
   gdbp::step::bind(module);
 }

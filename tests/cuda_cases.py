@@ -34,9 +34,16 @@ def layers_and_losses(device: str, dtype: torch.dtype) -> None:
             for reduction in ("none", "mean", "sum"):
                 output = norm(layer(x)) + norm(layer(x).unsqueeze(2).expand(-1, -1, 3)).sum(2)
                 loss = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=0.1)(output, labels)
-                for of_elements in (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss):
+                other = nn.CrossEntropyLoss(reduction=reduction, z_loss=0.01, softcap=9.0)
+                for target in ((labels, labels.flip(0), 0.3), torch.rand_like(output)):
+                    loss = loss.sum() + other(output, target).sum()
+                across = torch.stack((output, output), 2)
+                loss = loss.sum() + other(across, torch.stack((labels, labels), 1)).sum()
+                for of_elements in (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.BCEWithLogitsLoss):
                     loss = loss.sum() + of_elements(reduction=reduction)(output, torch.zeros_like(output)).sum()
                 loss.backward()
+        head = nn.LinearCrossEntropyLoss(features, classes, bias=True, device=device, dtype=dtype)
+        head(x, labels).backward()
         assert torch.isfinite(x.grad).all()
 
 
@@ -47,7 +54,10 @@ def optimizers(device: str, dtype: torch.dtype) -> None:
         for _ in range(2):
             for p in params:
                 p.grad = torch.randn_like(p)
+            nn.utils.clip_grad_norm_(params, 1.0)
+            nn.utils.clip_grad_value_(params, 0.1)
             optimizer.step()
+        str(nn.utils.gradient_health(enumerate(params)))
         assert all(torch.isfinite(p).all() for p in params)
 
 

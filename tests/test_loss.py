@@ -273,11 +273,24 @@ def test_opcheck(reduction, dtype):
             for mask in ((True, True), (True, False), (False, True)):
                 check(ops.pointwise_loss_backward, (upstream, x, y, *loss, mask))
     for rows, weight in ((4, None), (4, torch.rand(3, dtype=dtype)), *((n, None) for n in nothing)):
-        x, target = logits((rows, 3), dtype).detach(), TARGET[:rows]
-        arguments = (x, target, weight, reduction, -100, 0.1)
-        check(ops.cross_entropy, arguments)
-        loss, stats, total = ops.cross_entropy(*arguments)
-        check(ops.cross_entropy_backward, (torch.ones_like(loss), *arguments[:3], stats, total, *arguments[3:]))
+        for kind, channels_last in (("labels", False), ("mixture", False), ("probabilities", True)):
+            x = logits((rows, 3, 2), dtype).detach()
+            if channels_last:
+                x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+            target, second, share = torch.randint(3, (rows, 2)), None, None
+            if kind == "mixture":
+                second, share = target.flip(0), torch.rand(rows, 2, dtype=torch.float64)
+            if kind == "probabilities":
+                target = torch.rand(x.shape, dtype=dtype)
+            tensors = (x, target, second, share, weight)
+            options = (reduction, -100, 0.1, 0.01, 5.0)
+            normalizer = torch.tensor(3.0, dtype=torch.float64) if kind == "mixture" else None
+            check(ops.cross_entropy, (*tensors, normalizer, *options, False))
+            loss, stats, divisor = ops.cross_entropy(*tensors, normalizer, *options, False)
+            arguments = (torch.ones_like(loss), *tensors, stats, divisor, *options)
+            for mask in ((True, True), (True, False)):
+                check(ops.cross_entropy_backward, (*arguments, mask))
+            check(ops.cross_entropy_backward_, arguments)
 
 
 @pytest.mark.parametrize("mask", [(True, False), (False, True)])
@@ -346,13 +359,6 @@ def test_legacy_arguments(size_average, reduce):
     torch.testing.assert_close(cross_entropy(x, TARGET, **old), F.cross_entropy(x, TARGET, **old))
     for name in ("MSELoss", "L1Loss", "SmoothL1Loss", "CrossEntropyLoss"):
         assert getattr(gdbp.nn, name)(**old).reduction == getattr(torch.nn, name)(**old).reduction
-
-
-def test_probabilities_are_torchs():
-    x, p = logits((4, 3)), torch.rand(4, 3, dtype=torch.float64).softmax(-1).requires_grad_()
-    for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(3).double(), "reduction": "sum"}):
-        mine, other = (torch.autograd.grad(f(x, p, **options), (x, p)) for f in (cross_entropy, F.cross_entropy))
-        assert all(map(torch.equal, mine, other))
 
 
 def test_negative_smoothing_is_none():

@@ -23,9 +23,9 @@ class Line {
   // Calls f(range) once for each thread's share; range(visit) then calls visit(tensor, begin, end) for the
   // whole chunks of it, in order. A chunk belongs to the share that its first element lies in.
   template <class F>
-  void for_shares(const F& f) const {
+  void for_shares(const F& f, int64_t grain = kChunkGrain) const {
     const int64_t total = starts_.back();
-    parallel_for(0, (total + kChunk - 1) / kChunk, kChunkGrain, [&](int64_t first, int64_t last) {
+    parallel_for(0, (total + kChunk - 1) / kChunk, grain, [&](int64_t first, int64_t last) {
       const int64_t lo = first * kChunk, hi = std::min(total, last * kChunk);
       f([&](const auto& visit) {
         int64_t i = std::upper_bound(starts_.begin(), starts_.end(), lo) - starts_.begin() - 1;

@@ -48,25 +48,27 @@ __device__ __forceinline__ T block_reduce(T value, Op op, T identity) {
   return warp_reduce(lane < warps ? partial[lane] : identity, op);
 }
 
-// The threads that share one row: a whole block, or one warp of it where rows are short.
+// The threads that share one row: a whole block, one warp of it where rows are short, or a single thread.
 template <int threads>
 struct Team {
   static constexpr int size = threads;
   static constexpr int per_block = kThreads / threads;
-  static_assert(threads == kThreads || threads == kWarp);
+  static_assert(threads == kThreads || threads == kWarp || threads == 1);
 
   __device__ __forceinline__ static int rank() { return int(threadIdx.x) % threads; }
   __device__ __forceinline__ static int64_t row() { return int64_t(blockIdx.x) * per_block + threadIdx.x / threads; }
   __device__ __forceinline__ static void sync() {
     if constexpr (threads == kWarp) {
       __syncwarp();
-    } else {
+    } else if constexpr (threads == kThreads) {
       __syncthreads();
     }
   }
   template <class Op, class T>
   __device__ __forceinline__ static T reduce(T value, Op op, T identity) {
-    if constexpr (threads == kWarp) {
+    if constexpr (threads == 1) {
+      return value;
+    } else if constexpr (threads == kWarp) {
       return warp_reduce(value, op);
     } else {
       return block_reduce<threads>(value, op, identity);

@@ -1,5 +1,5 @@
-// Launchers of the loss family: losses of whole rows. Plain pointers to contiguous memory, the same signatures on CPU
-// and CUDA; each returns 0, or the cudaError of the launch.
+// Launchers of the loss family: losses of whole rows. Plain pointers, the same signatures on CPU and CUDA; each
+// returns 0, or the cudaError of the launch.
 #pragma once
 #include <cstdint>
 
@@ -10,35 +10,50 @@ namespace gdbp::loss {
 
 constexpr int64_t kRowTile = 256;
 
-// Class-index cross-entropy over (rows, classes). A row whose target is ignore_index gives loss 0 and
-// gradient 0, whatever its logits hold.
+// Cross-entropy over the classes of contiguous (outer, classes, inner) logits; row r is (r / inner, :, r % inner).
+// A row whose labels are all ignore_index gives loss 0 and gradient 0, whatever its logits hold.
 struct CrossEntropy {
   Dtype dtype;
   Reduction reduction;
-  int64_t rows, classes;
-  const void* logits;     // (rows, classes)
-  const int64_t* target;  // (rows)
-  const void* weight;     // (classes), dtype of the logits, or null
+  int64_t outer, classes, inner;
+  const void* logits;
+  // Labels (rows), or for mixtures two of them with the first one's share (rows); or probabilities, which are
+  // laid out as the logits. The others are null.
+  const int64_t* target;
+  const int64_t* second;
+  const double* share;
+  const void* probabilities;
+  const void* weight;  // (classes), dtype of the logits, or null
   int64_t ignore_index;
   double label_smoothing;
+  double z_loss;   // times the square of the logarithm of the sum of exp, added to the loss of a row
+  double softcap;  // logits become softcap * tanh(logits / softcap); 0 for none
+
+  int64_t rows() const { return outer * inner; }
 };
 
-// Row statistics are kept in the compute type (float, or double for float64), two per row: the largest
-// logit m, and the sum over the classes other than the target of exp(logit - m). Keeping the target's
-// own term apart is what makes the loss and the gradient exact for confident rows.
+// Row statistics are kept in the compute type (float, or double for float64): the largest logit m, and the sum
+// over the other classes of exp(logit - m); for probabilities also the sum of the target's coefficients, and that
+// over the other classes. Keeping the largest one's terms apart is what makes loss and gradient exact for
+// confident rows.
+inline int64_t stats_per_row(bool probabilities) { return probabilities ? 4 : 2; }
+
 struct CrossEntropyForward : CrossEntropy {
-  void* stats;         // (rows, 2) of the compute type
-  void* output;        // (rows) for none, else one element, of dtype
-  void* total_weight;  // one double: the divisor of the mean
-  int64_t* bad_row;    // one element: the first row with a label out of range, else -1
-  void* workspace;     // 2 * rows doubles: loss and weight of each row
+  void* stats;               // (rows, stats_per_row) of the compute type
+  void* output;              // (rows) for none, else one element, of dtype
+  double* divisor;           // one: of the mean
+  const double* normalizer;  // one: the divisor to take, or null for the sum of the rows' weights
+  bool empty_is_zero;        // whether the mean of nothing is 0, and not NaN
+  int64_t* bad;              // two: the first row with a label out of range, else -1, and that label
+  double* workspace;         // 2 * rows: loss and weight of each row
 };
 
 struct CrossEntropyBackward : CrossEntropy {
   const void* stats;
-  const void* total_weight;
-  const void* grad_output;  // (rows) for none, else one element, of dtype
-  void* grad_logits;        // (rows, classes); may be the logits themselves
+  const double* divisor;
+  const void* grad_output;   // (rows) for none, else one element, of dtype
+  void* grad_logits;         // as the logits, and may be the logits themselves; or null
+  void* grad_probabilities;  // as the logits; or null
 };
 
 int cross_entropy_forward_cpu(const CrossEntropyForward& args, void* stream);

@@ -1,133 +1,350 @@
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "common/map_cpu.h"
+#include "loss/columns_cpu.h"
 #include "loss/loss.h"
 #include "loss/loss_math.h"
+#include "loss/stage_cpu.h"
 
 namespace gdbp::loss {
 namespace {
 
-template <class C, class F>
-GDBP_HD C sum_range(const F& f, int64_t begin, int64_t end) {
+// The loops over the classes of a row. X is what the row is stored as, C what it is computed in; weight is null
+// where all are 1.
+
+template <class X, class C>
+GDBP_CLONES Softmax<C> softmax_of(const X* x, int64_t n, C) {
+  C m = -std::numeric_limits<C>::infinity();
+#pragma omp simd reduction(max : m)
+  for (int64_t j = 0; j < n; ++j) m = widen(x[j]) > m ? widen(x[j]) : m;
+  C others = 0, largest = 0;
+#pragma omp simd reduction(+ : others, largest)
+  for (int64_t j = 0; j < n; ++j) {
+    const C v = widen(x[j]), e = math::exp(v - m);
+    others += v == m ? C(0) : e;
+    largest += v == m ? C(1) : C(0);
+  }
+  // m - m: NaN where there is no finite largest logit.
+  return {m, others + (largest - C(1)) + (m - m)};
+}
+
+// sum of w_j (m - x_j): no term is negative, so none cancels
+template <class X, class C>
+GDBP_CLONES C distance(const X* x, const C* weight, C m, int64_t n) {
   C sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = begin; j < end; ++j) sum += f(j);
+  for (int64_t j = 0; j < n; ++j) sum += (weight ? weight[j] : C(1)) * (m - widen(x[j]));
   return sum;
 }
 
-template <class T>
-Compute<T> weight_sum(const CrossEntropy& a) {
-  const T* const weight = static_cast<const T*>(a.weight);
-  if (!weight) return Compute<T>(a.classes);
-  double sum = 0;
-  for (int64_t j = 0; j < a.classes; ++j) sum += widen(weight[j]);
-  return Compute<T>(sum);
-}
-
-template <class T>
-GDBP_CLONES void forward_rows(const CrossEntropyForward a, Compute<T> all_weights, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const T* const weight = static_cast<const T*>(a.weight);
-  double* const losses = static_cast<double*>(a.workspace);
-  double* const weights = losses + a.rows;
-  const C smoothing = C(a.label_smoothing);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* const x = static_cast<const T*>(a.logits) + row * a.classes;
-    const int64_t y = a.target[row];
-    C* const kept = static_cast<C*>(a.stats) + 2 * row;
-    losses[row] = weights[row] = kept[0] = kept[1] = 0;
-    if (y == a.ignore_index || y < 0 || y >= a.classes) continue;
-    C m = -std::numeric_limits<C>::infinity();
-#pragma omp simd reduction(max : m)
-    for (int64_t j = 0; j < a.classes; ++j) m = widen(x[j]) > m ? widen(x[j]) : m;
-    const auto term = [=](int64_t j) __attribute__((always_inline)) { return math::exp(widen(x[j]) - m); };
-    const C others = sum_range<C>(term, 0, y) + sum_range<C>(term, y + 1, a.classes);
-    const Row<C> stats(m, widen(x[y]), others);
-    const C own_weight = weight ? widen(weight[y]) : C(1);
-    C loss = (C(1) - smoothing) * own_weight * stats.nll();
-    if (smoothing > 0) {
-      const auto shifted = [=](int64_t j) __attribute__((always_inline)) {
-        return (weight ? widen(weight[j]) : C(1)) * (widen(x[j]) - m);
-      };
-      const C uniform = all_weights * stats.log_total() - sum_range<C>(shifted, 0, a.classes);
-      loss += smoothing / C(a.classes) * uniform;
-    }
-    losses[row] = loss;
-    weights[row] = own_weight;
-    kept[0] = m;
-    kept[1] = others;
-  }
-}
-
-template <class T>
-GDBP_CLONES void backward_rows(const CrossEntropyBackward a, Compute<T> all_weights, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const T* const weight = static_cast<const T*>(a.weight);
-  const T* const grad_output = static_cast<const T*>(a.grad_output);
-  const C* const stats = static_cast<const C*>(a.stats);
-  const C smoothing = C(a.label_smoothing);
-  const C uniform = smoothing / C(a.classes);
-  const double total_weight = *static_cast<const double*>(a.total_weight);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* const x = static_cast<const T*>(a.logits) + row * a.classes;
-    T* const grad = static_cast<T*>(a.grad_logits) + row * a.classes;
-    const int64_t y = a.target[row];
-    if (y == a.ignore_index || y < 0 || y >= a.classes) {
-      std::fill(grad, grad + a.classes, T{});
-      continue;
-    }
-    const C m = stats[2 * row];
-    const Row<C> stat(m, widen(x[y]), stats[2 * row + 1]);
-    const double upstream = widen(grad_output[a.reduction == Reduction::none ? row : 0]);
-    const C scale = C(a.reduction == Reduction::mean ? (total_weight != 0 ? upstream / total_weight : 0) : upstream);
-    const C own = (C(1) - smoothing) * (weight ? widen(weight[y]) : C(1));
-    const C inverse = C(1) / stat.total();
-    const C spread = uniform * all_weights;
-    const C factor = (own + spread) * inverse;
-    // Read before the row is written: the gradient may take the logits' place.
-    const C target_grad = spread * (stat.own * inverse) - own * (stat.others * inverse);
+template <class X, class C>
+GDBP_CLONES void label_gradient(const X* x, X* grad, const C* weight, C m, C factor, C uniform, C scale, int64_t n) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < a.classes; ++j) {
-      const C g = math::exp(widen(x[j]) - m) * factor - (weight ? uniform * widen(weight[j]) : uniform);
-      grad[j] = narrow<T>(scale * g);
-    }
-    grad[y] = narrow<T>(scale * (target_grad - (weight ? uniform * widen(weight[y]) : uniform)));
+  for (int64_t j = 0; j < n; ++j)
+    grad[j] = narrow<X>(scale * (math::exp(widen(x[j]) - m) * factor - (weight ? uniform * weight[j] : uniform)));
+}
+
+template <class C>
+struct SoftSums {
+  C loss, total, others;
+};
+
+template <class X, class C>
+GDBP_CLONES SoftSums<C> soft_sums(const X* x, const X* t, const C* weight, C keep, C smooth, C m, C log_total,
+                                  int64_t n) {
+  C loss = 0, total = 0, others = 0;
+#pragma omp simd reduction(+ : loss, total, others)
+  for (int64_t j = 0; j < n; ++j) {
+    const C a = (weight ? weight[j] : C(1)) * (keep * widen(t[j]) + smooth);
+    loss += soft_loss(a, C(widen(x[j])), m, log_total);
+    total += a;
+    others += widen(x[j]) == m ? C(0) : a;
   }
+  return {loss, total, others};
+}
+
+template <class X, class C>
+GDBP_CLONES void soft_gradient(const X* x, const X* t, X* grad, const C* weight, C keep, C smooth,
+                               const SoftGradient<C> of, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const C a = (weight ? weight[j] : C(1)) * (keep * widen(t[j]) + smooth);
+    grad[j] = narrow<X>(of(widen(x[j]), a));
+  }
+}
+
+template <class X, class C>
+GDBP_CLONES void target_gradient(const X* x, X* grad, const C* weight, C m, C log_total, C scale, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j)
+    grad[j] = narrow<X>(scale * (weight ? weight[j] : C(1)) * (log_total - (widen(x[j]) - m)));
+}
+
+// The class weights in the compute type, and their sum.
+template <class T>
+struct Weights {
+  using C = Compute<T>;
+  std::vector<C> each;
+  C sum;
+
+  explicit Weights(const CrossEntropy& a) : sum(C(a.classes)) {
+    const T* const weight = static_cast<const T*>(a.weight);
+    if (!weight) return;
+    double total = 0;
+    each.resize(a.classes);
+    for (int64_t j = 0; j < a.classes; ++j) total += each[j] = widen(weight[j]);
+    sum = C(total);
+  }
+  const C* data() const { return each.empty() ? nullptr : each.data(); }
+};
+
+template <class T>
+class Forward {
+ public:
+  using C = Compute<T>;
+  explicit Forward(const CrossEntropyForward& a) : a_(a), in_(a), weights_(a) {}
+
+  // x and t are of type T, or C where they are staged.
+  template <class X>
+  void operator()(int64_t row, const X* x, const X* t) const {
+    if (t)
+      soft(row, x, t);
+    else
+      labels(row, x);
+  }
+
+  // Rows of labels that lie across memory.
+  void columns(int64_t lo, int64_t hi) const {
+    Columns<T> columns(in_);
+    while (lo < hi) {
+      const int64_t count = columns.load(lo, hi);
+      columns.find_softmax();
+      if (in_.smooth > 0) columns.find_distances(weights_.data());
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const Labels<C> labels(in_, lo + lane);
+        const C first = labels.counts() ? columns.at(labels.first, lane) : C(0);
+        const C second = labels.second >= 0 ? columns.at(labels.second, lane) : C(0);
+        const Softmax<C> softmax = labels.counts() ? columns.softmax(lane) : Softmax<C>{0, 0};
+        finish(lo + lane, labels, softmax, first, second, in_.smooth > 0 ? columns.distance(lane) : C(0));
+      }
+      lo += count;
+    }
+  }
+
+ private:
+  template <class X>
+  void labels(int64_t row, const X* x) const {
+    const Labels<C> labels(in_, row);
+    if (!labels.counts()) return finish(row, labels, {0, 0}, 0, 0, 0);
+    const Softmax<C> softmax = softmax_of(x, in_.classes, C(0));
+    const C far = labels.uniform > 0 ? distance(x, weights_.data(), softmax.m, in_.classes) : C(0);
+    const bool two = labels.second >= 0;
+    finish(row, labels, softmax, widen(x[labels.first]), two ? C(widen(x[labels.second])) : C(0), far);
+  }
+
+  // The loss of a row with these logits at its labels, and this distance.
+  void finish(int64_t row, const Labels<C>& labels, Softmax<C> softmax, C first, C second, C far) const {
+    C value = 0;
+    if (labels.counts()) {
+      value = labels.a * softmax.nll(first);
+      if (labels.second >= 0) value += labels.b * softmax.nll(second);
+      if (labels.uniform > 0) value += labels.uniform * (weights_.sum * softmax.log_total() + far);
+      if (in_.z != 0) value += in_.z * labels.weight * softmax.log_sum_exp() * softmax.log_sum_exp();
+    }
+    a_.workspace[row] = value;
+    a_.workspace[in_.rows + row] = labels.weight;
+    C* const kept = static_cast<C*>(a_.stats) + 2 * row;
+    kept[0] = softmax.m;
+    kept[1] = softmax.others;
+  }
+
+  template <class X>
+  void soft(int64_t row, const X* x, const X* t) const {
+    const Softmax<C> softmax = softmax_of(x, in_.classes, C(0));
+    const SoftSums<C> sums =
+        soft_sums(x, t, weights_.data(), in_.keep, in_.smooth, softmax.m, softmax.log_total(), in_.classes);
+    C* const kept = static_cast<C*>(a_.stats) + 4 * row;
+    C value = sums.loss;
+    if (in_.z != 0) value += in_.z * softmax.log_sum_exp() * softmax.log_sum_exp();
+    a_.workspace[row] = value;
+    a_.workspace[in_.rows + row] = 1;
+    kept[0] = softmax.m;
+    kept[1] = softmax.others;
+    kept[2] = sums.total;
+    kept[3] = sums.others;
+  }
+
+  const CrossEntropyForward& a_;
+  const Rows<T> in_;
+  const Weights<T> weights_;
+};
+
+template <class T>
+class Backward {
+ public:
+  using C = Compute<T>;
+  explicit Backward(const CrossEntropyBackward& a) : a_(a), in_(a), weights_(a) {}
+
+  template <class X>
+  void operator()(int64_t row, const X* x, const X* t, X* grad, X* grad_t) const {
+    if (!t) {
+      labels(row, x, grad);
+      return;
+    }
+    const C scale = upstream(row);
+    const C* const kept = static_cast<const C*>(a_.stats) + 4 * row;
+    const Softmax<C> softmax{kept[0], kept[1]};
+    // Before the logits, whose place the gradient may take.
+    if (grad_t)
+      target_gradient(x, grad_t, weights_.data(), softmax.m, softmax.log_total(), scale * in_.keep, in_.classes);
+    if (grad)
+      soft_gradient(x, t, grad, weights_.data(), in_.keep, in_.smooth,
+                    SoftGradient<C>(softmax, kept[2], kept[3], in_.z, scale), in_.classes);
+  }
+
+  // Rows of labels that lie across memory.
+  void columns(int64_t lo, int64_t hi, T* grad) const {
+    Columns<T> columns(in_);
+    C ones[2 * Columns<T>::kLanes];
+    while (lo < hi) {
+      const int64_t count = columns.load(lo, hi);
+      typename Columns<T>::Gradients lanes;
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const Labels<C> labels(in_, lo + lane);
+        if (!labels.counts()) continue;
+        const LabelGradient<C> of = gradient(lo + lane, labels);
+        lanes.m[lane] = of.softmax.m;
+        lanes.factor[lane] = of.factor();
+        lanes.uniform[lane] = labels.uniform;
+        lanes.scale[lane] = of.scale;
+        lanes.counts[lane] = 1;
+        // Formed before the rows are written: the gradient may take the logits' place.
+        ones[2 * lane] = at_label(of, labels.a, labels.b, labels.first, columns, lane);
+        if (labels.second >= 0) ones[2 * lane + 1] = at_label(of, labels.b, labels.a, labels.second, columns, lane);
+      }
+      columns.write(lanes, weights_.data(), grad);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const Labels<C> labels(in_, lo + lane);
+        if (labels.counts()) columns.write_one(grad, labels.first, lane, ones[2 * lane]);
+        if (labels.second >= 0) columns.write_one(grad, labels.second, lane, ones[2 * lane + 1]);
+      }
+      lo += count;
+    }
+  }
+
+ private:
+  LabelGradient<C> gradient(int64_t row, const Labels<C>& labels) const {
+    const C* const kept = static_cast<const C*>(a_.stats) + 2 * row;
+    return LabelGradient<C>({kept[0], kept[1]}, labels, weights_.sum, in_.z, upstream(row));
+  }
+
+  C at_label(const LabelGradient<C>& of, C own, C other, int64_t label, const Columns<T>& columns, int64_t lane) const {
+    const C g = of.at_label(own, other, in_.weight_of(label), columns.at(label, lane));
+    return in_.softcap != 0 ? g * cap_slope(columns.stored(label, lane), in_.softcap) : g;
+  }
+
+  C upstream(int64_t row) const {
+    const T* const grad_output = static_cast<const T*>(a_.grad_output);
+    const double upstream = widen(grad_output[a_.reduction == Reduction::none ? row : 0]);
+    if (a_.reduction != Reduction::mean) return C(upstream);
+    return C(*a_.divisor != 0 ? upstream / *a_.divisor : 0);
+  }
+
+  template <class X>
+  void labels(int64_t row, const X* x, X* grad) const {
+    const Labels<C> labels(in_, row);
+    if (!labels.counts()) {
+      std::fill(grad, grad + in_.classes, X{});
+      return;
+    }
+    const LabelGradient<C> of = gradient(row, labels);
+    // Formed before the row is written: the gradient may take the logits' place.
+    const C first = of.at_label(labels.a, labels.b, in_.weight_of(labels.first), widen(x[labels.first]));
+    const bool two = labels.second >= 0;
+    const C second =
+        two ? of.at_label(labels.b, labels.a, in_.weight_of(labels.second), widen(x[labels.second])) : C(0);
+    label_gradient(x, grad, weights_.data(), of.softmax.m, of.factor(), labels.uniform, of.scale, in_.classes);
+    grad[labels.first] = narrow<X>(first);
+    if (two) grad[labels.second] = narrow<X>(second);
+  }
+
+  const CrossEntropyBackward& a_;
+  const Rows<T> in_;
+  const Weights<T> weights_;
+};
+
+int64_t grain(const CrossEntropy& a) { return std::max<int64_t>(1, cpu::kGrain / 8 / std::max<int64_t>(1, a.classes)); }
+
+template <class T>
+bool find_bad_label(const CrossEntropyForward& a) {
+  const Rows<T> in(a);
+  a.bad[0] = -1;
+  a.bad[1] = 0;
+  if (!in.target) return false;
+  for (int64_t row = 0; row < in.rows; ++row) {
+    const int64_t label = in.bad_label(row);
+    if (label == in.ignore_index) continue;
+    a.bad[0] = row;
+    a.bad[1] = label;
+    return true;
+  }
+  return false;
 }
 
 template <class T>
 void cross_entropy_forward(const CrossEntropyForward& a) {
-  *a.bad_row = -1;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t y = a.target[row];
-    if (y != a.ignore_index && (y < 0 || y >= a.classes)) {
-      *a.bad_row = row;
+  using C = Compute<T>;
+  if (find_bad_label<T>(a)) return;
+  const int64_t rows = a.rows();
+  const Forward<T> forward(a);
+  const T* const x = static_cast<const T*>(a.logits);
+  const T* const t = static_cast<const T*>(a.probabilities);
+  parallel_for(0, rows, grain(a), [&](int64_t lo, int64_t hi) {
+    if (Columns<T>::suit(a)) return forward.columns(lo, hi);
+    if (!Stage<T>::needed(a)) {
+      for (int64_t row = lo; row < hi; ++row) forward(row, x + row * a.classes, t ? t + row * a.classes : nullptr);
       return;
     }
-  }
-  const Compute<T> all_weights = weight_sum<T>(a);
-  const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 8 / std::max<int64_t>(1, a.classes));
-  parallel_for(0, a.rows, grain, [&](int64_t lo, int64_t hi) { forward_rows<T>(a, all_weights, lo, hi); });
+    Stage<T> stage(a);
+    stage.for_rows(lo, hi, [&](int64_t row, const C* x, const C* t, C*, C*) { forward(row, x, t); });
+  });
 
-  const double* const losses = static_cast<const double*>(a.workspace);
+  const double* const losses = a.workspace;
   T* const output = static_cast<T*>(a.output);
   double loss = 0, weight = 0;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    if (a.reduction == Reduction::none) output[row] = narrow<T>(Compute<T>(losses[row]));
+  for (int64_t row = 0; row < rows; ++row) {
+    if (a.reduction == Reduction::none) output[row] = narrow<T>(C(losses[row]));
     loss += losses[row];
-    weight += losses[a.rows + row];
+    weight += losses[rows + row];
   }
-  *static_cast<double*>(a.total_weight) = weight;
-  if (a.reduction == Reduction::sum) output[0] = narrow<T>(Compute<T>(loss));
-  if (a.reduction == Reduction::mean) output[0] = narrow<T>(Compute<T>(loss / weight));
+  *a.divisor = a.normalizer ? *a.normalizer : weight;
+  if (a.reduction == Reduction::none) return;
+  if (a.reduction == Reduction::mean) loss = a.empty_is_zero && *a.divisor == 0 ? 0 : loss / *a.divisor;
+  output[0] = narrow<T>(C(loss));
 }
 
 template <class T>
 void cross_entropy_backward(const CrossEntropyBackward& a) {
-  const Compute<T> all_weights = weight_sum<T>(a);
-  const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 8 / std::max<int64_t>(1, a.classes));
-  parallel_for(0, a.rows, grain, [&](int64_t lo, int64_t hi) { backward_rows<T>(a, all_weights, lo, hi); });
+  using C = Compute<T>;
+  const Backward<T> backward(a);
+  const T* const x = static_cast<const T*>(a.logits);
+  const T* const t = static_cast<const T*>(a.probabilities);
+  T* const grad = static_cast<T*>(a.grad_logits);
+  T* const grad_t = static_cast<T*>(a.grad_probabilities);
+  parallel_for(0, a.rows(), grain(a), [&](int64_t lo, int64_t hi) {
+    if (Columns<T>::suit(a)) return backward.columns(lo, hi, grad);
+    if (!Stage<T>::needed(a)) {
+      for (int64_t row = lo; row < hi; ++row) {
+        const int64_t at = row * a.classes;
+        backward(row, x + at, t ? t + at : nullptr, grad ? grad + at : nullptr, grad_t ? grad_t + at : nullptr);
+      }
+      return;
+    }
+    Stage<T> stage(a, grad, grad_t);
+    stage.for_rows(lo, hi, [&](int64_t row, const C* x, const C* t, C* g, C* g_t) { backward(row, x, t, g, g_t); });
+  });
 }
 
 }  // namespace

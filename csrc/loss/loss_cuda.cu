@@ -1,5 +1,5 @@
-// Cross-entropy with class indices on CUDA. Every sum is taken in two stages over
-// tiles of fixed size, without atomics, so it has the same bits in every run.
+// Cross-entropy on CUDA. Every sum is taken in two stages over tiles of fixed size, without atomics, so it has the
+// same bits in every run.
 #include "common/reduce_cuda.cuh"
 #include "loss/loss.h"
 #include "loss/loss_math.h"
@@ -11,129 +11,195 @@ using cuda::kThreads;
 using cuda::load;
 using cuda::store;
 
-// What a kernel needs to know of the rows. C is the compute type.
-template <class T>
-struct Rows {
-  using C = Compute<T>;
-  int64_t rows, classes;
-  const T* logits;
-  const int64_t* target;
-  const T* weight;
-  int64_t ignore_index;
-  C keep, smooth;  // 1 - label_smoothing, label_smoothing / classes
+// How the rows lie, and who reads one: rows in one piece, in 16-byte accesses, by a team of `threads`; or rows across
+// memory, whose neighbours lie side by side, by a thread each.
+template <class T, int threads>
+struct Pieces : cuda::Team<threads> {
+  static constexpr int width = cuda::kWidth<T>;
+  const Rows<T>& in;
+  int64_t start;
 
-  explicit Rows(const CrossEntropy& args)
-      : rows(args.rows),
-        classes(args.classes),
-        logits(static_cast<const T*>(args.logits)),
-        target(args.target),
-        weight(static_cast<const T*>(args.weight)),
-        ignore_index(args.ignore_index),
-        keep(C(1 - args.label_smoothing)),
-        smooth(args.label_smoothing > 0 ? C(args.label_smoothing / double(args.classes)) : C(0)) {}
-
-  __device__ __forceinline__ C weight_of(int64_t label) const {
-    return weight != nullptr ? cuda::widen_fast(weight[label]) : C(1);
+  __device__ __forceinline__ Pieces(const Rows<T>& in, int64_t row) : in(in), start(row * in.classes) {}
+  __device__ __forceinline__ int64_t at(int64_t j) const { return start + j; }
+  __device__ __forceinline__ void read(const T* from, int64_t j, int count, Compute<T> (&to)[width]) const {
+    load(from + start + j, count, aligned(from), to);
   }
-  __device__ __forceinline__ bool ignored(int64_t row) const { return target[row] == ignore_index; }
-  __device__ __forceinline__ bool in_range(int64_t label) const { return label >= 0 && label < classes; }
+  __device__ __forceinline__ void write(T* to, int64_t j, int count, const Compute<T> (&from)[width]) const {
+    store(to + start + j, count, aligned(to), from);
+  }
+  __device__ __forceinline__ bool aligned(const T* data) const {
+    return reinterpret_cast<uintptr_t>(data + start) % 16 == 0;
+  }
+};
+template <class T>
+struct Across : cuda::Team<1> {
+  static constexpr int width = 1;
+  const Rows<T>& in;
+  int64_t start;
+
+  __device__ __forceinline__ Across(const Rows<T>& in, int64_t row) : in(in), start(in.start(row)) {}
+  __device__ __forceinline__ static int rank() { return 0; }
+  __device__ __forceinline__ int64_t at(int64_t j) const { return start + j * in.inner; }
+  __device__ __forceinline__ void read(const T* from, int64_t j, int, Compute<T> (&to)[1]) const {
+    to[0] = cuda::widen_fast(from[at(j)]);
+  }
+  __device__ __forceinline__ void write(T* to, int64_t j, int, const Compute<T> (&from)[1]) const {
+    to[at(j)] = cuda::narrow_fast<T>(from[0]);
+  }
 };
 
-// Calls f(j, x, count) for the classes of one row, kWidth neighbours at a time, shared out over the team.
-template <class Team, class T, class F>
-__device__ __forceinline__ void for_each_class(const T* row, int64_t classes, F f) {
-  constexpr int width = cuda::kWidth<T>;
-  const bool vectors = reinterpret_cast<uintptr_t>(row) % 16 == 0;
-  for (int64_t j = int64_t(Team::rank()) * width; j < classes; j += Team::size * width) {
-    const int count = int(classes - j < width ? classes - j : width);
-    Compute<T> x[width];
-    load(row + j, count, vectors, x);
-    f(j, x, count);
+template <class T>
+__device__ __forceinline__ Compute<T> logit(const Rows<T>& in, Compute<T> stored) {
+  return in.softcap != 0 ? cap(stored, in.softcap) : stored;
+}
+
+// Calls f(j, count) for the classes of one row, Access::width neighbours at a time, shared out over the team.
+template <class Access, class F>
+__device__ __forceinline__ void for_each_class(int64_t classes, F f) {
+  for (int64_t j = int64_t(Access::rank()) * Access::width; j < classes; j += Access::size * Access::width) {
+    f(j, int(classes - j < Access::width ? classes - j : Access::width));
   }
 }
 
 // The sum of the class weights, which label smoothing spreads a row's target over.
-template <class Team, class T>
+template <class Access, class T>
 __device__ __forceinline__ Compute<T> weight_sum(const Rows<T>& in) {
   using C = Compute<T>;
   if (in.weight == nullptr) return C(in.classes);
   C sum = 0;
-  // Beyond `count` there are zeros.
-  for_each_class<Team>(in.weight, in.classes, [&](int64_t, const auto& w, int) {
-#pragma unroll
-    for (int k = 0; k < cuda::kWidth<T>; ++k) sum += w[k];
-  });
-  return Team::reduce(sum, cuda::Sum{}, C(0));
+  for (int64_t j = Access::rank(); j < in.classes; j += Access::size) sum += in.weight_of(j);
+  return Access::reduce(sum, cuda::Sum{}, C(0));
 }
 
-template <class T, int threads>
-__global__ void __launch_bounds__(kThreads) rows_forward_kernel(const Rows<T> in, Compute<T>* stats, double* losses,
-                                                                double* weights, T* output, int64_t* bad_row) {
+template <class Access, class T>
+__device__ __forceinline__ Softmax<Compute<T>> softmax_of(const Rows<T>& in, const Access& row) {
   using C = Compute<T>;
-  using Team = cuda::Team<threads>;
-  constexpr int width = cuda::kWidth<T>;
-  // The tile kernel, launched next, lowers it.
-  if (blockIdx.x == 0 && threadIdx.x == 0) *bad_row = -1;
-  const int64_t row = Team::row();
-  if (row >= in.rows) return;
-  const int64_t label = in.target[row];
-  const bool ignored = in.ignored(row);
-  const bool leader = Team::rank() == 0;
-  C m = C(0), others = C(0), loss = C(0), weight = C(0);
-  if (!ignored && !in.in_range(label)) {
-    m = others = loss = C(NAN);
-  } else if (!ignored) {
-    const T* const x = in.logits + row * in.classes;
-    m = C(-INFINITY);
-    for_each_class<Team>(x, in.classes, [&](int64_t, const C(&v)[width], int count) {
+  constexpr int width = Access::width;
+  C m = C(-INFINITY);
+  for_each_class<Access>(in.classes, [&](int64_t j, int count) {
+    C x[width];
+    row.read(in.logits, j, count, x);
 #pragma unroll
-      for (int k = 0; k < width; ++k) m = k < count ? cuda::Max{}(m, v[k]) : m;
-    });
-    m = Team::reduce(m, cuda::Max{}, C(-INFINITY));
-    C distance = C(0);  // the sum of w_j (m - x_j): no term is negative, so none cancels
-    for_each_class<Team>(x, in.classes, [&](int64_t j, const C(&v)[width], int count) {
+    for (int k = 0; k < width; ++k) m = k < count ? cuda::Max{}(m, logit(in, x[k])) : m;
+  });
+  m = Access::reduce(m, cuda::Max{}, C(-INFINITY));
+  C others = C(0), largest = C(0);
+  for_each_class<Access>(in.classes, [&](int64_t j, int count) {
+    C x[width];
+    row.read(in.logits, j, count, x);
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      if (k >= count) continue;
+      const C v = logit(in, x[k]);
+      others += v == m ? C(0) : math::exp(v - m);
+      largest += v == m ? C(1) : C(0);
+    }
+  });
+  others = Access::reduce(others, cuda::Sum{}, C(0));
+  largest = Access::reduce(largest, cuda::Sum{}, C(0));
+  // m - m: NaN where there is no finite largest logit.
+  return {m, others + (largest - C(1)) + (m - m)};
+}
+
+template <class T, class Access, bool soft>
+__global__ void __launch_bounds__(kThreads)
+    rows_forward_kernel(const Rows<T> in, Compute<T>* stats, double* losses, double* weights, T* output, int64_t* bad) {
+  using C = Compute<T>;
+  constexpr int width = Access::width;
+  // The tile kernel, launched next, lowers it.
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    bad[0] = -1;
+    bad[1] = 0;
+  }
+  const int64_t index = Access::row();
+  if (index >= in.rows) return;
+  const Access row(in, index);
+  C loss = C(0), weight = C(0), kept[4] = {};
+  if constexpr (soft) {
+    const Softmax<C> softmax = softmax_of(in, row);
+    const C log_total = softmax.log_total();
+    C total = C(0), others = C(0);
+    for_each_class<Access>(in.classes, [&](int64_t j, int count) {
+      C x[width], t[width];
+      row.read(in.logits, j, count, x);
+      row.read(in.probabilities, j, count, t);
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         if (k >= count) continue;
-        others += j + k != label ? math::exp(v[k] - m) : C(0);
-        if (in.smooth != 0) distance += in.weight_of(j + k) * (m - v[k]);
+        const C v = logit(in, x[k]), a = in.weight_of(j + k) * (in.keep * t[k] + in.smooth);
+        loss += soft_loss(a, v, softmax.m, log_total);
+        total += a;
+        others += v == softmax.m ? C(0) : a;
       }
     });
-    others = Team::reduce(others, cuda::Sum{}, C(0));
-    const Row<C> stat(m, cuda::widen_fast(x[label]), others);
-    weight = in.weight_of(label);
-    loss = in.keep * weight * stat.nll();
-    if (in.smooth != 0) {
-      const C log_total = stat.own > others ? math::log1p(others) : math::log(stat.total());
-      distance = Team::reduce(distance, cuda::Sum{}, C(0));
-      loss += in.smooth * (weight_sum<Team>(in) * log_total + distance);
+    loss = Access::reduce(loss, cuda::Sum{}, C(0));
+    kept[0] = softmax.m;
+    kept[1] = softmax.others;
+    kept[2] = Access::reduce(total, cuda::Sum{}, C(0));
+    kept[3] = Access::reduce(others, cuda::Sum{}, C(0));
+    if (in.z != 0) loss += in.z * softmax.log_sum_exp() * softmax.log_sum_exp();
+    weight = C(1);
+  } else if (in.bad_label(index) != in.ignore_index) {
+    kept[0] = kept[1] = loss = C(NAN);
+  } else if (const Labels<C> labels(in, index); labels.counts()) {
+    const Softmax<C> softmax = softmax_of(in, row);
+    const auto nll = [&](int64_t label) {
+      return softmax.nll(logit(in, C(cuda::widen_fast(in.logits[row.at(label)]))));
+    };
+    loss = labels.a * nll(labels.first);
+    if (labels.second >= 0) loss += labels.b * nll(labels.second);
+    if (labels.uniform != 0) {
+      C distance = C(0);  // the sum of w_j (m - x_j): no term is negative, so none cancels
+      for_each_class<Access>(in.classes, [&](int64_t j, int count) {
+        C x[width];
+        row.read(in.logits, j, count, x);
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+          if (k < count) distance += in.weight_of(j + k) * (softmax.m - logit(in, x[k]));
+        }
+      });
+      distance = Access::reduce(distance, cuda::Sum{}, C(0));
+      loss += labels.uniform * (weight_sum<Access>(in) * softmax.log_total() + distance);
     }
+    if (in.z != 0) loss += in.z * labels.weight * softmax.log_sum_exp() * softmax.log_sum_exp();
+    weight = labels.weight;
+    kept[0] = softmax.m;
+    kept[1] = softmax.others;
   }
-  if (!leader) return;
-  stats[2 * row] = m;
-  stats[2 * row + 1] = others;
-  losses[row] = double(loss);
-  weights[row] = double(weight);
-  if (output != nullptr) output[row] = cuda::narrow_fast<T>(loss);
+  if (Access::rank() != 0) return;
+  constexpr int count = soft ? 4 : 2;
+#pragma unroll
+  for (int k = 0; k < count; ++k) stats[count * index + k] = kept[k];
+  losses[index] = double(loss);
+  weights[index] = double(weight);
+  if (output != nullptr) output[index] = cuda::narrow_fast<T>(loss);
 }
 
 template <class T>
 struct Totals {
   T* output;  // null where every row has its own loss
-  double* weight;
-  bool mean;
+  double* divisor;
+  const double* normalizer;
+  bool mean, empty_is_zero;
 
-  __device__ void write(double loss, double divisor) const {
-    *weight = divisor;
-    if (output != nullptr) *output = cuda::narrow_fast<T>(Compute<T>(mean ? loss / divisor : loss));
+  __device__ void write(double loss, double weight) const {
+    *divisor = normalizer != nullptr ? *normalizer : weight;
+    if (output == nullptr) return;
+    if (mean) loss = empty_is_zero && *divisor == 0 ? 0 : loss / *divisor;
+    *output = cuda::narrow_fast<T>(Compute<T>(loss));
   }
 };
+
+template <class T>
+__device__ void name_label(const Rows<T>& in, int64_t* bad) {
+  if (bad[0] >= 0) bad[1] = in.bad_label(bad[0]);
+}
 
 // One block per tile of kRowTile rows. The sums of a tile replace its first row's; the only tile's are
 // the totals.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    rows_tile_kernel(const Rows<T> in, double* losses, double* weights, int64_t* bad_row, Totals<T> totals) {
+    rows_tile_kernel(const Rows<T> in, double* losses, double* weights, int64_t* bad, Totals<T> totals) {
   static_assert(kRowTile == kThreads);
   const int64_t first = int64_t(blockIdx.x) * kRowTile;
   const int64_t row = first + threadIdx.x;
@@ -142,8 +208,8 @@ __global__ void __launch_bounds__(kThreads)
     loss = losses[row];
     weight = weights[row];
     // As an unsigned number, the -1 of "none" is the largest.
-    if (!in.ignored(row) && !in.in_range(in.target[row])) {
-      atomicMin(reinterpret_cast<unsigned long long*>(bad_row), static_cast<unsigned long long>(row));
+    if (in.bad_label(row) != in.ignore_index) {
+      atomicMin(reinterpret_cast<unsigned long long*>(bad), static_cast<unsigned long long>(row));
     }
   }
   loss = cuda::block_reduce<kThreads>(loss, cuda::Sum{}, 0.0);
@@ -151,6 +217,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
     totals.write(loss, weight);
+    name_label(in, bad);
   } else {
     losses[first] = loss;
     weights[first] = weight;
@@ -159,9 +226,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    rows_total_kernel(int64_t rows, const double* losses, const double* weights, int64_t* bad_row, Totals<T> totals) {
+    rows_total_kernel(const Rows<T> in, const double* losses, const double* weights, int64_t* bad, Totals<T> totals) {
   double loss = 0, weight = 0;
-  for (int64_t row = threadIdx.x * kRowTile; row < rows; row += kThreads * kRowTile) {
+  for (int64_t row = threadIdx.x * kRowTile; row < in.rows; row += kThreads * kRowTile) {
     loss += losses[row];
     weight += weights[row];
   }
@@ -169,94 +236,134 @@ __global__ void __launch_bounds__(kThreads)
   weight = cuda::block_reduce<kThreads>(weight, cuda::Sum{}, 0.0);
   if (threadIdx.x != 0) return;
   totals.write(loss, weight);
-  if (rows == 0) *bad_row = -1;
+  if (in.rows == 0) {
+    bad[0] = -1;
+    bad[1] = 0;
+  }
+  name_label(in, bad);
 }
 
-template <class T, int threads>
+template <class T, class Access, bool soft>
 __global__ void __launch_bounds__(kThreads)
-    rows_backward_kernel(const Rows<T> in, const Compute<T>* GDBP_RESTRICT stats, const double* total_weight,
-                         const T* GDBP_RESTRICT grad_output, Reduction reduction, T* grad_logits) {
+    rows_backward_kernel(const Rows<T> in, const Compute<T>* GDBP_RESTRICT stats, const double* divisor,
+                         const T* GDBP_RESTRICT grad_output, Reduction reduction, T* grad_logits,
+                         T* grad_probabilities) {
   using C = Compute<T>;
-  using Team = cuda::Team<threads>;
-  constexpr int width = cuda::kWidth<T>;
-  const int64_t row = Team::row();
-  if (row >= in.rows) return;
-  const int64_t label = in.target[row];
-  const bool ignored = in.ignored(row);
-  const bool usable = !ignored && in.in_range(label);
-  const T* const x = in.logits + row * in.classes;
-  T* const dx = grad_logits + row * in.classes;
-  const C x_label = usable ? cuda::widen_fast(x[label]) : C(0);
-  // grad_logits may be the logits: all must have read the target's before anyone overwrites it.
-  Team::sync();
-
-  C coefficient = cuda::widen_fast(grad_output[reduction == Reduction::none ? row : 0]);
-  if (reduction == Reduction::mean) {
-    coefficient = *total_weight == 0 ? C(0) : coefficient / C(*total_weight);
-  }
-  const Row<C> stat(usable ? stats[2 * row] : C(0), x_label, usable ? stats[2 * row + 1] : C(1));
-  const C hard = usable ? in.keep * in.weight_of(label) : C(0);
-  const C soft = in.smooth != 0 && usable ? in.smooth * weight_sum<Team>(in) : C(0);
-  const C inverse = C(1) / stat.total();
-  const C without_use = ignored ? C(0) : C(NAN);
-  const bool vectors = reinterpret_cast<uintptr_t>(dx) % 16 == 0;
-  for_each_class<Team>(x, in.classes, [&](int64_t j, const C(&v)[width], int count) {
-    C d[width];
+  constexpr int width = Access::width;
+  const int64_t index = Access::row();
+  if (index >= in.rows) return;
+  const Access row(in, index);
+  C scale = cuda::widen_fast(grad_output[reduction == Reduction::none ? index : 0]);
+  if (reduction == Reduction::mean) scale = *divisor == 0 ? C(0) : C(double(scale) / *divisor);
+  // The derivative of a capped logit, on top of what is upstream.
+  const auto slope = [&](C stored) { return in.softcap != 0 ? cap_slope(stored, in.softcap) : C(1); };
+  if constexpr (soft) {
+    const Softmax<C> softmax{stats[4 * index], stats[4 * index + 1]};
+    const SoftGradient<C> gradient(softmax, stats[4 * index + 2], stats[4 * index + 3], in.z, scale);
+    const C log_total = softmax.log_total();
+    for_each_class<Access>(in.classes, [&](int64_t j, int count) {
+      C x[width], t[width], dx[width], dt[width];
+      row.read(in.logits, j, count, x);
+      row.read(in.probabilities, j, count, t);
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      if (k >= count || !usable) {
-        d[k] = without_use;
-        continue;
+      for (int k = 0; k < width; ++k) {
+        if (k >= count) continue;
+        const C v = logit(in, x[k]), w = in.weight_of(j + k);
+        dx[k] = slope(x[k]) * gradient(v, w * (in.keep * t[k] + in.smooth));
+        dt[k] = scale * in.keep * w * (log_total - (v - softmax.m));
       }
-      const C p = (j + k == label ? stat.own : math::exp(v[k] - stat.m)) * inverse;
-      d[k] = hard * (j + k == label ? -stat.others * inverse : p);
-      if (in.smooth != 0) d[k] += p * soft - in.smooth * in.weight_of(j + k);
-      d[k] *= coefficient;
-    }
-    store(dx + j, count, vectors, d);
-  });
+      if (grad_logits != nullptr) row.write(grad_logits, j, count, dx);
+      if (grad_probabilities != nullptr) row.write(grad_probabilities, j, count, dt);
+    });
+  } else {
+    const bool usable = in.bad_label(index) == in.ignore_index;
+    Labels<C> labels;
+    if (usable) labels = Labels<C>(in, index);
+    const bool counts = labels.counts();
+    const Softmax<C> softmax{counts ? stats[2 * index] : C(0), counts ? stats[2 * index + 1] : C(1)};
+    const C all_weights = in.smooth != 0 && counts ? weight_sum<Access>(in) : C(0);
+    const LabelGradient<C> gradient(softmax, labels, all_weights, in.z, scale);
+    const C factor = gradient.factor();
+    const C without_use = usable ? C(0) : C(NAN);
+    for_each_class<Access>(in.classes, [&](int64_t j, int count) {
+      C x[width], d[width];
+      row.read(in.logits, j, count, x);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        if (k >= count || !counts) {
+          d[k] = without_use;
+          continue;
+        }
+        const C v = logit(in, x[k]);
+        const int64_t label = j + k;
+        if (label == labels.first) {
+          d[k] = gradient.at_label(labels.a, labels.b, in.weight_of(label), v);
+        } else if (label == labels.second) {
+          d[k] = gradient.at_label(labels.b, labels.a, in.weight_of(label), v);
+        } else {
+          d[k] = math::exp(v - softmax.m) * factor;
+          if (labels.uniform != 0) d[k] -= labels.uniform * in.weight_of(label);
+          d[k] *= scale;
+        }
+        if (in.softcap != 0) d[k] *= slope(x[k]);
+      }
+      row.write(grad_logits, j, count, d);
+    });
+  }
 }
 
 // Short rows get a warp each: a block would idle at its barriers.
 constexpr int64_t kWarpClasses = 1024;
-template <int threads>
-unsigned row_blocks(int64_t rows) {
-  return unsigned(cuda::ceil_div(rows, cuda::Team<threads>::per_block));
+
+// Calls f with the access that suits the rows, and whether their target is probabilities, as types.
+template <class T, class F>
+int dispatch_rows(const CrossEntropy& args, const F& f) {
+  const auto with_access = [&](auto soft) {
+    if (args.inner != 1) return f(Type<Across<T>>{}, soft);
+    if (args.classes <= kWarpClasses) return f(Type<Pieces<T, cuda::kWarp>>{}, soft);
+    return f(Type<Pieces<T, kThreads>>{}, soft);
+  };
+  return args.probabilities != nullptr ? with_access(std::true_type{}) : with_access(std::false_type{});
 }
 
 template <class T>
 int forward(const CrossEntropyForward& args, void* stream) {
   const Rows<T> in(args);
   auto* const stats = static_cast<Compute<T>*>(args.stats);
-  double* const losses = static_cast<double*>(args.workspace);
-  double* const weights = losses + args.rows;
+  double* const losses = args.workspace;
+  double* const weights = losses + in.rows;
   T* const output = static_cast<T*>(args.output);
   const bool each = args.reduction == Reduction::none;
-  const Totals<T> totals{each ? nullptr : output, static_cast<double*>(args.total_weight),
-                         args.reduction == Reduction::mean};
-  const unsigned row_tiles = unsigned(tiles(args.rows, kRowTile));
+  const Totals<T> totals{each ? nullptr : output, args.divisor, args.normalizer, args.reduction == Reduction::mean,
+                         args.empty_is_zero};
+  const unsigned row_tiles = unsigned(tiles(in.rows, kRowTile));
   if (row_tiles > 0) {
-    const bool warps = args.classes <= kWarpClasses;
-    const auto kernel = warps ? rows_forward_kernel<T, cuda::kWarp> : rows_forward_kernel<T, kThreads>;
-    const unsigned blocks = warps ? row_blocks<cuda::kWarp>(args.rows) : row_blocks<kThreads>(args.rows);
-    int error = GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, in, stats, losses, weights, each ? output : nullptr,
-                            args.bad_row);
+    int error = dispatch_rows<T>(args, [&](auto access, auto soft) {
+      using Access = typename decltype(access)::type;
+      const auto kernel = rows_forward_kernel<T, Access, decltype(soft)::value>;
+      const unsigned blocks = unsigned(cuda::ceil_div(in.rows, Access::per_block));
+      return GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, in, stats, losses, weights, each ? output : nullptr,
+                         args.bad);
+    });
     if (error != 0) return error;
-    error = GDBP_LAUNCH(rows_tile_kernel<T>, row_tiles, kThreads, 0, stream, in, losses, weights, args.bad_row, totals);
+    error = GDBP_LAUNCH(rows_tile_kernel<T>, row_tiles, kThreads, 0, stream, in, losses, weights, args.bad, totals);
     if (error != 0 || row_tiles == 1) return error;
   }
-  return GDBP_LAUNCH(rows_total_kernel<T>, 1, kThreads, 0, stream, args.rows, losses, weights, args.bad_row, totals);
+  return GDBP_LAUNCH(rows_total_kernel<T>, 1, kThreads, 0, stream, in, losses, weights, args.bad, totals);
 }
 
 template <class T>
 int backward(const CrossEntropyBackward& args, void* stream) {
-  if (args.rows == 0 || args.classes == 0) return 0;
-  const bool warps = args.classes <= kWarpClasses;
-  const auto kernel = warps ? rows_backward_kernel<T, cuda::kWarp> : rows_backward_kernel<T, kThreads>;
-  const unsigned blocks = warps ? row_blocks<cuda::kWarp>(args.rows) : row_blocks<kThreads>(args.rows);
-  return GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, Rows<T>(args), static_cast<const Compute<T>*>(args.stats),
-                     static_cast<const double*>(args.total_weight), static_cast<const T*>(args.grad_output),
-                     args.reduction, static_cast<T*>(args.grad_logits));
+  const Rows<T> in(args);
+  if (in.rows == 0 || in.classes == 0) return 0;
+  return dispatch_rows<T>(args, [&](auto access, auto soft) {
+    using Access = typename decltype(access)::type;
+    const auto kernel = rows_backward_kernel<T, Access, decltype(soft)::value>;
+    const unsigned blocks = unsigned(cuda::ceil_div(in.rows, Access::per_block));
+    return GDBP_LAUNCH(kernel, blocks, kThreads, 0, stream, in, static_cast<const Compute<T>*>(args.stats),
+                       args.divisor, static_cast<const T*>(args.grad_output), args.reduction,
+                       static_cast<T*>(args.grad_logits), static_cast<T*>(args.grad_probabilities));
+  });
 }
 
 }  // namespace

@@ -3,11 +3,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cstddef>
 
 #include "common/binding.h"
+#include "common/python.h"
 #include "common/random.h"
 #include "grad/grad.h"
 
@@ -16,12 +16,6 @@ namespace gdbp::step {
 namespace py = pybind11;
 
 namespace {
-
-at::Tensor unwrap(const py::handle& object) {
-  return object && THPVariable_Check(object.ptr()) ? THPVariable_Unpack(object.ptr()) : at::Tensor();
-}
-
-py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
 
 py::object item(const py::handle& dict, const py::handle& key) {
   return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(dict.ptr(), key.ptr()));

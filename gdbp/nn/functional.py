@@ -1,42 +1,13 @@
 """Functions with torch.nn.functional's signatures, on fused kernels."""
 
-import math
 import warnings
 
 import torch
-from torch.nn import _reduction as _legacy
 
-from gdbp import ops, reference
-from gdbp.ops.linear import ACTIVATIONS
-
-
-def _check_activation(activation: str | None) -> None:
-    if activation is not None and (activation == "none" or activation not in ACTIVATIONS):
-        names = ", ".join(name for name in ACTIVATIONS if name != "none")
-        raise ValueError(f"activation is {activation!r}; expected None or one of {names}")
-
-
-def _activate(input: torch.Tensor, activation: str | None) -> torch.Tensor:
-    """The activation alone, computed by torch."""
-    return input if activation is None else reference.ACTIVATIONS[activation][0](input)
-
-
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
-def _autocast_is_on(tensor: torch.Tensor) -> bool:
-    if not _any_autocast():
-        return False
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in autocast's dtype, as torch's linear sees them."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
-    ]
+from gdbp import ops
+from gdbp.nn._arguments import autocast, autocast_is_on, check_activation, reduction_name, without_autocast
+from gdbp.nn._batch_norm import batch_norm, linear_batch_norm  # noqa: F401
+from gdbp.nn._cross_entropy import Mixture, cross_entropy, linear_cross_entropy  # noqa: F401
 
 
 def linear(
@@ -68,141 +39,10 @@ def linear(
         ValueError: an unknown activation.
     """
     if activation is not None:
-        _check_activation(activation)
-    if _autocast_is_on(input):
-        input, weight, bias = _autocast(input, weight, bias)
+        check_activation(activation)
+    if autocast_is_on(input):
+        input, weight, bias = autocast(input, weight, bias)
     return ops.linear(input, weight, bias, activation or "none")
-
-
-def batch_norm(
-    input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    activation: str | None = None,
-) -> torch.Tensor:
-    """``activation((input - mean) / sqrt(var + eps) * weight + bias)`` for each channel, torch's signature.
-
-    Args:
-        input: (N, C), (N, C, L) or more dimensions; any strides; float64, float32, bfloat16 or float16.
-        running_mean, running_var: (C,). In training both may be None; else they are updated in place with the
-            batch's mean and unbiased variance. Otherwise they normalise.
-        weight, bias: (C,) or None for 1 and 0; any strides (torch's backward on the CPU reads a strided weight
-            wrongly). Like the running statistics of the input's dtype, or float32 beside a half type.
-        training: whether to normalise with the mean and the (biased) variance of the batch.
-        momentum: share of the batch in the running statistics.
-        eps: added to the variance; above 0 in training.
-        activation: None or a name, see :func:`linear`.
-
-    Half types are computed in float32, statistics and their sums in float64 (CUDA: float32 within 64 rows), so a
-    mean that is far from 0 costs no digits. Backward keeps the input alone. Returns the input's shape and dtype.
-
-    Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit.
-        TypeError: a dtype without a kernel.
-        ValueError: one value for each channel in training, eps, an unknown activation.
-    """
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, activation)
-
-
-def linear_batch_norm(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    activation: str | None = None,
-) -> torch.Tensor:
-    """``batch_norm(linear(input, weight, bias), ...)`` without a pass that adds the bias.
-
-    Subtracting the batch's mean takes the bias out again, so in training it only moves ``running_mean``, and its
-    gradient is exactly 0 (where torch's is rounding noise); with running statistics it joins their mean.
-
-    Args:
-        input: (N, in_features).
-        weight, bias: of the linear layer, (out_features, in_features) and (out_features,) or None.
-        norm_weight, norm_bias: those of the normalisation, (out_features,) or None.
-
-    Everything else, and what is raised, is as in :func:`linear` and :func:`batch_norm`.
-    """
-    if _autocast_is_on(input):
-        input, weight = _autocast(input, weight)
-    product = ops.linear(input, weight, None, "none")
-    return _batch_norm(
-        product, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, activation, offset=bias
-    )
-
-
-def _batch_norm(
-    input, running_mean, running_var, weight, bias, training, momentum, eps, activation, batches=None, offset=None
-):
-    """``batches``, where given, is counted up; without a momentum the running statistics are then the mean of all."""
-    if activation is not None:
-        _check_activation(activation)
-    if input.dim() < 2:
-        if input.dim() == 1 and not input.numel():
-            # torch's function lets it pass.
-            output = torch.nn.functional.batch_norm(
-                input, running_mean, running_var, weight, bias, training, momentum, eps
-            )
-            return _activate(output, activation)
-        raise ValueError(f"batch_norm: input has shape {tuple(input.shape)}; expected (N, C) or (N, C, L)")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if training:
-        for name, values in (("running_mean", running_mean), ("running_var", running_var)):
-            if values is not None and values.shape != input.shape[1:2]:
-                raise RuntimeError(
-                    f"batch_norm: {name} has shape {tuple(values.shape)}; expected ({input.shape[1]},), "
-                    "one value for each channel of input"
-                )
-        if input.shape[0] * math.prod(input.shape[2:]) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        if eps <= 0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    elif eps < 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    elif running_mean is None:
-        raise RuntimeError("batch_norm: running_mean is None; it must be defined in evaluation mode")
-    return ops.batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        activation or "none",
-        batches,
-        offset,
-    )
-
-
-def _reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction} is not a valid value for reduction: expected none, mean or sum")
-    return reduction
-
-
-def _without_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Losses are computed in float32 under autocast, as torch's are."""
-    if not _autocast_is_on(tensors[0]):
-        return list(tensors)
-    return [t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
 
 
 def _pointwise(kind: str, input: torch.Tensor, target: torch.Tensor, reduction: str, parameter: float = 0.0):
@@ -214,7 +54,7 @@ def _pointwise(kind: str, input: torch.Tensor, target: torch.Tensor, reduction: 
             stacklevel=3,
         )
         input, target = torch.broadcast_tensors(input, target)
-    input, target = _without_autocast(input, target)
+    input, target = without_autocast(input, target)
     dtype = torch.promote_types(input.dtype, target.dtype)
     return ops.pointwise_loss(input.to(dtype), target.to(dtype), kind, parameter, reduction)
 
@@ -237,7 +77,7 @@ def mse_loss(
     Raises:
         ValueError: an unknown reduction.
     """
-    reduction = _reduction_name(size_average, reduce, reduction)
+    reduction = reduction_name(size_average, reduce, reduction)
     if weight is not None:
         return torch.nn.functional.mse_loss(input, target, reduction=reduction, weight=weight)
     return _pointwise("mse_loss", input, target, reduction)
@@ -256,7 +96,7 @@ def l1_loss(
     NaN elements have the gradient NaN, where torch's is 0. Complex tensors are computed by torch's function.
     Everything else is as in :func:`mse_loss`.
     """
-    reduction = _reduction_name(size_average, reduce, reduction)
+    reduction = reduction_name(size_average, reduce, reduction)
     if weight is not None or input.is_complex() or target.is_complex():
         return torch.nn.functional.l1_loss(input, target, reduction=reduction, weight=weight)
     return _pointwise("l1_loss", input, target, reduction)
@@ -277,7 +117,7 @@ def huber_loss(
         RuntimeError: delta <= 0.
         ValueError: an unknown reduction.
     """
-    reduction = _reduction_name(None, None, reduction)
+    reduction = reduction_name(None, None, reduction)
     if delta <= 0:
         raise RuntimeError(
             f"huber_loss does not support non-positive values for delta. Got: {delta}; expected a number above 0"
@@ -304,70 +144,52 @@ def smooth_l1_loss(
         RuntimeError: beta < 0.
         ValueError: an unknown reduction.
     """
-    reduction = _reduction_name(size_average, reduce, reduction)
+    reduction = reduction_name(size_average, reduce, reduction)
     if beta < 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more")
     return _pointwise("smooth_l1_loss" if beta else "l1_loss", input, target, reduction, beta)
 
 
-def cross_entropy(
+def binary_cross_entropy_with_logits(
     input: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    pos_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax cross-entropy between logits and class labels, torch's signature.
+    """Binary cross-entropy, ``pos_weight * target * softplus(-input) + (1 - target) * softplus(input)``: of logits
+    with targets from 0 to 1, its mean, its sum, or each element's ("none").
 
     Args:
-        input: logits (C,), (N, C) or (N, C, d1, ...); float64, float32, bfloat16 or float16.
-        target: int64 or uint8 labels of shape (), (N,) or (N, d1, ...). Probabilities, of the input's shape,
-            are computed by torch's own function.
-        weight: (C,) factor of each class, of the input's dtype, or None.
-        ignore_index: the label whose rows count for nothing, whatever their logits hold.
-        reduction: "mean" (divided by the weights of the labels that count), "sum" or "none".
-        label_smoothing: from 0 to 1, the share of the target that is spread over all classes.
+        input, target: of one shape, promoted to one dtype with the factors. Gradients flow to both.
+        weight: a factor for each element, or one that broadcasts to them.
+        pos_weight: a factor for the positives, often of shape (classes,).
 
-    The sum over the classes other than the label is kept apart, so the loss and the label's gradient are
-    accurate for confident rows too, where ``1 - softmax`` has no digits left.
+    Accurate for confident elements of either kind.
 
     Raises:
-        IndexError: on the CPU, a label outside [0, C); names label and row. On CUDA its loss is NaN.
-        RuntimeError: shapes, dtypes or devices that do not fit.
-        ValueError: an unknown reduction, label_smoothing outside [0, 1], batches of different size.
+        RuntimeError: factors that do not broadcast to the input, or require gradients; devices that do not fit.
+        ValueError: an unknown reduction, a target of another shape.
     """
-    reduction = _reduction_name(size_average, reduce, reduction)
-    input, weight = _without_autocast(input, weight)
-    if input.dim() < 1 or target.is_floating_point() or input.shape == target.shape:
-        # Probabilities, and the inputs that torch itself refuses.
-        return torch.nn.functional.cross_entropy(
-            input,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
+    reduction = reduction_name(size_average, reduce, reduction)
+    if target.shape != input.shape:
+        raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
+    input, target, weight, pos_weight = without_autocast(input, target, weight, pos_weight)
+    factors = [f for f in (weight, pos_weight) if f is not None]
+    dtype = input.dtype
+    for t in (target, *factors):
+        if t.dim() or not input.dim():  # a lone number takes the others' dtype
+            dtype = torch.promote_types(dtype, t.dtype)
+    differentiable = torch.is_grad_enabled() and any(f.requires_grad for f in factors)
+    if differentiable or not dtype.is_floating_point or any(_widens(f, input) for f in factors):
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            input, target, weight, reduction=reduction, pos_weight=pos_weight
         )
-    if label_smoothing > 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(
-            f"target has dtype {target.dtype}; expected target dtype to be Long or Byte; convert it with .long()"
-        )
-    expected = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
-    if target.shape != expected:
-        if input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]:
-            raise ValueError(
-                f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
-            )
-        raise RuntimeError(f"Expected target size {expected}, got {tuple(target.shape)}; give one label a row")
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()")
-    rows = input.movedim(1, -1).flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-    loss = ops.cross_entropy(
-        rows, target.reshape(-1).long(), weight, reduction, ignore_index, max(0.0, label_smoothing)
-    )
-    return loss.reshape(expected) if reduction == "none" else loss
+    tensors = (None if t is None else t.to(dtype) for t in (input, target, weight, pos_weight))
+    return ops.bce_with_logits(*tensors, reduction)
+
+
+def _widens(factor: torch.Tensor, input: torch.Tensor) -> bool:
+    return torch.broadcast_shapes(factor.shape, input.shape) != input.shape

@@ -3,6 +3,7 @@
 import torch
 
 from gdbp.nn import functional as F
+from gdbp.nn._arguments import check_activation
 
 
 class Linear(torch.nn.Linear):
@@ -35,7 +36,7 @@ class Linear(torch.nn.Linear):
         *,
         activation: str | None = None,
     ):
-        F._check_activation(activation)
+        check_activation(activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import torch
 
-from gdbp.nn import functional as F
 from gdbp.nn import init as init_
+from gdbp.nn._arguments import check_activation
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
 
@@ -54,7 +54,7 @@ class MLP(torch.nn.Sequential):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
-        F._check_activation(activation)
+        check_activation(activation)
         where = {"device": device, "dtype": dtype}
         layers: list[torch.nn.Module] = []
         for inputs, outputs in pairwise(sizes[:-1]):

@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from gdbp.nn import functional as F
+from gdbp.nn._arguments import check_activation
+from gdbp.nn._batch_norm import activate, normalize
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -46,7 +47,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         activation: str | None = None,
         bias: bool = True,
     ):
-        F._check_activation(activation)
+        check_activation(activation)
         options = {} if bias else {"bias": False}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation = activation
@@ -59,7 +60,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         batches = self.num_batches_tracked if keep else None
         if batches is not None and running_mean is None:
             batches.add_(1)
-        return F._batch_norm(
+        return normalize(
             input,
             running_mean,
             running_var,
@@ -103,12 +104,12 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """
 
     def __init__(self, *args, activation: str | None = None, **options):
-        F._check_activation(activation)
+        check_activation(activation)
         super().__init__(*args, **options)
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F._activate(super().forward(input), self.activation)
+        return activate(super().forward(input), self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _activation_repr(self)

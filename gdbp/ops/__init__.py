@@ -10,8 +10,17 @@ if _load.available:
     from gdbp.ops import _fake  # noqa: F401
 
 from gdbp.ops.linear import linear
-from gdbp.ops.loss import cross_entropy, pointwise_loss
+from gdbp.ops.linear_loss import linear_cross_entropy
+from gdbp.ops.loss import bce_with_logits, cross_entropy, pointwise_loss
 from gdbp.ops.norm import batch_norm
 from gdbp.ops.optim import step_
 
-__all__ = ["batch_norm", "cross_entropy", "linear", "pointwise_loss", "step_"]
+__all__ = [
+    "batch_norm",
+    "bce_with_logits",
+    "cross_entropy",
+    "linear",
+    "linear_cross_entropy",
+    "pointwise_loss",
+    "step_",
+]

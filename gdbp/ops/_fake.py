@@ -1,5 +1,7 @@
 """Shapes and dtypes of every operator, without data, for torch.compile and torch.export."""
 
+import math
+
 import torch
 
 
@@ -73,22 +75,48 @@ def _(grad_output, input, target, kind, parameter, reduction, mask):
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
 
 
+@torch.library.register_fake("gdbp::bce_with_logits")
+def _(input, target, weight, pos_weight, reduction):
+    op = "binary_cross_entropy_with_logits"
+    _check_devices(op, input=input, target=target, weight=weight, pos_weight=pos_weight)
+    return input.new_empty(input.shape if reduction == "none" else ())
+
+
+@torch.library.register_fake("gdbp::bce_with_logits_backward")
+def _(grad_output, input, target, weight, pos_weight, reduction, mask):
+    return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
+
+
 @torch.library.register_fake("gdbp::cross_entropy")
-def _(logits, target, weight, reduction, ignore_index, label_smoothing):
-    _check_devices("cross_entropy", logits=logits, target=target, weight=weight)
-    rows = logits.shape[0]
+def _(logits, target, second, share, weight, normalizer, reduction, *options):
+    _check_devices("cross_entropy", logits=logits, target=target, second=second, share=share, weight=weight)
+    shape = (logits.shape[0], *logits.shape[2:])
     compute = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    rows = logits.shape[0] * math.prod(logits.shape[2:])
     return (
-        logits.new_empty((rows,) if reduction == "none" else ()),
-        logits.new_empty((rows, 2), dtype=compute),
+        logits.new_empty(shape if reduction == "none" else ()),
+        logits.new_empty((rows, 4 if target.is_floating_point() else 2), dtype=compute),
         logits.new_empty((), dtype=torch.float64),
     )
 
 
 @torch.library.register_fake("gdbp::cross_entropy_backward")
-def _(grad_output, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing):
+def _(grad_output, logits, target, second, share, weight, stats, divisor, *options):
     _check_devices("cross_entropy_backward", logits=logits, grad_output=grad_output, target=target, weight=weight)
-    return logits.new_empty(logits.shape)
+    mask = options[-1]
+    with_target = mask[1] and target.is_floating_point()
+    classes_last = not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous()
+
+    def empty_like(t):
+        rows = t.movedim(1, -1)
+        return t.new_empty(rows.shape).movedim(-1, 1) if classes_last else t.new_empty(t.shape)
+
+    return empty_like(logits) if mask[0] else None, empty_like(target) if with_target else None
+
+
+@torch.library.register_fake("gdbp::cross_entropy_backward_")
+def _(grad_output, logits, target, second, share, weight, stats, divisor, *options):
+    _check_devices("cross_entropy_backward_", logits=logits, grad_output=grad_output, target=target, weight=weight)
 
 
 @torch.library.register_fake("gdbp::optim_step_")

@@ -1,4 +1,4 @@
-"""Losses: those of single elements, and cross-entropy over class indices."""
+"""Losses: those of single elements, and cross-entropy."""
 
 import torch
 
@@ -46,35 +46,86 @@ def pointwise_loss(
     return torch.ops.gdbp.pointwise_loss(input, target, kind, parameter, reduction)
 
 
-class _CrossEntropy(Function):
+class _BceWithLogits(Function):
     @staticmethod
-    def forward(logits, target, weight, reduction, ignore_index, label_smoothing):
-        return torch.ops.gdbp.cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing)
+    def forward(input, target, weight, pos_weight, reduction):
+        return torch.ops.gdbp.bce_with_logits(input, target, weight, pos_weight, reduction)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, weight, *ctx.options = inputs
-        _, stats, total_weight = output
-        ctx.mark_non_differentiable(stats, total_weight)
+        *tensors, ctx.reduction = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *reference.bce_with_logits_backward(grad_output, *tensors, ctx.reduction), None, None, None
+        mask = ctx.needs_input_grad[:2]
+        return *torch.ops.gdbp.bce_with_logits_backward(grad_output, *tensors, ctx.reduction, mask), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return torch.vmap(reference.bce_with_logits, in_dims=in_dims)(*arguments), 0
+
+
+def bce_with_logits(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    pos_weight: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
+    """Binary cross-entropy with logits, for two tensors of one shape and factors that broadcast to it, all of one
+    dtype; see :mod:`gdbp.nn.functional`. Not differentiable in the factors."""
+    tensors = (input, target, weight, pos_weight)
+    if not (_load.available and is_fused(*tensors)):
+        return reference.bce_with_logits(*tensors, reduction)
+    if needs_autograd(input, target):
+        return _BceWithLogits.apply(*tensors, reduction)
+    return torch.ops.gdbp.bce_with_logits(*tensors, reduction)
+
+
+class _CrossEntropy(Function):
+    """Keeps the logits; with ``inplace`` the backward pass writes their gradient over them."""
+
+    @staticmethod
+    def forward(logits, target, second, share, weight, normalizer, inplace, empty_is_zero, *options):
+        return torch.ops.gdbp.cross_entropy(logits, target, second, share, weight, normalizer, *options, empty_is_zero)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, normalizer, ctx.inplace, _, reduction, ignore_index, smoothing, z_loss, softcap = inputs
+        ctx.options = (reduction, ignore_index, smoothing, z_loss, softcap)
+        _, stats, divisor = output
+        ctx.mark_non_differentiable(stats, divisor)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats, total_weight)
+        ctx.save_for_backward(*tensors, stats, divisor, normalizer)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        nothing = (None,) * 5
+        nothing = (None,) * 11
         if grad_output is None:
-            return None, *nothing
-        logits, target, weight, stats, total_weight = ctx.saved_tensors
+            return None, None, *nothing
+        *tensors, stats, divisor, normalizer = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return reference.cross_entropy_backward(grad_output, logits, target, weight, *ctx.options), *nothing
-        grad = torch.ops.gdbp.cross_entropy_backward(
-            grad_output, logits, target, weight, stats, total_weight, *ctx.options
-        )
-        return grad, *nothing
+            if ctx.inplace:
+                raise RuntimeError(
+                    "cross_entropy: inplace_backward=True writes the gradient over the logits, so it cannot be "
+                    "differentiated again; leave out inplace_backward or create_graph"
+                )
+            return *reference.cross_entropy_backward(grad_output, *tensors, normalizer, *ctx.options), *nothing
+        if ctx.inplace:
+            torch.ops.gdbp.cross_entropy_backward_(grad_output, *tensors, stats, divisor, *ctx.options)
+            return tensors[0].detach(), None, *nothing
+        mask = ctx.needs_input_grad[:2]
+        grads = torch.ops.gdbp.cross_entropy_backward(grad_output, *tensors, stats, divisor, *ctx.options, mask)
+        return *grads, *nothing
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, weight, *options):
-        loss = torch.vmap(reference.cross_entropy, in_dims=in_dims)(logits, target, weight, *options)
+    def vmap(info, in_dims, logits, target, second, share, weight, normalizer, inplace, *options):
+        f = torch.vmap(reference.cross_entropy, in_dims=(*in_dims[:6], *in_dims[7:]))
+        loss = f(logits, target, second, share, weight, normalizer, *options)
         # Only the fused backward reads the statistics, and it never runs on what vmap made.
         return (loss, loss.new_empty(()), loss.new_empty(())), (0, None, None)
 
@@ -82,15 +133,25 @@ class _CrossEntropy(Function):
 def cross_entropy(
     logits: torch.Tensor,
     target: torch.Tensor,
+    second: torch.Tensor | None,
+    share: torch.Tensor | None,
     weight: torch.Tensor | None,
+    normalizer: torch.Tensor | None,
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    empty_is_zero: bool = False,
+    inplace: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of (rows, classes) logits and (rows,) int64 labels; see :mod:`gdbp.nn.functional`."""
-    options = (reduction, ignore_index, label_smoothing)
-    if not (_load.available and is_fused(logits, target, weight)):
-        return reference.cross_entropy(logits, target, weight, *options)
-    if needs_autograd(logits):
-        return _CrossEntropy.apply(logits, target, weight, *options)[0]
-    return torch.ops.gdbp.cross_entropy(logits, target, weight, *options)[0]
+    """Cross-entropy of (N, C, ...) logits and (N, ...) int64 labels, two such labels of which the first has the
+    (N, ...) float64 ``share``, or (N, C, ...) probabilities; see :mod:`gdbp.nn.functional`."""
+    tensors = (logits, target, second, share, weight, normalizer)
+    options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+    if not (_load.available and is_fused(*tensors)):
+        return reference.cross_entropy(*tensors, empty_is_zero, *options)
+    if needs_autograd(logits, target):
+        inplace = inplace and not torch.compiler.is_compiling()
+        return _CrossEntropy.apply(*tensors, inplace, empty_is_zero, *options)[0]
+    return torch.ops.gdbp.cross_entropy(*tensors, *options, empty_is_zero)[0]

@@ -1,12 +1,14 @@
-// The arithmetic of the losses (pointwise_math.h, loss_math.h), one element or one row at a time, against the
-// same mathematics in long double.
+// The arithmetic of the losses (pointwise_math.h, bce_math.h, loss_math.h), one element or one row at a time, against
+// the same mathematics in long double.
 #include <string>
 
+#include "bce/bce_math.h"
 #include "check.h"
 #include "loss/loss_math.h"
 #include "pointwise/pointwise_math.h"
 
 using real = long double;
+namespace bce = gdbp::bce;
 namespace loss = gdbp::loss;
 namespace pointwise = gdbp::pointwise;
 using check::error_against;
@@ -68,26 +70,63 @@ void test_row() {
     // One other class is `gap` away, the rest follow it in steps of 1/8.
     const T target = leads ? T(0) : -gap, maximum = T(0);
     real sum = 0;
-    T sum_t = 0;
+    // Without the largest one's own term, be that the target's or the first of the others.
+    T others_t = leads ? T(0) : gdbp::math::exp(target - maximum);
     for (int k = 0; k < others; ++k) {
       const T logit = (leads ? -gap : T(0)) - T(k) / 8;
       sum += std::exp(real(logit));
-      sum_t += gdbp::math::exp(logit - maximum);
+      if (leads || k > 0) others_t += gdbp::math::exp(logit - maximum);
     }
-    const loss::Row<T> row(maximum, target, sum_t);
+    const loss::Softmax<T> row{maximum, others_t};
     const real own = std::exp(real(target));
     const real exact = own > sum ? std::log1p(sum / own) : std::log(own + sum) - target;
-    nll.see(check::ulp_error(row.nll(), exact), double(leads ? gap : -gap));
-    gradient.see(check::ulp_error(row.others / row.total(), sum / (own + sum)), double(leads ? gap : -gap));
+    nll.see(check::ulp_error(row.nll(target), exact), double(leads ? gap : -gap));
+    gradient.see(check::ulp_error(row.rest(target), sum / (own + sum)), double(leads ? gap : -gap));
   }
   check::report("cross-entropy loss", check::type_name<T>, nll, 5);
   check::report("cross-entropy gradient", check::type_name<T>, gradient, 5);
+}
+
+// Capped logits and their derivative, which 1 - tanh^2 would lose.
+template <class T>
+void test_cap() {
+  check::Worst value, slope;
+  for (int i = -4000; i <= 4000; ++i) {
+    const T x = T(i) / 100, softcap = T(3);
+    const real u = real(x) / softcap, c = std::cosh(u);
+    value.see(check::ulp_error(loss::cap(x, softcap), softcap * std::tanh(u)), double(x));
+    // The rounding of x / softcap counts as often as it is large.
+    slope.see(check::ulp_error(loss::cap_slope(x, softcap), 1 / (c * c)) / (1 + 2 * double(std::fabs(u))), double(x));
+  }
+  check::report("softcap", check::type_name<T>, value, 4);
+  check::report("softcap backward", check::type_name<T>, slope, 4);
+}
+
+// Binary cross-entropy, confident elements of either kind among them.
+template <class T>
+void test_bce() {
+  check::Worst value, slope, target_slope;
+  for (int i = -8000; i <= 8000; ++i) {
+    const T x = T(i) / 100, t = T(i & 3) / 3, q = T(1) + T(i & 7) / 4;
+    const real e = std::exp(-std::fabs(real(x))), tail = std::log1p(e);
+    const real minus = std::max(-real(x), real(0)) + tail, plus = std::max(real(x), real(0)) + tail;
+    const real p = x >= 0 ? 1 / (1 + e) : e / (1 + e), rest = x >= 0 ? e / (1 + e) : 1 / (1 + e);
+    value.see(check::ulp_error(bce::loss(x, t, q), q * t * minus + (1 - real(t)) * plus), double(x));
+    const real positive = q * t * rest, negative = (1 - real(t)) * p;
+    slope.see(error_against(bce::input_slope(x, t, q), negative - positive, {positive, negative}), double(x));
+    target_slope.see(error_against(bce::target_slope(x, t, q), q * minus - plus, {q * minus, plus}), double(x));
+  }
+  check::report("bce", check::type_name<T>, value, 5);
+  check::report("bce backward", check::type_name<T>, slope, 5);
+  check::report("bce backward, target", check::type_name<T>, target_slope, 5);
 }
 
 template <class T>
 void test() {
   test_pointwise_losses<T>();
   test_row<T>();
+  test_cap<T>();
+  test_bce<T>();
 }
 
 int main() {

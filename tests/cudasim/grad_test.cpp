@@ -161,10 +161,91 @@ void limits() {
   expect(check({Array(Dtype::float64, 1, 0, generator, 1e150, 1e150)}, {1, 1e200, 1}).skip == 1, "skip");
 }
 
+std::vector<Source> sources_of(const std::vector<Array>& gradients) {
+  std::vector<Source> sources;
+  for (const Array& x : gradients) sources.push_back({x.data(), x.size(), x.dtype()});
+  return sources;
+}
+
+// Of all sizes and types at odd addresses, more than one launch takes, with NaN, infinities and zeros in them.
+void health() {
+  std::mt19937 generator(6);
+  std::vector<Array> gradients;
+  for (int i = 0; i < 905; ++i) {
+    const int64_t numel = i % 300 == 7 ? 16385 : i % 6;
+    gradients.emplace_back(kDtypes[i % 4], numel, i % 3, generator, -2, 2);
+    const double values[] = {0, kNan, kInfinity, -kInfinity};
+    if (numel > 2 && i % 5 == 0) gradients.back().set(numel - 2, values[i % 4]);
+  }
+  const std::vector<Source> sources = sources_of(gradients);
+  const int64_t count = int64_t(sources.size());
+  std::vector<Health> cpu(count), cuda(count);
+  std::vector<char> workspace(health_workspace_bytes(sources.data(), count));
+  expect(health_cpu(sources.data(), count, cpu.data(), nullptr) == 0, "the CPU fails");
+  expect(health_cuda(sources.data(), count, cuda.data(), workspace.data(), nullptr) == 0, "the launch fails");
+  for (int64_t i = 0; i < count; ++i) {
+    context = "gradient " + std::to_string(i);
+    expect_number(cuda[i].norm, cpu[i].norm, kUlps, "norm");
+    expect_number(cuda[i].largest, cpu[i].largest, 0, "largest");
+    if (std::abs(cuda[i].mean - cpu[i].mean) > 1e-14) expect_number(cuda[i].mean, cpu[i].mean, 0, "mean");
+    expect_number(cuda[i].nans, cpu[i].nans, 0, "nans");
+    expect_number(cuda[i].infinities, cpu[i].infinities, 0, "infinities");
+    expect_number(cuda[i].zeros, cpu[i].zeros, 0, "zeros");
+  }
+  expect(health_cuda(sources.data(), 0, cuda.data(), nullptr, nullptr) == 0, "nothing");
+}
+
+// Norms of other orders, NaN among the elements and not.
+void orders() {
+  std::mt19937 generator(7);
+  for (double order : {1.0, 3.0, 0.5, kInfinity}) {
+    for (double special : {0.0, kNan, kInfinity}) {
+      std::vector<Array> gradients;
+      for (int i = 0; i < 9; ++i) gradients.emplace_back(kDtypes[i % 4], i == 4 ? 16386 : i, i % 3, generator, -2, 2);
+      gradients[4].set(16384, special);
+      const std::vector<Source> sources = sources_of(gradients);
+      const Limit limit{3, 1, 0, order};
+      Norm cpu = {}, cuda = {};
+      std::vector<char> workspace(norm_workspace_bytes(sources.data(), 9));
+      norm_cpu(sources.data(), 9, limit, &cpu, nullptr);
+      norm_cuda(sources.data(), 9, limit, &cuda, workspace.data(), nullptr);
+      context = "order " + std::to_string(order) + " with " + std::to_string(special);
+      expect_number(cuda.total, cpu.total, 16, "total");
+      expect_number(cuda.coefficient, cpu.coefficient, 16, "coefficient");
+    }
+  }
+}
+
+// Scaled and clamped: element for element as on the CPU, and by 1 not touched.
+void rewrites() {
+  std::mt19937 generator(8);
+  for (Dtype dtype : kDtypes) {
+    for (double factor : {1.0, 0.37, 0.0, kNan}) {
+      std::vector<Array> cpu;
+      for (int64_t numel : {0, 1, 3, 4, 5, 1023, 16385}) cpu.emplace_back(dtype, numel, numel % 3, generator, -2, 2);
+      cpu[4].set(2, kNan);
+      cpu[4].set(3, -kInfinity);
+      std::vector<Array> cuda = cpu;
+      const std::vector<Source> on_cpu = sources_of(cpu), on_cuda = sources_of(cuda);
+      const int64_t count = int64_t(cpu.size());
+      context = std::string(kDtypeNames[int(dtype)]) + " by " + std::to_string(factor);
+      const auto same = [&](const char* what) {
+        for (int64_t i = 0; i < count; ++i) expect_close(cuda[i], cpu[i], 0, 0, what);
+      };
+      clamp_cpu(on_cpu.data(), count, 1.25, nullptr);
+      expect(clamp_cuda(on_cuda.data(), count, 1.25, nullptr) == 0, "clamp");
+      same("clamped");
+      scale_cpu(on_cpu.data(), count, &factor, nullptr);
+      expect(scale_cuda(on_cuda.data(), count, &factor, nullptr) == 0, "scale");
+      same("scaled");
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  static const Case cases[] = {
-      {"sizes", sizes}, {"many", many}, {"extremes", extremes}, {"nonfinite", nonfinite}, {"limits", limits}};
+  static const Case cases[] = {{"sizes", sizes},   {"many", many},     {"extremes", extremes}, {"nonfinite", nonfinite},
+                               {"limits", limits}, {"health", health}, {"orders", orders},     {"rewrites", rewrites}};
   return run_cases(argc, argv, cases);
 }

@@ -28,9 +28,10 @@ WRONG = {
     "short_warp": "a mask that names lanes beyond the block",
 }
 FAMILIES = {
-    "grad": ["sizes", "many", "extremes", "nonfinite", "limits"],
+    "bce": ["forward", "backward", "nothing"],
+    "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites"],
     "linear": ["forward", "backward"],
-    "loss": ["cross_entropy", "no_rows", "all_ignored", "bad_labels", "extremes"],
+    "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
     "norm": ["forward", "backward", "update"],
     "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "nothing"],
     "pointwise": ["forward", "backward"],

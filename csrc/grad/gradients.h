@@ -1,0 +1,45 @@
+// The gradients of a list of parameters as C++ sees them: nanoseconds a tensor, where a list handed through the
+// dispatcher costs a microsecond.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "grad/grad.h"
+
+namespace gdbp::grad {
+
+class Gradients {
+ public:
+  // The gradients of `tensors` that have one, or the tensors themselves. Null where the kernels cannot take
+  // them: several devices, or a tensor that is sparse, complex, or of a class that dispatches in Python.
+  static std::unique_ptr<Gradients> of(const pybind11::list& tensors, bool themselves);
+
+  // Of all together: the three numbers of Norm, on their device.
+  at::Tensor norm(double order, double max_norm) const;
+  // (gradients, 6): the numbers of Health.
+  at::Tensor health() const;
+  // False, and nothing done, where two of them share memory.
+  bool scale(const at::Tensor& coefficient) const;
+  bool clamp(double limit) const;
+
+  const std::vector<int64_t>& positions() const { return positions_; }
+  // float32 for half types, whose norm may be beyond them.
+  at::ScalarType norm_type() const;
+
+ private:
+  template <class OnDense, class OnOther>
+  bool write(const OnDense& dense, const OnOther& other) const;
+  at::Tensor workspace(int64_t bytes) const;
+
+  std::vector<at::Tensor> tensors_, copies_;
+  std::vector<Source> sources_;
+  std::vector<int64_t> positions_;  // in the list that this was made of
+  std::vector<bool> dense_;
+  at::Device device_ = at::kCPU;
+};
+
+void bind(pybind11::module_& module);
+
+}  // namespace gdbp::grad

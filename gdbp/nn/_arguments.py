@@ -1,0 +1,44 @@
+"""What the functions do to their arguments first: autocast, and torch's older names of reductions."""
+
+import torch
+from torch.nn import _reduction as _legacy
+
+from gdbp.ops.linear import ACTIVATIONS
+
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def autocast_is_on(tensor: torch.Tensor) -> bool:
+    if not _any_autocast():
+        return False
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors in autocast's dtype, as torch's linear sees them."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+    ]
+
+
+def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not a valid value for reduction: expected none, mean or sum")
+    return reduction
+
+
+def without_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Losses are computed in float32 under autocast, as torch's are."""
+    if not autocast_is_on(tensors[0]):
+        return list(tensors)
+    return [t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
+
+
+def check_activation(activation: str | None) -> None:
+    if activation is not None and (activation == "none" or activation not in ACTIVATIONS):
+        names = ", ".join(name for name in ACTIVATIONS if name != "none")
+        raise ValueError(f"activation is {activation!r}; expected None or one of {names}")

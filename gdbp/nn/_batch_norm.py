@@ -1,0 +1,136 @@
+"""Batch normalisation as a function; public in :mod:`gdbp.nn.functional`."""
+
+import math
+
+import torch
+
+from gdbp import ops, reference
+from gdbp.nn._arguments import autocast, autocast_is_on, check_activation
+
+
+def batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """``activation((input - mean) / sqrt(var + eps) * weight + bias)`` for each channel, torch's signature.
+
+    Args:
+        input: (N, C), (N, C, L) or more dimensions; any strides; float64, float32, bfloat16 or float16.
+        running_mean, running_var: (C,). In training both may be None; else they are updated in place with the
+            batch's mean and unbiased variance. Otherwise they normalise.
+        weight, bias: (C,) or None for 1 and 0; any strides (torch's backward on the CPU reads a strided weight
+            wrongly). Like the running statistics of the input's dtype, or float32 beside a half type.
+        training: whether to normalise with the mean and the (biased) variance of the batch.
+        momentum: share of the batch in the running statistics.
+        eps: added to the variance; above 0 in training.
+        activation: None or a name, see :func:`linear`.
+
+    Half types are computed in float32, statistics and their sums in float64 (CUDA: float32 within 64 rows), so a
+    mean that is far from 0 costs no digits. Backward keeps the input alone. Returns the input's shape and dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit.
+        TypeError: a dtype without a kernel.
+        ValueError: one value for each channel in training, eps, an unknown activation.
+    """
+    return normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, activation)
+
+
+def linear_batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """``batch_norm(linear(input, weight, bias), ...)`` without a pass that adds the bias.
+
+    Subtracting the batch's mean takes the bias out again, so in training it only moves ``running_mean``, and its
+    gradient is exactly 0 (where torch's is rounding noise); with running statistics it joins their mean.
+
+    Args:
+        input: (N, in_features).
+        weight, bias: of the linear layer, (out_features, in_features) and (out_features,) or None.
+        norm_weight, norm_bias: those of the normalisation, (out_features,) or None.
+
+    Everything else, and what is raised, is as in :func:`linear` and :func:`batch_norm`.
+    """
+    if autocast_is_on(input):
+        input, weight = autocast(input, weight)
+    product = ops.linear(input, weight, None, "none")
+    return normalize(
+        product, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, activation, offset=bias
+    )
+
+
+def normalize(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, activation, batches=None, offset=None
+):
+    """``batches``, where given, is counted up; without a momentum the running statistics are then the mean of all."""
+    if activation is not None:
+        check_activation(activation)
+    if input.dim() < 2:
+        if input.dim() == 1 and not input.numel():
+            # torch's function lets it pass.
+            output = torch.nn.functional.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+            return activate(output, activation)
+        raise ValueError(f"batch_norm: input has shape {tuple(input.shape)}; expected (N, C) or (N, C, L)")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if training:
+        for name, values in (("running_mean", running_mean), ("running_var", running_var)):
+            if values is not None and values.shape != input.shape[1:2]:
+                raise RuntimeError(
+                    f"batch_norm: {name} has shape {tuple(values.shape)}; expected ({input.shape[1]},), "
+                    "one value for each channel of input"
+                )
+        if input.shape[0] * math.prod(input.shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        if eps <= 0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    elif eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    elif running_mean is None:
+        raise RuntimeError("batch_norm: running_mean is None; it must be defined in evaluation mode")
+    return ops.batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        activation or "none",
+        batches,
+        offset,
+    )
+
+
+def _withoutautocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Losses are computed in float32 under autocast, as torch's are."""
+    if not autocast_is_on(tensors[0]):
+        return list(tensors)
+    return [t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
+
+
+def activate(input: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """The activation alone, computed by torch."""
+    return input if activation is None else reference.ACTIVATIONS[activation][0](input)

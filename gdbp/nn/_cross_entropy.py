@@ -1,0 +1,277 @@
+"""Cross-entropy, of logits and of a linear layer's, with torch's signatures and what training asks for besides."""
+
+import torch
+
+from gdbp import ops
+from gdbp.nn._arguments import autocast, autocast_is_on, reduction_name, without_autocast
+
+Mixture = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor | Mixture,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    empty: str = "nan",
+    inplace_backward: bool = False,
+) -> torch.Tensor:
+    """Softmax cross-entropy between logits and labels or probabilities: torch's signature, and what training asks
+    for besides.
+
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...); float64, float32, bfloat16 or float16. No strides are copied
+            where the classes lie together or N, C, d1, ... are in order.
+        target: int64 or uint8 labels of shape (), (N,) or (N, d1, ...); or probabilities of the input's shape, to
+            which gradients flow; or for MixUp a tuple ``(labels, labels, share)``, the share of the first ones
+            being a number from 0 to 1 or a tensor that broadcasts to the labels' shape.
+        weight: (C,) factor of each class, of the input's dtype, or None.
+        ignore_index: the label whose rows count for nothing, whatever their logits hold.
+        reduction: "mean" (divided by the weights of the labels that count; for probabilities by the number of
+            rows), "sum" or "none".
+        label_smoothing: from 0 to 1, the share of the target that is spread over all classes.
+        z_loss: this times ``logsumexp(logits)**2`` is added to a row's loss, with the weight of its label (PaLM,
+            Chowdhery et al., 2022, take 1e-4).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first (Gemma 2 takes 30).
+        normalizer: what "mean" divides by instead: the number of labels in all batches whose gradients are
+            accumulated, say. A number or a 0-dim tensor.
+        empty: the mean where there is nothing to divide by: "nan", as in torch, or "zero".
+        inplace_backward: the gradient is written over the logits, which saves its memory and its pages. Wherever
+            autograd needs them afterwards it raises an error; do not read them yourself. Under torch.compile this
+            changes nothing.
+
+    The terms of the largest logit are kept apart, so the loss and the gradients are accurate for confident rows
+    too, where ``1 - softmax`` has no digits left. Sums are in float64, so any number of rows will do.
+
+    Raises:
+        IndexError: a label outside [0, C); names label and row. On CUDA its loss is NaN, and a later call raises.
+        RuntimeError: shapes, dtypes or devices that do not fit; inplace_backward over a leaf.
+        ValueError: an unknown reduction or ``empty``, numbers out of range, batches of different size.
+    """
+    reduction = reduction_name(size_average, reduce, reduction)
+    second = share = None
+    if isinstance(target, tuple):
+        target, second, share = _mixture(target)
+    input, weight = without_autocast(input, weight)
+    _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty)
+    soft = input.dim() > 0 and target.is_floating_point() and input.shape == target.shape and ignore_index < 0
+    if not soft and (input.dim() < 1 or target.is_floating_point() or input.shape == target.shape):
+        # What torch itself refuses.
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    if inplace_backward and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace_backward=True writes the gradient over the logits, and these are a leaf, whose values are yours "
+            "to keep; leave it out, or pass logits that were computed"
+        )
+    shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+    if soft:
+        if target.dtype != input.dtype:
+            dtype = torch.promote_types(input.dtype, target.dtype)
+            input, target = input.to(dtype), target.to(dtype)
+    else:
+        target = _labels(target, input, shape)
+        if second is not None:
+            second = _labels(second, input, shape)
+            share = torch.as_tensor(share, dtype=torch.float64, device=input.device).expand(shape)
+    if input.dim() == 1:
+        input, target, second, share = (None if t is None else t.unsqueeze(0) for t in (input, target, second, share))
+    if normalizer is not None:
+        normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach()
+    loss = ops.cross_entropy(
+        input, target, second, share, weight, normalizer, reduction, ignore_index, max(0.0, label_smoothing),
+        z_loss, softcap or 0.0, empty == "zero", inplace_backward,
+    )  # fmt: skip
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _mixture(target: tuple) -> Mixture:
+    if len(target) != 3:
+        raise ValueError(f"target is a tuple of {len(target)}; expected (labels, labels, share of the first)")
+    share = target[2]
+    if isinstance(share, torch.Tensor):
+        if share.requires_grad:
+            raise RuntimeError("the share of a mixture requires grad; it has no derivative here; pass share.detach()")
+    elif not 0 <= share <= 1:
+        raise ValueError(f"the share of a mixture is {share}; expected a number from 0 to 1")
+    for labels in target[:2]:
+        if labels.is_floating_point():
+            raise ValueError("a mixture is of labels; got floating-point targets; mix probabilities yourself")
+    return target
+
+
+def _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty):
+    if label_smoothing > 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss is {z_loss}; expected a number of at least 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; expected a number above 0, or None")
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"empty is {empty!r}; expected 'nan' or 'zero'")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer divides the mean, and reduction is {reduction!r}; leave one of them out")
+    if isinstance(normalizer, torch.Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; expected one number")
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()")
+    if second is not None and second.shape != target.shape:
+        raise ValueError(
+            f"the labels of a mixture have shapes {tuple(target.shape)} and {tuple(second.shape)}; expected the same"
+        )
+
+
+def _labels(target: torch.Tensor, input: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            f"target has dtype {target.dtype}; expected target dtype to be Long or Byte; convert it with .long()"
+        )
+    if target.shape != shape:
+        if input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]:
+            raise ValueError(
+                f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
+            )
+        raise RuntimeError(f"Expected target size {shape}, got {tuple(target.shape)}; give one label a row")
+    return target.long()
+
+
+# Bytes of logits at a time: what stays in a CPU's last cache or near it, what fills a GPU.
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor | Mixture,
+    *,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options=None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    empty: str = "nan",
+    memory_budget: int | None = None,
+) -> torch.Tensor:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without ever holding all logits: torch
+    2.13's signature, for every torch that gdbp runs with.
+
+    Args:
+        input: (N, in_features) or (in_features,).
+        linear_weight: (C, in_features), or (C, d1, ..., in_features) for targets (N, d1, ...), whose logits are formed
+            as a whole.
+        linear_bias: the weight's shape without its last dimension, or None.
+        options: torch's ``LinearCrossEntropyOptions``, of which only a ``batch_chunk_size`` of 1 or more is looked at:
+            the rows of a chunk.
+        memory_budget: bytes that the logits of a chunk may take; default 32 MiB on a CPU, 512 MiB on CUDA. A chunk
+            is one row at least.
+
+    The other arguments are those of :func:`cross_entropy`. Losses, and the sums for the gradients of weight and bias,
+    are in float32 for half types, the loss as it is returned in the input's dtype. Forward computes the gradients
+    along with the loss: together they take the three matrix products of the plain layer. ``reduction="none"``, and a
+    second backward through one graph, take one more.
+
+    Derivatives of higher order form the logits as a whole, as does a target of probabilities that requires gradients.
+
+    Raises:
+        IndexError: a label out of range. RuntimeError: shapes, dtypes or devices that do not fit. ValueError: an
+        unknown name, a number out of range.
+    """
+    _check_linear(input, linear_weight, linear_bias)
+    reduction = reduction_name(None, None, reduction)
+    if memory_budget is not None and memory_budget < 1:
+        raise ValueError(f"memory_budget is {memory_budget}; expected bytes, 1 or more")
+    soft = not isinstance(target, tuple) and target.is_floating_point()
+    if soft and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if autocast_is_on(input):
+        (input, linear_weight, linear_bias), before = autocast(input, linear_weight, linear_bias), input.dtype
+        output = torch.promote_types(torch.float32, before)
+    else:
+        output = input.dtype
+    extras = {"z_loss": z_loss, "softcap": softcap, "normalizer": normalizer, "empty": empty}
+    shared = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing, **extras}
+    if linear_weight.dim() > 2 or input.dim() == 1 or (soft and (target.requires_grad or target.dim() != 2)):
+        flat = linear_weight.flatten(0, -2)
+        logits = ops.linear(input, flat, None if linear_bias is None else linear_bias.flatten(), "none")
+        return cross_entropy(logits.unflatten(-1, linear_weight.shape[:-1]), target, weight, **shared)
+    second = share = None
+    if isinstance(target, tuple):
+        target, second, share = _mixture(target)
+    _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty)
+    classes, shape = linear_weight.shape[0], input.shape[:1]
+    if weight is not None:
+        weight = _class_weight(weight, classes, input if output == input.dtype else input.to(output))
+    if soft:
+        if target.shape != (*shape, classes):
+            raise RuntimeError(f"Expected target size {(*shape, classes)}, got {tuple(target.shape)}")
+        target = target.to(torch.promote_types(input.dtype, torch.float32))
+    else:
+        target = _labels(target, input, shape)
+        if second is not None:
+            second = _labels(second, input, shape)
+            share = torch.as_tensor(share, dtype=torch.float64, device=input.device).expand(shape)
+    if normalizer is not None:
+        normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach().reshape(())
+    chunk = getattr(options, "batch_chunk_size", None)
+    if not isinstance(chunk, int) or chunk < 1:
+        budget = memory_budget or _CHUNK_BYTES.get(input.device.type, _CHUNK_BYTES["cpu"])
+        chunk = max(1, budget // max(1, classes * max(4, input.element_size())))
+    loss = ops.linear_cross_entropy(
+        input, linear_weight, linear_bias, target, second, share, weight, normalizer, chunk, empty == "zero",
+        reduction, ignore_index, max(0.0, label_smoothing), z_loss, softcap or 0.0,
+    )  # fmt: skip
+    return loss.to(output)
+
+
+def _check_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """In torch's words."""
+    if input.dim() not in (1, 2):
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {weight.dim()}")
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {weight.shape[-1]}, respectively"
+        )
+    if weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise RuntimeError(f"expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
+    for name, t in (("linear_weight", weight), ("linear_bias", bias)):
+        if t is not None and (t.dtype != input.dtype or t.device != input.device) and not autocast_is_on(input):
+            raise RuntimeError(
+                f"{name} is {t.dtype} on {t.device} and input {input.dtype} on {input.device}; expected the same; "
+                "convert one of them with .to()"
+            )
+
+
+def _class_weight(weight: torch.Tensor, classes: int, logits: torch.Tensor) -> torch.Tensor:
+    if weight.shape != (classes,):
+        raise RuntimeError(
+            f"weight has shape {tuple(weight.shape)}; weight tensor should be defined either for all {classes} "
+            f"classes or no classes; expected ({classes},)"
+        )
+    if weight.dtype != logits.dtype or weight.device != logits.device:
+        raise RuntimeError(
+            f"weight is {weight.dtype} on {weight.device} and the logits {logits.dtype} on {logits.device}; expected "
+            "the same; convert it with .to()"
+        )
+    return weight

@@ -1,0 +1,198 @@
+"""A linear layer and cross-entropy of its output, a chunk of rows at a time: the logits never exist as a whole."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gdbp import _load, reference
+from gdbp.ops._function import Function, _functorch_active, is_fused, needs_autograd
+from gdbp.ops.loss import cross_entropy
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of half types in float32, as the loss is computed and its gradient kept."""
+    logits = torch.nn.functional.linear(x, weight, bias)
+    return logits.float() if logits.element_size() < 4 else logits
+
+
+def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """``total += grad.T @ x`` with total in full precision, whatever x is."""
+    if x.dtype is total.dtype:
+        total.addmm_(grad.t(), x)
+    elif x.is_cuda:
+        total.add_(torch.mm(grad.to(x.dtype).t(), x, out_dtype=total.dtype))
+    else:
+        total.addmm_(grad.t(), x.to(total.dtype))
+
+
+def _run(
+    tensors: Sequence[Tensor | None],
+    rows: int,
+    options: tuple,
+    upstream: Tensor | None,
+    mask: Sequence[bool] = (False,) * 3,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The loss of every row, or with ``upstream`` their sum; the weights of all rows; and the gradients that are asked
+    for, where each row's loss has the gradient ``upstream``, one number or one for each row."""
+    x, weight, bias, target, second, share, class_weight = tensors
+    wide = torch.promote_types(x.dtype, torch.float32)
+    class_weight = None if class_weight is None else class_weight.to(wide)
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    dtypes = (x.dtype, wide, wide)
+    grads = [x.new_zeros(s, dtype=d) if m else None for s, d, m in zip(shapes, dtypes, mask)]
+    losses, divisor = [], x.new_zeros((), dtype=torch.float64)
+    ones = x.new_ones((), dtype=wide)
+    for first in range(0, x.shape[0], rows):
+        at = slice(first, first + rows)
+        logits = _logits(x[at], weight, bias)
+        labels = [None if t is None else t[at].to(wide) if t is target and t.is_floating_point() else t[at]
+                  for t in (target, second, share)]  # fmt: skip
+        each = "none" if upstream is None or upstream.dim() else "sum"
+        try:
+            loss, stats, part = torch.ops.gdbp.cross_entropy(logits, *labels, class_weight, None, each, *options, False)
+        except IndexError:
+            _raise_with_row((target, second), options[0], weight.shape[0])
+            raise
+        losses.append(loss.reshape(-1))
+        divisor += part
+        if not any(mask):
+            continue
+        above = ones if upstream is None or not upstream.dim() else upstream[at].to(wide)
+        torch.ops.gdbp.cross_entropy_backward_(above, logits, *labels, class_weight, stats, part, each, *options)
+        if mask[0]:
+            torch.mm(logits.to(x.dtype), weight, out=grads[0][at])
+        if mask[1]:
+            _add_product(grads[1], logits, x[at])
+        if mask[2]:
+            grads[2] += logits.sum(0)
+    loss = torch.cat(losses) if losses else x.new_zeros(0, dtype=wide)
+    return loss if upstream is None or upstream.dim() else loss.double().sum(), divisor, grads
+
+
+def _raise_with_row(targets: Sequence[Tensor | None], ignore_index: int, classes: int) -> None:
+    """The operator's error, with the row counted from the first of all and not of its chunk."""
+    for target in targets:
+        if target is None:
+            continue
+        bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"Target {int(target[row])} is out of bounds: linear_cross_entropy got it for row {row}; expected a "
+                f"class from 0 to {classes - 1}, or ignore_index = {ignore_index}"
+            ) from None
+
+
+class _LinearCrossEntropy(Function):
+    """Forward finds the gradients for an upstream gradient of 1 while it has the logits; the first backward hands them
+    over, scaled, and any later one computes them again."""
+
+    @staticmethod
+    def forward(
+        x, weight, bias, target, second, share, class_weight, normalizer, rows, mask, empty, reduction, *options
+    ):
+        tensors = (x, weight, bias, target, second, share, class_weight)
+        if reduction == "none":
+            loss, divisor, grads = _run(tensors, rows, options, None)
+        else:
+            loss, divisor, grads = _run(tensors, rows, options, x.new_ones((), dtype=torch.float64), mask)
+        divisor = divisor if normalizer is None else normalizer.clone()
+        if reduction == "mean":
+            mean = loss / divisor
+            loss = torch.where(divisor == 0, torch.zeros_like(mean), mean) if empty else mean
+        return loss.to(x.dtype), divisor, *(x.new_empty(0) if g is None else g for g in grads)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.rows, _, _, ctx.reduction, ignore_index, smoothing, z_loss, softcap = inputs
+        ctx.options = (ignore_index, smoothing, z_loss, softcap)
+        _, divisor, *grads = output
+        ctx.mark_non_differentiable(divisor, *grads)
+        ctx.set_materialize_grads(False)
+        # Beside the saved tensors: only a gradient that nobody else holds is taken over without a copy.
+        ctx.grads = grads if ctx.reduction != "none" and not _is_traced() else None
+        ctx.save_for_backward(*tensors, divisor)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        nothing = (None,) * 13
+        if grad_output is None:
+            return None, None, None, *nothing
+        *tensors, normalizer, divisor = ctx.saved_tensors
+        if torch.is_grad_enabled() or _is_transformed() or _is_batched(grad_output):
+            return *_differentiable(ctx, grad_output, tensors, normalizer), *nothing
+        mask = ctx.needs_input_grad[:3]
+        scale = grad_output.to(divisor.dtype)
+        if ctx.reduction == "none":
+            _, _, grads = _run(tensors, ctx.rows, ctx.options, grad_output.contiguous(), mask)
+            return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors)), *nothing
+        if ctx.reduction == "mean":
+            scale = torch.where(divisor == 0, torch.zeros_like(scale), scale / divisor)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, _, grads = _run(tensors, ctx.rows, ctx.options, torch.ones_like(scale), mask)
+        results = [g.mul_(scale).to(t.dtype) if m else None for g, t, m in zip(grads, tensors, mask)]
+        return *results, *nothing
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        tensors, (_, _, empty, *options) = arguments[:8], arguments[8:]
+
+        def whole(x, weight, bias, *others):
+            logits = x @ weight.t()
+            return reference.cross_entropy(logits if bias is None else logits + bias, *others, empty, *options)
+
+        loss = torch.vmap(whole, in_dims=in_dims[:8])(*tensors)
+        return (loss, *(loss.new_empty(()) for _ in range(4))), (0, None, None, None, None)
+
+
+def _is_transformed() -> bool:
+    return _functorch_active is None or _functorch_active()
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether this stands for many gradients at once (``is_grads_batched``), which no in-place operator takes."""
+    return not torch.compiler.is_compiling() and "Batched" in repr(torch._C._dispatch_keys(tensor))
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or _is_transformed()
+
+
+def _differentiable(ctx, grad_output, tensors, normalizer):
+    """The gradients as a graph that can be differentiated again; here the logits are formed as a whole."""
+    x, weight, bias, *others = tensors
+    logits = x @ weight.t() if bias is None else x @ weight.t() + bias
+    grad, _ = reference.cross_entropy_backward(grad_output, logits, *others, normalizer, ctx.reduction, *ctx.options)
+    return grad @ weight, grad.t() @ x, None if bias is None else grad.sum(0)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    second: Tensor | None,
+    share: Tensor | None,
+    class_weight: Tensor | None,
+    normalizer: Tensor | None,
+    rows: int,
+    empty_is_zero: bool,
+    reduction: str,
+    *options,
+) -> Tensor:
+    """Of (N, in_features) rows, a (C, in_features) weight and (C,) bias, ``rows`` at a time; the rest is as in
+    :func:`gdbp.ops.cross_entropy`. Not differentiable in the target."""
+    tensors = (x, weight, bias, target, second, share, class_weight, normalizer)
+    if not (_load.available and is_fused(*tensors)):
+        logits = torch.nn.functional.linear(x, weight, bias)
+        return cross_entropy(logits, *tensors[3:], reduction, *options, empty_is_zero)
+    inputs = (x, weight, bias)
+    recorded = needs_autograd(*inputs)
+    if recorded:
+        # Whose tensors are wrapped by torch.func cannot be asked; then all gradients are computed.
+        mask = [t is not None and (t.requires_grad or _is_traced()) for t in inputs]
+        return _LinearCrossEntropy.apply(*tensors, rows, mask, empty_is_zero, reduction, *options)[0]
+    mask = [False] * 3
+    return _LinearCrossEntropy.forward(*tensors, rows, mask, empty_is_zero, reduction, *options)[0]

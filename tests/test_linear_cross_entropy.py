@@ -1,0 +1,293 @@
+"""linear_cross_entropy against the layer and the loss one after the other, in float64 and by torch's samples."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+import gdbp
+from gdbp.nn.functional import linear_cross_entropy
+from tests.oracle import FLOAT_DTYPES, FULL_DTYPES, REDUCTIONS, compare, values_and_grads
+from tests.test_cross_entropy_extras import draw_target, oracle
+
+reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def plain(x, w, target, *, linear_bias=None, ignore_index=None, memory_budget=None, weight=None, **options):
+    logits = F.linear(x, w, linear_bias)
+    weight = None if weight is None else weight.to(x.dtype)
+    return oracle(logits, target, weight, ignore_index=-100 if ignore_index is None else ignore_index, **options)
+
+
+def layer(rows, features, classes, dtype=torch.float64, device="cpu"):
+    drawn = torch.randn(rows, features), torch.randn(classes, features) / features**0.5, torch.randn(classes)
+    return [t.to(device, dtype).requires_grad_() for t in drawn]
+
+
+def both(target, weight=None, **options):
+    def of(f):
+        def call(x, w, b=None):
+            factor = None if weight is None else weight.to(x.device, x.dtype)
+            return f(x, w, target, linear_bias=b, weight=factor, **options)
+
+        return call
+
+    return of(linear_cross_entropy), of(plain)
+
+
+@reductions
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("kind", ["labels", "mixture", "probabilities"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}])
+def test_options(reduction, dtype, kind, options, device):
+    for rows, features, classes in ((7, 5, 9), (1, 1, 1), (0, 3, 4), (33, 16, 40)):
+        target = draw_target(kind, (rows, classes), classes, dtype, device)
+        for budget in (None, 4 * classes * 5):  # all at once, and five rows at a time
+            for weight in (None, torch.rand(classes) + 0.5):
+                mine, other = both(target, weight, reduction=reduction, memory_budget=budget, **options)
+                compare(mine, other, layer(rows, features, classes, dtype, device))
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_any(data):
+    rows, features, classes = data.draw(st.integers(0, 20)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 30))
+    dtype, reduction = data.draw(st.sampled_from(FULL_DTYPES)), data.draw(st.sampled_from(REDUCTIONS))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    kind = data.draw(st.sampled_from(("labels", "mixture", "probabilities")))
+    target = draw_target(kind, (rows, classes), classes, dtype)
+    options = {"reduction": reduction, "label_smoothing": data.draw(st.sampled_from((0.0, 0.2)))}
+    if kind != "probabilities":
+        options["ignore_index"] = data.draw(st.integers(-2, classes))
+        for part in target[:2] if kind == "mixture" else (target,):
+            part[torch.rand(part.shape) < 0.2] = options["ignore_index"]
+    options["memory_budget"] = data.draw(st.integers(1, 3000))
+    options["z_loss"] = data.draw(st.sampled_from((0.0, 0.1)))
+    if reduction == "mean":
+        options["normalizer"] = data.draw(st.sampled_from((None, 3.5)))
+        options["empty"] = "zero"
+    weight = torch.rand(classes) + 0.1 if data.draw(st.booleans()) else None
+    tensors = [t.detach().requires_grad_(data.draw(st.booleans())) for t in layer(rows, features, classes, dtype)]
+    compare(*both(target, weight, **options), tensors[: data.draw(st.sampled_from((2, 3)))])
+
+
+@pytest.mark.parametrize("variant", ["", "chunked", "chunked_none"])
+def test_torchs_samples(variant):
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    name = "nn.functional.linear_cross_entropy"
+    ops = [op for op in op_db if op.name == name and op.variant_test_name == variant]
+    assert len(ops) == hasattr(F, "linear_cross_entropy")  # torch 2.13 is the first to have it
+    for op in ops:
+        count = 0
+        for sample in op.sample_inputs("cpu", torch.float64, requires_grad=True):
+            wanted = [sample.input, sample.args[0], sample.kwargs.get("linear_bias")]
+            wanted = [t for t in wanted if t is not None and t.requires_grad]
+            exact_kwargs = {name: value for name, value in sample.kwargs.items() if name != "options"}
+            exact = F.linear_cross_entropy(sample.input, *sample.args, **exact_kwargs)
+            mine = linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+            torch.testing.assert_close(mine, exact, equal_nan=True)
+            upstream = torch.randn_like(exact)
+            grads = [torch.autograd.grad(f, wanted, upstream) for f in (mine, exact)]
+            torch.testing.assert_close(*grads, equal_nan=True)
+            count += 1
+        assert count > 50
+        for case in op.error_inputs("cpu"):
+            sample = case.sample_input
+            with pytest.raises(case.error_type, match=case.error_regex):
+                linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_accumulate_in_float32(dtype):
+    tensors = layer(4096, 8, 5, dtype)
+    target, one = torch.randint(5, (4096,)), torch.tensor(1.0)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = values_and_grads(lambda x, w, b: plain(x, w, target, linear_bias=b), wide, one)
+    for budget in (160, None):  # 8 rows at a time, and all
+        mine = values_and_grads(
+            lambda x, w, b, n=budget: linear_cross_entropy(x, w, target, linear_bias=b, memory_budget=n), tensors, one
+        )
+        for got, wanted in zip(mine, exact):
+            assert (got.double() - wanted).abs().max() <= 2 * wanted.abs().max() * torch.finfo(dtype).eps
+
+
+def test_float16_under_a_loss_scale():
+    # Formed for an upstream gradient of 1 / rows, these would be below float16 before the scale is applied.
+    x, w, _ = layer(3000, 8, 500, torch.float16)
+    target = torch.randint(500, (3000,))
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    for scale in (32768.0, 1024.0):
+        mine = torch.autograd.grad(scale * linear_cross_entropy(x, w, target).float(), (x, w))
+        exact = torch.autograd.grad(scale * plain(*wide, target), wide)
+        for got, wanted in zip(mine, exact):
+            assert (got.double() - wanted).abs().max() <= 0.004 * wanted.abs().max()
+
+
+def test_nothing_to_count():
+    x, w, b = layer(6, 3, 4)
+    ignored = torch.full((6,), -100)
+    for empty, value in (("nan", torch.nan), ("zero", 0.0)):
+        loss = linear_cross_entropy(x, w, ignored, linear_bias=b, empty=empty)
+        torch.testing.assert_close(loss, torch.tensor(value).double(), equal_nan=True)
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, w, b)))
+
+
+def test_label_out_of_range():
+    x, w, _ = layer(6, 3, 4)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    for budget in (None, 1):
+        with pytest.raises(
+            IndexError, match="Target 4 is out of bounds: linear_cross_entropy got it for row 4; expected"
+        ):
+            linear_cross_entropy(x, w, labels, memory_budget=budget)
+
+
+# ---- derivatives ----
+
+TARGET = torch.tensor([2, 0, -100, 1])
+CASES = {
+    **{reduction: both(TARGET, reduction=reduction, memory_budget=40) for reduction in REDUCTIONS},
+    "more": both(TARGET, torch.rand(3) + 0.5, label_smoothing=0.1, z_loss=0.1, softcap=4.0, normalizer=2.0),
+}
+cases = pytest.mark.parametrize("case", CASES)
+
+
+@cases
+def test_gradcheck(case):
+    mine, _ = CASES[case]
+    assert gradcheck(mine, layer(4, 2, 3), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(mine, layer(4, 2, 3), check_fwd_over_rev=True)
+
+
+@cases
+def test_backward_twice(case):
+    mine, _ = CASES[case]
+    tensors = layer(4, 2, 3)
+    loss = mine(*tensors).sum()
+    once = torch.autograd.grad(3 * loss, tensors, retain_graph=True)
+    for a, b in zip(once, torch.autograd.grad(loss, tensors)):
+        torch.testing.assert_close(a, 3 * b)
+
+
+@cases
+def test_torch_func(case):
+    mine, other = CASES[case]
+    tensors = tuple(t.detach() for t in layer(4, 2, 3))
+    batch = tuple(torch.stack((t, 2 * t)) for t in tensors)
+
+    def results(f):
+        def loss(*tensors):
+            return f(*tensors).pow(2).sum()
+
+        every = torch.func.grad(loss, argnums=(0, 1, 2))
+        return (
+            every(*tensors), torch.vmap(f)(*batch), torch.func.hessian(loss)(*tensors), torch.vmap(every)(*batch),
+            torch.func.jvp(f, tensors, tensors),
+        )  # fmt: skip
+
+    torch.testing.assert_close(results(mine), results(other))
+
+
+@cases
+def test_compile(case):
+    torch._dynamo.reset()
+    mine, _ = CASES[case]
+    compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
+    tensors = layer(4, 2, 3)
+    for eager, traced in zip(values_and_grads(mine, tensors), values_and_grads(compiled, tensors)):
+        torch.testing.assert_close(eager, traced)
+
+
+def test_gradients_that_are_asked_for():
+    tensors = layer(4, 2, 3)
+    for wanted in ((0,), (1,), (2,), (0, 2)):
+        compare(*CASES["mean"], [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)])
+    with torch.no_grad():
+        assert CASES["mean"][0](*tensors).grad_fn is None
+
+
+def test_probabilities_that_require_gradients():
+    x, w, _ = layer(4, 2, 3)
+    p = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    mine, other = (torch.autograd.grad(f(x, w, p), (x, w, p)) for f in (linear_cross_entropy, plain))
+    torch.testing.assert_close(mine, other)
+
+
+def test_autocast():
+    x, w, b = layer(6, 3, 4, torch.float32)
+    target, weight = torch.randint(4, (6,)), torch.ones(4)
+    with torch.autocast("cpu"):
+        mine = values_and_grads(
+            lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, weight=weight),
+            [x, w, b],
+            torch.tensor(1.0),
+        )
+        other = values_and_grads(
+            lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target, weight), [x, w, b], torch.tensor(1.0)
+        )
+    for a, b in zip(mine, other):
+        assert a.dtype is b.dtype is torch.float32
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.01)
+
+
+# ---- memory, the module, refusals ----
+
+
+def test_logits_are_never_whole():
+    from torch.profiler import ProfilerActivity, profile
+
+    x, w, _ = layer(256, 4, 1000, torch.float32)
+    target = torch.randint(1000, (256,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        linear_cross_entropy(x, w, target, memory_budget=4 * 1000 * 16).backward()
+    assert max(event.self_cpu_memory_usage for event in recorded.events()) < 256 * 1000 * 4 / 4
+
+
+def test_module():
+    torch.manual_seed(1)
+    mine = gdbp.nn.LinearCrossEntropyLoss(5, 4, bias=True, weight=torch.rand(4), label_smoothing=0.1)
+    x, target = torch.randn(6, 5), torch.randint(4, (6,))
+    logits = F.linear(x, mine.linear.weight, mine.linear.bias)
+    expected = F.cross_entropy(logits, target, mine.weight, label_smoothing=0.1)
+    torch.testing.assert_close(copy.deepcopy(mine)(x, target), expected)
+    assert list(mine.state_dict()) == ["weight", "linear.weight", "linear.bias"]
+    images = gdbp.nn.LinearCrossEntropyLoss(5, 4, out_features=(3, 2))
+    assert images(x, torch.randint(4, (6, 3, 2))).shape == ()
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        torch.manual_seed(1)
+        torchs = torch.nn.LinearCrossEntropyLoss(5, 4, bias=True, weight=torch.rand(4), label_smoothing=0.1)
+        torch.testing.assert_close(mine(x, target), torchs(x, target))
+        torchs.load_state_dict(mine.state_dict())
+    for options, sentence in (
+        ({"weight": torch.ones(3)}, r"weight shape to be \(4,\)"),
+        ({"label_smoothing": -0.1}, "in range"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            gdbp.nn.LinearCrossEntropyLoss(5, 4, **options)
+
+
+X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
+REFUSED = {
+    "budget": (lambda: linear_cross_entropy(X, W, Y, memory_budget=0), ValueError, "memory_budget is 0; expected"),
+    "dtype": (lambda: linear_cross_entropy(X, W.double(), Y), RuntimeError, "linear_weight is torch.float64 on cpu"),
+    "weight": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(4)), RuntimeError, "all 5 classes or no"),
+    "weight dtype": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(5).double()), RuntimeError, "convert it"),
+    "batch": (lambda: linear_cross_entropy(X, W, Y[:2]), ValueError, r"batch_size \(3\) to match"),
+    "probabilities": (lambda: linear_cross_entropy(X, W, X), RuntimeError, r"Expected target size \(3, 5\)"),
+    "reduction": (lambda: linear_cross_entropy(X, W, Y, reduction="avg"), ValueError, "avg is not a valid value"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    call, error, sentence = REFUSED[case]
+    with pytest.raises(error, match=sentence):
+        call()
