@@ -124,13 +124,6 @@ def normalize(
     )
 
 
-def _withoutautocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Losses are computed in float32 under autocast, as torch's are."""
-    if not autocast_is_on(tensors[0]):
-        return list(tensors)
-    return [t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
-
-
 def activate(input: torch.Tensor, activation: str | None) -> torch.Tensor:
     """The activation alone, computed by torch."""
     return input if activation is None else reference.ACTIVATIONS[activation][0](input)
