@@ -1,7 +1,8 @@
 """Random optimizers, options, layouts, dtypes and histories against torch's float64 for-loop: 4,000 cases.
 
 The oracle clips and adds L1 in front of torch's step, or shrinks after it, in float64. Distances are in units in the
-last place of the parameter's dtype, at the largest value that the element had, plus the length of its step.
+last place of the parameter's dtype, at the largest value that the element had, plus the length of its step times the
+condition of the sum that it follows: a gradient that weight decay nearly cancels is mostly rounding.
 """
 
 import math
@@ -135,6 +136,8 @@ class Oracle:
         self.params = [[p.detach().double().contiguous().clone().requires_grad_() for p in group] for group in groups]
         self.optimizer = torch_optimizer(case.name, [{"params": group} for group in self.params], **case.options)
         self.peaks = [p.detach().abs() for group in self.params for p in group]
+        # How much larger the terms of an element's gradient have been than their sum.
+        self.conditions = [torch.ones_like(peak) for peak in self.peaks]
         # Half types are computed in float32.
         self.compute = torch.float64 if case.dtype is torch.float64 else torch.float32
         self.undecided = [torch.zeros_like(peak, dtype=torch.bool) for peak in self.peaks]
@@ -152,8 +155,11 @@ class Oracle:
         scale = 1.0 if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
         clip, l1 = extras.get("clip_value", math.inf), extras.get("l1", 0.0)
         prox = extras.get("l1_mode") == "prox"
+        options = self.case.options
+        decoupled = self.case.name in ("AdamW", "Lion") or options.get("decoupled_weight_decay", False)
+        decay = 0.0 if decoupled else options.get("weight_decay", 0.0)
         before = [p.detach().clone() for p in flat]
-        for p, g in zip(flat, grads, strict=True):
+        for p, g, condition in zip(flat, grads, self.conditions, strict=True):
             p.grad = None
             if g is not None:
                 # In the dtype of ours: a sum that is nearly 0 is mostly the rounding of its terms.
@@ -161,13 +167,16 @@ class Oracle:
                 # maximize turns torch's gradient around, and the penalty stays one.
                 penalty = p.detach().sign().to(self.compute) * (-l1 if self.case.options.get("maximize") else l1)
                 p.grad = (g if prox else g + penalty).double().contiguous()
+                terms = g.double().abs() + (0.0 if prox else l1) + decay * p.detach().abs()
+                total = (p.grad + (-decay if self.case.options.get("maximize") else decay) * p.detach()).abs()
+                torch.maximum(condition, torch.where(total > 0, terms / total, 1.0), out=condition)
         self.doubt(flat, ours, l1 and not prox)
         self.optimizer.step()
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(flat, grads, strict=True)):
                 if g is not None and prox:
                     p.copy_(p.sign() * (p.abs() - self.case.options["lr"] * l1).clamp_min(0.0))
-                reach = torch.maximum(p.abs(), before[i].abs()) + (p - before[i]).abs()
+                reach = torch.maximum(p.abs(), before[i].abs()) + self.conditions[i] * (p - before[i]).abs()
                 torch.maximum(self.peaks[i], reach, out=self.peaks[i])
                 p.copy_(p.to(self.kept))
                 for key, state in self.optimizer.state[p].items():

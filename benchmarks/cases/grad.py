@@ -57,6 +57,8 @@ def _build(count: int, numel: int, clips: bool, setup: Setup) -> Work:
         return [torch.tensor(exact, dtype=torch.float64), *(g[::stride].double() * factor for g in grads)]
 
     contenders = {OURS: contender(gdbp.nn.utils), "torch": contender(torch.nn.utils)}
-    traffic = (3 if clips else 1) * sum(g.nbytes for g in grads)
+    accesses = 3 if clips else 1
+    traffic = accesses * sum(g.nbytes for g in grads)
+    limit = setup.copy_limit(traffic, f"{accesses * grads[0].itemsize} B an element")
     # Wide: torch adds 16 M squares in float32.
-    return Work(contenders, reference, tolerance=2**16, limit=setup.copy_limit(traffic), bytes=traffic)
+    return Work(contenders, reference, tolerance=2**16, limit=limit, bytes=traffic)
