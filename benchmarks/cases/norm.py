@@ -47,7 +47,8 @@ def _build(rows: int, inputs: int | None, channels: int, setup: Setup) -> Work:
     # Forward reads the input for its statistics and again to write the output; backward reads input and gradient
     # for their sums and again to write the input's gradient.
     traffic = 8 * grad.nbytes
-    limit = setup.copy_limit(traffic, f"{8 * grad.itemsize} B an element") if inputs is None else _gemms(tensors[0], tensors[3], grad)
+    copy = setup.copy_limit(traffic, f"{8 * grad.itemsize} B an element")
+    limit = copy if inputs is None else _gemms(tensors[0], tensors[3], grad)
     flops = 0 if inputs is None else 6 * rows * inputs * channels
     return Work(contenders, reference, tolerance=256, floor="rms", limit=limit, bytes=traffic, flops=flops)
 
