@@ -1,8 +1,10 @@
 """The CUDA kernels, run on a CPU: compiled by g++ against cudasim.h under the address and undefined-behaviour
 sanitizers, and compared with the CPU kernels over awkward sizes, every dtype and three schedules."""
 
+import os
 import shutil
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS = ["-std=c++20", "-O1", "-g", "-DGDBP_CUDASIM", f"-I{CSRC}", f"-I{HERE}", *SANITIZE, *WARNINGS]
 
+SELFTEST = "selftest"
 RIGHT = ["reductions", "shuffles", "indices", "dynamic_shared", "shared_garbage"]
 WRONG = {
     "missing_barrier": "a neighbour has not written yet",
@@ -46,48 +49,54 @@ def compile_(output: Path, *arguments) -> Path:
     return output
 
 
-def run(program: Path, case: str) -> subprocess.CompletedProcess:
-    return subprocess.run([program, case], capture_output=True, text=True, timeout=300)
+def build(folder: Path, name: str, engine: Future) -> Path:
+    parts = []
+    if name in FAMILIES:
+        # A library of its own: what is thread-local in the program is shared memory to cudasim.
+        sources = [CSRC / name / f"{name}_cpu.cpp", HERE / "parallel_serial.cpp"]
+        parts += [
+            compile_(folder / f"{name}_cuda.o", "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"),
+            compile_(folder / f"lib{name}_cpu.so", "-shared", "-fPIC", *sources),
+        ]
+    source = HERE / (f"{name}_test.cpp" if name in FAMILIES else f"{name}.cpp")
+    return compile_(folder / name, source, *parts, engine.result(), "-ldl", f"-Wl,-rpath,{folder}")
+
+
+def run(program: Future, case: str) -> subprocess.CompletedProcess:
+    return subprocess.run([program.result(), case], capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """build(name): the test program of that name, compiled once."""
+def outcomes(request, tmp_path_factory):
+    """What every selected case did, by program and case: started together, for all cores to work on them."""
     folder = tmp_path_factory.mktemp("cudasim")
-    engine = compile_(folder / "engine.o", "-c", HERE / "engine.cpp")
-    programs = {}
-
-    def program(name: str) -> Path:
-        if name not in programs:
-            parts = [engine]
-            if name in FAMILIES:
-                # A library of its own: what is thread-local in the program is shared memory to cudasim.
-                sources = [CSRC / name / f"{name}_cpu.cpp", HERE / "parallel_serial.cpp"]
-                parts += [
-                    compile_(folder / f"{name}_cuda.o", "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"),
-                    compile_(folder / f"lib{name}_cpu.so", "-shared", "-fPIC", *sources),
-                ]
-            source = HERE / (f"{name}_test.cpp" if name in FAMILIES else f"{name}.cpp")
-            programs[name] = compile_(folder / name, source, *parts, "-ldl", f"-Wl,-rpath,{folder}")
-        return programs[name]
-
-    return program
+    wanted = [
+        (item.callspec.params.get("family", SELFTEST), item.callspec.params["case"])
+        for item in request.session.items
+        if item.path == request.path
+    ]
+    # First come, first served: when the first case waits for its program, all programs are being built.
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    engine = pool.submit(compile_, folder / "engine.o", "-c", HERE / "engine.cpp")
+    programs = {name: pool.submit(build, folder, name, engine) for name in dict.fromkeys(name for name, _ in wanted)}
+    yield {(name, case): pool.submit(run, programs[name], case) for name, case in wanted}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("case", RIGHT)
-def test_simulator_computes(build, case):
-    done = run(build("selftest"), case)
+def test_simulator_computes(outcomes, case):
+    done = outcomes[SELFTEST, case].result()
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_simulator_notices(build, case):
-    done = run(build("selftest"), case)
+def test_simulator_notices(outcomes, case):
+    done = outcomes[SELFTEST, case].result()
     assert done.returncode != 0
     assert WRONG[case] in done.stderr
 
 
 @pytest.mark.parametrize(("family", "case"), [(f, c) for f, cases in FAMILIES.items() for c in cases])
-def test_kernels_agree_with_the_cpu(build, family, case):
-    done = run(build(family), case)
+def test_kernels_agree_with_the_cpu(outcomes, family, case):
+    done = outcomes[family, case].result()
     assert done.returncode == 0, done.stderr
