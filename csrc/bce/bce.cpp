@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
   const Problem problem(input, target, weight, pos_weight, reduction, op);
   const Tensor g = grad_output.contiguous();
   check_grad_output(g, problem.x, problem.loss.reduction, problem.loss.numel, op);
-  const Tensor grad_input = mask[0] ? at::empty_like(problem.x) : Tensor();
-  const Tensor grad_target = mask[1] ? at::empty_like(problem.x) : Tensor();
+  const Tensor grad_input = mask[0] ? on_huge_pages(at::empty_like(problem.x)) : Tensor();
+  const Tensor grad_target = mask[1] ? on_huge_pages(at::empty_like(problem.x)) : Tensor();
   const Backward args{problem.loss, g.const_data_ptr(), mask[0] ? grad_input.mutable_data_ptr() : nullptr,
                       mask[1] ? grad_target.mutable_data_ptr() : nullptr};
   run_on(input.device(), op, backward_cpu, GDBP_CUDA_LAUNCHER(backward_cuda), args);

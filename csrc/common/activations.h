@@ -84,7 +84,7 @@ struct Gelu {
   }
   template <class T>
   static GDBP_HD T backward(T g, T z) {
-    return g * (math::normal_cdf(z) + z * math::normal_pdf(z));
+    return math::normal(g * (math::normal_cdf(z) + z * math::normal_pdf(z)));
   }
 };
 
@@ -130,7 +130,7 @@ struct GeluTanh {
     const T e = exponential(x);
     const T s = math::logistic(e, z < T(0)), rest = math::logistic(e, z >= T(0));
     const T slope = (K::c_high + K::c_low) * (K::k + T(3) * x * x);
-    return g * (s + z * (s * rest * slope));
+    return math::normal(g * (s + z * (s * rest * slope)));
   }
 };
 
@@ -145,7 +145,7 @@ struct Silu {
   static GDBP_HD T backward(T g, T z) {
     const T e = math::exp(-math::abs(z));
     const T s = math::logistic(e, z < T(0)), rest = math::logistic(e, z >= T(0));
-    return g * (s + z * (s * rest));
+    return math::normal(g * (s + z * (s * rest)));
   }
 };
 

@@ -56,6 +56,12 @@ void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor
   }
 }
 
+// a @ b, plus the bias where there is one.
+Tensor product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  Tensor result = on_huge_pages(at::empty({a.size(0), b.size(1)}, a.options()));
+  return bias ? at::addmm_out(result, *bias, a, b) : at::mm_out(result, a, b);
+}
+
 // The output and, where it is kept, the pre-activation (else undefined).
 std::pair<Tensor, Tensor> compute(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                   c10::string_view activation_name, bool keep_pre) {
@@ -66,9 +72,9 @@ std::pair<Tensor, Tensor> compute(const Tensor& input, const Tensor& weight, con
   // The library adds the bias where there is no activation, hence no pass of ours to do it in, and for half
   // types, whose product would be rounded before the sum: where the two cancel, few digits would be left.
   const bool add_bias_here = bias && activation != Activation::none && input.element_size() > 2;
-  const Tensor pre = bias && !add_bias_here ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+  const Tensor pre = product(x, weight.t(), add_bias_here ? std::nullopt : bias);
   if (activation == Activation::none && !keep_pre) return {as_batch(pre, input), Tensor()};
-  const Tensor output = keep_pre ? at::empty_like(pre) : pre;
+  const Tensor output = keep_pre ? on_huge_pages(at::empty_like(pre)) : pre;
   const Tensor bias_values = add_bias_here ? bias->contiguous() : Tensor();
   const Forward args{dtype_of(pre, "linear", "input"),
                      activation,
@@ -114,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                 "; expected the shape of grad_output");
   }
 
-  const Tensor grad_pre = through_activation ? at::empty_like(g) : g;
+  const Tensor grad_pre = through_activation ? on_huge_pages(at::empty_like(g)) : g;
   Tensor grad_bias, workspace;
   const Dtype dtype = dtype_of(g, "linear_backward", "grad_output");
   if (mask[2]) {
@@ -134,9 +140,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     run_on(g.device(), "linear_backward", backward_cpu, GDBP_CUDA_LAUNCHER(backward_cuda), args);
   }
   Tensor grad_input, grad_weight;
-  if (mask[0]) grad_input = as_batch(at::mm(grad_pre, weight), input);
+  if (mask[0]) grad_input = as_batch(product(grad_pre, weight), input);
   if (mask[0] && input.dim() == 1) grad_input = grad_input.view(input.sizes());
-  if (mask[1]) grad_weight = at::mm(grad_pre.t(), x);
+  if (mask[1]) grad_weight = product(grad_pre.t(), x);
   return {grad_input, grad_weight, grad_bias};
 }
 

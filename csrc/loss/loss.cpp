@@ -171,8 +171,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& log
   CrossEntropyBackward args = describe_backward(problem, g, stats, divisor, op);
   // Not args.probabilities: empty ones lie nowhere.
   const bool wants_target = mask[1] && target.is_floating_point();
-  const Tensor grad_logits = mask[0] ? at::empty_like(problem.x) : Tensor();
-  const Tensor grad_target = wants_target ? at::empty_like(problem.probabilities()) : Tensor();
+  const Tensor grad_logits = mask[0] ? on_huge_pages(at::empty_like(problem.x)) : Tensor();
+  const Tensor grad_target = wants_target ? on_huge_pages(at::empty_like(problem.probabilities())) : Tensor();
   if (mask[0]) args.grad_logits = grad_logits.mutable_data_ptr();
   if (wants_target) args.grad_probabilities = grad_target.mutable_data_ptr();
   if (mask[0] || wants_target)

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Optional& offset, 
     b = b.defined() ? b.add(nothing) : nothing;
   }
   if (!running_mean && input.numel() == 0) stats.zero_();
-  const Tensor output = at::empty(input.sizes(), input.options());
+  const Tensor output = on_huge_pages(at::empty(input.sizes(), input.options()));
   const Tensor workspace = new_workspace(shape, input);
   const Forward args{shape,
                      activation,
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   const auto like_channels = [&](bool wanted) {
     return wanted ? at::empty({shape.channels}, input.options().dtype(compute_type(input))) : Tensor();
   };
-  const Tensor grad_input = mask[0] ? at::empty(input.sizes(), input.options()) : Tensor();
+  const Tensor grad_input = mask[0] ? on_huge_pages(at::empty(input.sizes(), input.options())) : Tensor();
   const Tensor grad_weight = like_channels(mask[1]), grad_bias = like_channels(mask[2]);
   const Tensor workspace = new_workspace(shape, input);
   const Backward args{shape,

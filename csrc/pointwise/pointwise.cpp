@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
   const Tensor g = grad_output.contiguous(), x = input.contiguous(), y = target.contiguous();
   const Loss loss = describe(x, y, kind, parameter, reduction, name.c_str());
   check_grad_output(g, x, loss.reduction, x.numel(), name.c_str());
-  const Tensor grad_input = mask[0] ? at::empty_like(x) : Tensor();
-  const Tensor grad_target = mask[1] ? at::empty_like(x) : Tensor();
+  const Tensor grad_input = mask[0] ? on_huge_pages(at::empty_like(x)) : Tensor();
+  const Tensor grad_target = mask[1] ? on_huge_pages(at::empty_like(x)) : Tensor();
   const Backward args{loss, g.const_data_ptr(), mask[0] ? grad_input.mutable_data_ptr() : nullptr,
                       mask[1] ? grad_target.mutable_data_ptr() : nullptr};
   run_on(x.device(), name.c_str(), backward_cpu, GDBP_CUDA_LAUNCHER(backward_cuda), args);
