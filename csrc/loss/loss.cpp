@@ -98,13 +98,14 @@ class Problem {
   Tensor target_, second_, share_, weight_;
 };
 
-// Returns the loss, and what the backward pass needs: row statistics and the divisor of the mean.
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
-                                                 const OptionalTensor& second, const OptionalTensor& share,
-                                                 const OptionalTensor& weight, const OptionalTensor& normalizer,
-                                                 c10::string_view reduction, int64_t ignore_index,
-                                                 double label_smoothing, double z_loss, double softcap,
-                                                 bool empty_is_zero) {
+// Returns the loss, and what the backward pass needs: row statistics and the divisor of the mean; and, where it is
+// asked for, the gradient of the logits at an upstream gradient of 1 (else undefined).
+std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const Tensor& logits, const Tensor& target,
+                                                   const OptionalTensor& second, const OptionalTensor& share,
+                                                   const OptionalTensor& weight, const OptionalTensor& normalizer,
+                                                   c10::string_view reduction, int64_t ignore_index,
+                                                   double label_smoothing, double z_loss, double softcap,
+                                                   bool empty_is_zero, bool with_gradient) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const char* const op = "cross_entropy";
   const Problem problem(logits, target, second, share, weight, reduction, ignore_index, label_smoothing, z_loss,
@@ -127,6 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   const Tensor divisor = at::empty({}, x.options().dtype(at::kDouble));
   const Tensor workspace = at::empty({2 * rows}, x.options().dtype(at::kDouble));
   const Tensor bad = at::empty({2}, x.options().dtype(at::kLong));
+  const Tensor grad_logits = with_gradient ? on_huge_pages(at::empty_like(x)) : Tensor();
+  if (with_gradient) args.grad_logits = grad_logits.mutable_data_ptr();
   args.stats = stats.mutable_data_ptr();
   args.output = output.mutable_data_ptr();
   args.divisor = divisor.mutable_data_ptr<double>();
@@ -139,7 +142,27 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   if (x.is_cpu() && args.bad[0] >= 0)
     TORCH_CHECK_INDEX(false, "Target ", args.bad[1], " is out of bounds: cross_entropy got it for row ", args.bad[0],
                       "; expected a class from 0 to ", x.size(1) - 1, ", or ignore_index = ", ignore_index);
-  return {output, stats, divisor};
+  return {output, stats, divisor, grad_logits};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& second, const OptionalTensor& share,
+                                                 const OptionalTensor& weight, const OptionalTensor& normalizer,
+                                                 c10::string_view reduction, int64_t ignore_index,
+                                                 double label_smoothing, double z_loss, double softcap,
+                                                 bool empty_is_zero) {
+  const auto [loss, stats, divisor, _] = compute(logits, target, second, share, weight, normalizer, reduction,
+                                                 ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, false);
+  return {loss, stats, divisor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& second, const OptionalTensor& share,
+    const OptionalTensor& weight, const OptionalTensor& normalizer, c10::string_view reduction, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
+  TORCH_CHECK_VALUE(reduction != "none", "cross_entropy_with_gradient: reduction is 'none'; expected mean or sum");
+  return compute(logits, target, second, share, weight, normalizer, reduction, ignore_index, label_smoothing, z_loss,
+                 softcap, empty_is_zero, true);
 }
 
 CrossEntropyBackward describe_backward(const Problem& problem, const Tensor& grad_output, const Tensor& stats,
@@ -206,6 +229,9 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   m.def("cross_entropy(Tensor logits," GDBP_ARGUMENTS " Tensor? normalizer," GDBP_OPTIONS
         ", bool empty_is_zero) -> (Tensor loss, Tensor stats, Tensor divisor)",
         tags);
+  m.def("cross_entropy_with_gradient(Tensor logits," GDBP_ARGUMENTS " Tensor? normalizer," GDBP_OPTIONS
+        ", bool empty_is_zero) -> (Tensor loss, Tensor stats, Tensor divisor, Tensor grad_logits)",
+        tags);
   m.def("cross_entropy_backward(Tensor grad_output, Tensor logits," GDBP_ARGUMENTS
         " Tensor stats, Tensor divisor," GDBP_OPTIONS ", bool[2] mask) -> (Tensor grad_logits, Tensor grad_target)",
         tags);
@@ -222,5 +248,6 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   }
 GDBP_LOSS_IMPL(CPU)
 GDBP_LOSS_IMPL(CUDA)
+TORCH_LIBRARY_IMPL(gdbp, CPU, m) { m.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient); }
 
 }  // namespace gdbp::loss

@@ -46,6 +46,9 @@ struct CrossEntropyForward : CrossEntropy {
   bool empty_is_zero;        // whether the mean of nothing is 0, and not NaN
   int64_t* bad;              // two: the first row with a label out of range, else -1, and that label
   double* workspace;         // 2 * rows: loss and weight of each row
+  // CPU, mean and sum: where the gradient of the logits goes, as it is where that of the loss is 1, in the same pass;
+  // or null.
+  void* grad_logits = nullptr;
 };
 
 struct CrossEntropyBackward : CrossEntropy {

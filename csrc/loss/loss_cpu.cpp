@@ -293,22 +293,56 @@ bool find_bad_label(const CrossEntropyForward& a) {
   return false;
 }
 
+// The divisor of the mean, before the first row is read: the gradient needs it.
+template <class T>
+void weigh_rows(const CrossEntropyForward& a) {
+  const Rows<T> in(a);
+  double total = 0;
+  for (int64_t row = 0; row < in.rows; ++row) total += in.target ? double(Labels<Compute<T>>(in, row).weight) : 1.0;
+  *a.divisor = a.normalizer ? *a.normalizer : total;
+}
+
+// Rows that lie across memory, a block that stays in cache: loss first, then the gradient.
+template <class T>
+void columns_with_gradient(const Forward<T>& forward, const Backward<T>& backward, int64_t classes, int64_t lo,
+                           int64_t hi, T* grad) {
+  constexpr int64_t kLanes = Columns<T>::kLanes;
+  const int64_t block = std::max<int64_t>(1, (int64_t(1) << 15) / (classes * kLanes)) * kLanes;
+  for (; lo < hi; lo += block) {
+    forward.columns(lo, std::min(hi, lo + block));
+    backward.columns(lo, std::min(hi, lo + block), grad);
+  }
+}
+
 template <class T>
 void cross_entropy_forward(const CrossEntropyForward& a) {
   using C = Compute<T>;
   if (find_bad_label<T>(a)) return;
   const int64_t rows = a.rows();
   const Forward<T> forward(a);
+  T* const grad = static_cast<T*>(a.grad_logits);
+  const T one = narrow<T>(C(1));
+  const CrossEntropyBackward behind{a, a.stats, a.divisor, &one, grad, nullptr};
+  const Backward<T> backward(behind);
+  if (grad) weigh_rows<T>(a);
   const T* const x = static_cast<const T*>(a.logits);
   const T* const t = static_cast<const T*>(a.probabilities);
   parallel_for(0, rows, grain(a), [&](int64_t lo, int64_t hi) {
-    if (Columns<T>::suit(a)) return forward.columns(lo, hi);
+    if (Columns<T>::suit(a))
+      return grad ? columns_with_gradient(forward, backward, a.classes, lo, hi, grad) : forward.columns(lo, hi);
+    const auto visit = [&]<class X>(int64_t row, const X* x, const X* t, X* g, X*) {
+      forward(row, x, t);
+      if (g) backward(row, x, t, g, static_cast<X*>(nullptr));
+    };
     if (!Stage<T>::needed(a)) {
-      for (int64_t row = lo; row < hi; ++row) forward(row, x + row * a.classes, t ? t + row * a.classes : nullptr);
+      for (int64_t row = lo; row < hi; ++row) {
+        const int64_t at = row * a.classes;
+        visit(row, x + at, t ? t + at : nullptr, grad ? grad + at : nullptr, static_cast<T*>(nullptr));
+      }
       return;
     }
-    Stage<T> stage(a);
-    stage.for_rows(lo, hi, [&](int64_t row, const C* x, const C* t, C*, C*) { forward(row, x, t); });
+    Stage<T> stage(a, grad);
+    stage.for_rows(lo, hi, visit);
   });
 
   const double* const losses = a.workspace;

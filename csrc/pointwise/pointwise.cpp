@@ -39,8 +39,9 @@ Loss describe(const Tensor& input, const Tensor& target, Kind kind, double param
           target.const_data_ptr()};
 }
 
-Tensor forward(const Tensor& input, const Tensor& target, c10::string_view kind_name, double parameter,
-               c10::string_view reduction) {
+// The loss and, where it is asked for, the gradient of the input at an upstream gradient of 1 (else undefined).
+std::tuple<Tensor, Tensor> compute(const Tensor& input, const Tensor& target, c10::string_view kind_name,
+                                   double parameter, c10::string_view reduction, bool with_gradient) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Kind kind = parse(kind_name);
   const char* const op = kKindNames[int(kind)];
@@ -48,9 +49,22 @@ Tensor forward(const Tensor& input, const Tensor& target, c10::string_view kind_
   const Loss loss = describe(x, y, kind, parameter, reduction, op);
   const Tensor output = empty_loss(x, loss.reduction, x.sizes());
   const Tensor workspace = at::empty({tiles(x.numel(), kTile)}, x.options().dtype(at::kDouble));
-  const Forward args{loss, output.mutable_data_ptr(), workspace.mutable_data_ptr()};
+  const Tensor grad_input = with_gradient ? on_huge_pages(at::empty_like(x)) : Tensor();
+  const Forward args{loss, output.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                     with_gradient ? grad_input.mutable_data_ptr() : nullptr};
   run_on(x.device(), op, forward_cpu, GDBP_CUDA_LAUNCHER(forward_cuda), args);
-  return output;
+  return {output, grad_input};
+}
+
+Tensor forward(const Tensor& input, const Tensor& target, c10::string_view kind, double parameter,
+               c10::string_view reduction) {
+  return std::get<0>(compute(input, target, kind, parameter, reduction, false));
+}
+
+std::tuple<Tensor, Tensor> forward_with_gradient(const Tensor& input, const Tensor& target, c10::string_view kind,
+                                                 double parameter, c10::string_view reduction) {
+  TORCH_CHECK_VALUE(reduction != "none", "pointwise_loss_with_gradient: reduction is 'none'; expected mean or sum");
+  return compute(input, target, kind, parameter, reduction, true);
 }
 
 // Gradients of input and target, each only where its mask is set (else undefined).
@@ -77,6 +91,10 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   m.def("pointwise_loss(Tensor input, Tensor target, str kind, float parameter, str reduction) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
+      "pointwise_loss_with_gradient(Tensor input, Tensor target, str kind, float parameter, str reduction)"
+      " -> (Tensor loss, Tensor grad_input)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "pointwise_loss_backward(Tensor grad_output, Tensor input, Tensor target, str kind, float parameter,"
       " str reduction, bool[2] mask) -> (Tensor grad_input, Tensor grad_target)",
       {at::Tag::pt2_compliant_tag});
@@ -84,6 +102,7 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
 
 TORCH_LIBRARY_IMPL(gdbp, CPU, m) {
   m.impl("pointwise_loss", &forward);
+  m.impl("pointwise_loss_with_gradient", &forward_with_gradient);
   m.impl("pointwise_loss_backward", &backward);
 }
 

@@ -69,6 +69,12 @@ def _(input, target, kind, parameter, reduction):
     return input.new_empty(input.shape if reduction == "none" else ())
 
 
+@torch.library.register_fake("gdbp::pointwise_loss_with_gradient")
+def _(input, target, kind, parameter, reduction):
+    _check_devices(kind, input=input, target=target)
+    return input.new_empty(()), input.new_empty(input.shape)
+
+
 @torch.library.register_fake("gdbp::pointwise_loss_backward")
 def _(grad_output, input, target, kind, parameter, reduction, mask):
     _check_devices(f"{kind}_backward", grad_output=grad_output, input=input, target=target)
@@ -87,8 +93,21 @@ def _(grad_output, input, target, weight, pos_weight, reduction, mask):
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
 
 
+def _empty_like_logits(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of the shape and dtype of ``like``, with the classes last in memory where those of the logits are."""
+    rows = like.movedim(1, -1)
+    if not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous():
+        return like.new_empty(rows.shape).movedim(-1, 1)
+    return like.new_empty(like.shape)
+
+
+@torch.library.register_fake("gdbp::cross_entropy_with_gradient")
+def _(logits, target, *others):
+    return *_cross_entropy(logits, target, *others), _empty_like_logits(logits, logits)
+
+
 @torch.library.register_fake("gdbp::cross_entropy")
-def _(logits, target, second, share, weight, normalizer, reduction, *options):
+def _cross_entropy(logits, target, second, share, weight, normalizer, reduction, *options):
     _check_devices("cross_entropy", logits=logits, target=target, second=second, share=share, weight=weight)
     shape = (logits.shape[0], *logits.shape[2:])
     compute = torch.float64 if logits.dtype is torch.float64 else torch.float32
@@ -105,13 +124,10 @@ def _(grad_output, logits, target, second, share, weight, stats, divisor, *optio
     _check_devices("cross_entropy_backward", logits=logits, grad_output=grad_output, target=target, weight=weight)
     mask = options[-1]
     with_target = mask[1] and target.is_floating_point()
-    classes_last = not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous()
-
-    def empty_like(t):
-        rows = t.movedim(1, -1)
-        return t.new_empty(rows.shape).movedim(-1, 1) if classes_last else t.new_empty(t.shape)
-
-    return empty_like(logits) if mask[0] else None, empty_like(target) if with_target else None
+    return (
+        _empty_like_logits(logits, logits) if mask[0] else None,
+        _empty_like_logits(logits, target) if with_target else None,
+    )
 
 
 @torch.library.register_fake("gdbp::cross_entropy_backward_")

@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_fused, needs_autograd
+from gdbp.ops._function import Function, is_fused, is_one, needs_autograd, takes_gradient_at_once
 
 
 class _PointwiseLoss(Function):
@@ -18,17 +18,41 @@ class _PointwiseLoss(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        nothing = (None,) * 3
-        input, target = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *reference.pointwise_loss_backward(grad_output, input, target, *ctx.options), *nothing
-        mask = ctx.needs_input_grad[:2]
-        grads = torch.ops.gdbp.pointwise_loss_backward(grad_output, input, target, *ctx.options, mask)
-        return *grads, *nothing
+        return _pointwise_backward(ctx, grad_output, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info, in_dims, input, target, *options):
         return torch.vmap(reference.pointwise_loss, in_dims=in_dims)(input, target, *options), 0
+
+
+def _pointwise_backward(ctx, grad_output, input, target):
+    nothing = (None,) * 3
+    if torch.is_grad_enabled():
+        return *reference.pointwise_loss_backward(grad_output, input, target, *ctx.options), *nothing
+    mask = ctx.needs_input_grad[:2]
+    return *torch.ops.gdbp.pointwise_loss_backward(grad_output, input, target, *ctx.options, mask), *nothing
+
+
+class _PointwiseLossAtOnce(_PointwiseLoss):
+    """With the gradient of the input from the same pass, for the upstream gradient 1."""
+
+    @staticmethod
+    def forward(input, target, kind, parameter, reduction):
+        return torch.ops.gdbp.pointwise_loss_with_gradient(input, target, kind, parameter, reduction)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        input, target, grad_input = ctx.saved_tensors
+        if grad_output is None or is_one(grad_output):
+            return None if grad_output is None else grad_input, None, None, None, None
+        return _pointwise_backward(ctx, grad_output, input, target)
 
 
 def pointwise_loss(
@@ -41,6 +65,8 @@ def pointwise_loss(
     """
     if not (_load.available and is_fused(input, target)):
         return reference.pointwise_loss(input, target, kind, parameter, reduction)
+    if takes_gradient_at_once(reduction, input, target) and torch.is_grad_enabled():
+        return _PointwiseLossAtOnce.apply(input, target, kind, parameter, reduction)[0]
     if needs_autograd(input, target):
         return _PointwiseLoss.apply(input, target, kind, parameter, reduction)
     return torch.ops.gdbp.pointwise_loss(input, target, kind, parameter, reduction)
@@ -87,35 +113,41 @@ def bce_with_logits(
 
 
 class _CrossEntropy(Function):
-    """Keeps the logits; with ``inplace`` the backward pass writes their gradient over them."""
+    """Keeps the logits. ``writes`` says how the gradient is written: "" by the backward pass, "inplace" by it over the
+    logits, "at once" by the forward pass, for the upstream gradient 1."""
 
     @staticmethod
-    def forward(logits, target, second, share, weight, normalizer, inplace, empty_is_zero, *options):
-        return torch.ops.gdbp.cross_entropy(logits, target, second, share, weight, normalizer, *options, empty_is_zero)
+    def forward(logits, target, second, share, weight, normalizer, writes, empty_is_zero, *options):
+        arguments = (logits, target, second, share, weight, normalizer, *options, empty_is_zero)
+        if writes == "at once":
+            return torch.ops.gdbp.cross_entropy_with_gradient(*arguments)
+        return torch.ops.gdbp.cross_entropy(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, normalizer, ctx.inplace, _, reduction, ignore_index, smoothing, z_loss, softcap = inputs
+        *tensors, normalizer, ctx.writes, _, reduction, ignore_index, smoothing, z_loss, softcap = inputs
         ctx.options = (reduction, ignore_index, smoothing, z_loss, softcap)
-        _, stats, divisor = output
-        ctx.mark_non_differentiable(stats, divisor)
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, stats, divisor, normalizer)
+        ctx.save_for_backward(*tensors, normalizer, *kept)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         nothing = (None,) * 11
         if grad_output is None:
             return None, None, *nothing
-        *tensors, stats, divisor, normalizer = ctx.saved_tensors
+        *tensors, normalizer, stats, divisor = ctx.saved_tensors[:8]
+        if ctx.writes == "at once" and is_one(grad_output):
+            return ctx.saved_tensors[8], None, *nothing
         if torch.is_grad_enabled():
-            if ctx.inplace:
+            if ctx.writes == "inplace":
                 raise RuntimeError(
                     "cross_entropy: inplace_backward=True writes the gradient over the logits, so it cannot be "
                     "differentiated again; leave out inplace_backward or create_graph"
                 )
             return *reference.cross_entropy_backward(grad_output, *tensors, normalizer, *ctx.options), *nothing
-        if ctx.inplace:
+        if ctx.writes == "inplace":
             torch.ops.gdbp.cross_entropy_backward_(grad_output, *tensors, stats, divisor, *ctx.options)
             return tensors[0].detach(), None, *nothing
         mask = ctx.needs_input_grad[:2]
@@ -123,7 +155,7 @@ class _CrossEntropy(Function):
         return *grads, *nothing
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, second, share, weight, normalizer, inplace, *options):
+    def vmap(info, in_dims, logits, target, second, share, weight, normalizer, writes, *options):
         f = torch.vmap(reference.cross_entropy, in_dims=(*in_dims[:6], *in_dims[7:]))
         loss = f(logits, target, second, share, weight, normalizer, *options)
         # Only the fused backward reads the statistics, and it never runs on what vmap made.
@@ -152,6 +184,8 @@ def cross_entropy(
     if not (_load.available and is_fused(*tensors)):
         return reference.cross_entropy(*tensors, empty_is_zero, *options)
     if needs_autograd(logits, target):
-        inplace = inplace and not torch.compiler.is_compiling()
-        return _CrossEntropy.apply(*tensors, inplace, empty_is_zero, *options)[0]
+        writes = "inplace" if inplace and not torch.compiler.is_compiling() else ""
+        if not writes and takes_gradient_at_once(reduction, logits, target):
+            writes = "at once"
+        return _CrossEntropy.apply(*tensors, writes, empty_is_zero, *options)[0]
     return torch.ops.gdbp.cross_entropy(*tensors, *options, empty_is_zero)[0]

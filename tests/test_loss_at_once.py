@@ -1,0 +1,139 @@
+"""Losses that compute their gradient along with their value: the same numbers as in two passes, and no other."""
+
+import pytest
+import torch
+
+from gdbp.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss
+
+POINTWISE = {"mse_loss": mse_loss, "l1_loss": l1_loss, "huber_loss": huber_loss, "smooth_l1_loss": smooth_l1_loss}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = {
+    "labels": {},
+    "ignored": {"ignore_index": 1},
+    "smooth": {"label_smoothing": 0.1},
+    "weighted": {"weight": True, "label_smoothing": 0.2},
+    "capped": {"softcap": 3.0, "z_loss": 0.01},
+    "normalizer": {"normalizer": 7.0},
+    "mixture": {"mixture": True},
+    "probabilities": {"soft": True},
+}
+SHAPES = [(1, 1), (3, 5), (300, 17), (0, 4), (2, 5, 3), (3, 7, 130), (2, 3, 0)]
+
+
+def problem(option, shape, dtype, reduction):
+    """A function of the logits, and logits."""
+    options = dict(OPTIONS[option])
+    if reduction == "sum":
+        options.pop("normalizer", None)
+    rows = (shape[0], *shape[2:])
+    labels = torch.randint(shape[1], rows)
+    if options.pop("weight", False):
+        options["weight"] = torch.rand(shape[1]).to(dtype)
+    if options.pop("mixture", False):
+        target = (labels, torch.randint(shape[1], rows), 0.3)
+    elif options.pop("soft", False):
+        target = torch.rand(shape).softmax(1).to(dtype)
+    else:
+        target = labels
+    return lambda x: cross_entropy(x, target, reduction=reduction, **options), torch.randn(shape).mul(3).to(dtype)
+
+
+def in_two_passes(loss, x):
+    """The gradient as the backward kernel computes it, which serves every reduction to more than a number."""
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(loss(x) * 2, x)[0] / 2
+
+
+def at_once(loss, x):
+    x = x.clone().requires_grad_()
+    loss(x).backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_cross_entropy_gradients_are_equal(option, reduction, dtype):
+    for shape in SHAPES:
+        loss, x = problem(option, shape, dtype, reduction)
+        # Twice and halved is exact, but for what float16 rounds below its normal numbers.
+        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_gradients_are_equal(name, reduction, dtype):
+    for size in (0, 1, 15, 17, 16383, 16384, 16385, 50001):
+        x, target = torch.randn(2, size).to(dtype)
+
+        def loss(x, target=target):
+            return POINTWISE[name](x, target, reduction=reduction)
+
+        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7)
+
+
+def functions():
+    target, labels = torch.randn(6, 5), torch.randint(5, (6,))
+    return [lambda x: mse_loss(x, target), lambda x: cross_entropy(x, labels)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_backward_again(which):
+    loss = functions()[which]
+    x = torch.randn(6, 5, requires_grad=True)
+    value = loss(x)
+    (first,) = torch.autograd.grad(value, x, retain_graph=True)
+    kept = first.clone()
+    value.backward(retain_graph=True)
+    value.backward(torch.tensor(3.0))
+    assert torch.equal(first, kept)  # and was not written into by the sum
+    torch.testing.assert_close(x.grad, 4 * kept)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_every_upstream_gradient(which):
+    loss = functions()[which]
+    x = torch.randn(6, 5, requires_grad=True)
+    (unit,) = torch.autograd.grad(loss(x), x)
+    for upstream in (0.0, -1.0, 2.0, float("inf"), float("nan")):
+        (grad,) = torch.autograd.grad(loss(x), x, torch.tensor(upstream))
+        torch.testing.assert_close(grad, unit * upstream, equal_nan=True)
+    (many,) = torch.autograd.grad(loss(x), x, torch.tensor([1.0, 1.0, 3.0]), is_grads_batched=True)
+    torch.testing.assert_close(many, torch.stack([unit, unit, 3 * unit]))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_nothing_is_computed_ahead_without_need(which, monkeypatch):
+    loss = functions()[which]
+
+    def refuse(*_):
+        raise AssertionError("the gradient was computed, and nobody wanted it")
+
+    for name in ("pointwise_loss_with_gradient", "cross_entropy_with_gradient"):
+        monkeypatch.setattr(torch.ops.gdbp, name, refuse)
+    loss(torch.randn(6, 5))
+    with torch.no_grad():
+        loss(torch.randn(6, 5, requires_grad=True))
+    with pytest.raises(AssertionError, match="nobody"):
+        loss(torch.randn(6, 5, requires_grad=True))
+
+
+def test_opcheck():
+    x, labels = torch.randn(6, 5), torch.randint(5, (6,))
+    ops = torch.ops.gdbp
+    torch.library.opcheck(ops.pointwise_loss_with_gradient, (x, torch.randn(6, 5), "huber_loss", 0.5, "mean"))
+    for logits in (x, torch.randn(2, 3, 4).movedim(-1, 1)):
+        target = labels if logits is x else torch.randint(4, (2, 3))
+        options = (None, None, None, None, "mean", -100, 0.1, 0.0, 0.0, False)
+        torch.library.opcheck(ops.cross_entropy_with_gradient, (logits, target, *options))
+
+
+def test_refuses_a_loss_for_each_element():
+    x = torch.randn(6, 5)
+    with pytest.raises(ValueError, match="reduction is 'none'; expected mean or sum"):
+        torch.ops.gdbp.pointwise_loss_with_gradient(x, x, "mse_loss", 1.0, "none")
+    with pytest.raises(ValueError, match="reduction is 'none'; expected mean or sum"):
+        torch.ops.gdbp.cross_entropy_with_gradient(
+            x, torch.zeros(6, dtype=torch.long), None, None, None, None, "none", -100, 0.0, 0.0, 0.0, False
+        )
