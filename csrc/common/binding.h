@@ -54,10 +54,11 @@ inline at::ScalarType compute_type(const at::Tensor& tensor) {
 
 // A large tensor that nobody has touched yet, on huge pages where the system grants them on request: it takes longer
 // to hand out 512 small pages, 2 us each, than to compute what goes into them. Smaller tensors are seldom fresh.
+constexpr int64_t kLargeBytes = int64_t(1) << 22;
 inline at::Tensor on_huge_pages(at::Tensor fresh) {
 #ifdef __linux__
-  constexpr size_t kLarge = size_t(1) << 22, kPage = size_t(1) << 12;
-  if (fresh.is_cpu() && fresh.nbytes() >= kLarge && fresh.has_storage()) {
+  constexpr size_t kPage = size_t(1) << 12;
+  if (fresh.is_cpu() && int64_t(fresh.nbytes()) >= kLargeBytes && fresh.has_storage()) {
     const auto start = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
     const uintptr_t first = (start + kPage - 1) / kPage * kPage;
     // A wish: without it all is as before.

@@ -58,6 +58,7 @@ void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor
 
 // a @ b, plus the bias where there is one.
 Tensor product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  if (a.size(0) * b.size(1) * a.element_size() < kLargeBytes) return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
   Tensor result = on_huge_pages(at::empty({a.size(0), b.size(1)}, a.options()));
   return bias ? at::addmm_out(result, *bias, a, b) : at::mm_out(result, a, b);
 }
