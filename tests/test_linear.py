@@ -76,6 +76,25 @@ def test_sizes(activation, dtype, device):
         compare(ours(activation), torchs(activation), layer((rows,), n_in, n_out, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results(dtype, activation, bias):
+    """Those of 4 MB and more are allocated by us, here each of output and gradients."""
+    for lead, n_in, n_out in (((1100, 2), 2, 1003), ((3,), 1501, 1499)):
+        compare(ours(activation), torchs(activation), layer(lead, n_in, n_out, dtype=dtype, bias=bias))
+
+
+def test_no_subnormal_gradients():
+    """Far to the left gelu's slope vanishes through numbers with which matrix products are slow."""
+    bias = torch.linspace(-120, -5, 40001).requires_grad_()
+    for activation in ("gelu", "gelu_tanh", "silu"):
+        output = linear(torch.ones(1, 0), torch.ones(len(bias), 0), bias, activation=activation)
+        (slope,) = torch.autograd.grad(output.sum(), bias)
+        assert ((slope == 0) | (slope.abs() >= torch.finfo(torch.float32).tiny)).all()
+        assert slope[0] == 0 and slope[-1] != 0
+
+
 @activations
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 3, 4), (2, 0, 3), (1, 1, 1, 2)])
 @pytest.mark.parametrize("sizes", [(4, 6), (0, 3), (3, 0), (1, 1)])
