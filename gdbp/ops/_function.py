@@ -32,6 +32,16 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def is_transformed() -> bool:
+    """Whether torch.func is at work; what it wraps is no tensor that a kernel could read."""
+    return _functorch_active is None or _functorch_active()
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether this stands for many gradients at once (``is_grads_batched``), which no in-place operator takes."""
+    return not torch.compiler.is_compiling() and "Batched" in repr(torch._C._dispatch_keys(tensor))
+
+
 def is_fused(*tensors: torch.Tensor | None) -> bool:
     """Whether our kernels take these tensors: dense, on CPU or CUDA, of no class that dispatches in Python
     (DTensor, say), and outside forward-mode differentiation. Where not, plain torch computes."""
