@@ -119,6 +119,13 @@ def test_special_values():
     assert bce(torch.tensor([-math.inf]), torch.ones(1)).isinf()
 
 
+def test_gradient_of_a_target_whose_logit_is_infinite():
+    x, t = torch.tensor([-math.inf, math.inf]), torch.tensor([0.0, 1.0], requires_grad=True)
+    for pos_weight in (None, torch.tensor(0.5)):
+        loss = bce(x, t, pos_weight=pos_weight, reduction="sum")
+        assert torch.autograd.grad(loss, t)[0].tolist() == [math.inf, -math.inf]
+
+
 @reductions
 def test_threads_do_not_change_bits(reduction):
     tensors = pair((30_001, 10), torch.float32)

@@ -195,6 +195,24 @@ def test_softcap_of_huge_logits():
     torch.testing.assert_close(grad[0, 2].double(), wanted[0, 2], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4), (5,)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_softcap_of_ignored_rows_that_hold_anything(shape, inplace):
+    x = torch.randn(shape, dtype=torch.float64)
+    label = torch.full((*shape[:1], *shape[2:]) if len(shape) > 1 else (), -100)
+    x.view(-1)[::2] = math.nan
+    x.requires_grad_()
+    loss = cross_entropy(x * 1, label, softcap=2.0, reduction="sum", inplace_backward=inplace)
+    assert (torch.autograd.grad(loss, x)[0] == 0).all()
+
+
+def test_a_sum_of_equal_losses():
+    # Added one after the other, all of them round to the same side.
+    rows = 4001
+    x, y = torch.zeros(rows, 3, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
+    assert abs(cross_entropy(x, y).item() - math.log(3)) <= 4 * math.ulp(math.log(3))
+
+
 def test_normalizer_adds_up():
     x, y = logits((12, 5)), torch.randint(5, (12,))
     whole = torch.autograd.grad(cross_entropy(x, y), x)[0]

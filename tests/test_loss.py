@@ -141,6 +141,12 @@ def test_at_the_knee(loss):
     compare(*both_pointwise(loss, reduction="none"), [points.requires_grad_(), torch.zeros_like(points)])
 
 
+@pytest.mark.parametrize("loss", POINTWISE)
+def test_no_loss_is_minus_zero(loss):
+    x, t = torch.tensor([-0.0, 0.0, -0.0]), torch.tensor([0.0, -0.0, -0.0])
+    assert not torch.signbit(both_pointwise(loss, reduction="none")[0](x, t)).any()
+
+
 def test_float16_and_bfloat16():
     assert mse_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).isinf()  # 90000 has no float16
     many = torch.full((100_000,), 4.0).bfloat16()

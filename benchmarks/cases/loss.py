@@ -1,6 +1,6 @@
 """Losses, forward and backward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,17 +15,29 @@ CROSS_ENTROPY = [
     *((4096, 1000, Goal(4.0, kept=2.5), dtype) for dtype in (None, torch.bfloat16)),
     *((1024, 32000, Goal(4.0, kept=2.5), dtype) for dtype in (None, torch.bfloat16)),
 ]
+# The gradient written over the logits: within twice the time of one read and one write.
+IN_PLACE = [
+    (rows, classes, Goal(15.0, kept=4.0, limit=0.5), dtype)
+    for rows, classes in ((4096, 1000), (1024, 32000))
+    for dtype in (None, torch.bfloat16)
+]
+SOFT = [(1024, 32000, Goal(5.0), None)]
 POINTWISE = {
     "mse": (ours.mse_loss, F.mse_loss, Goal(4.0, kept=1.5)),
     "huber": (ours.huber_loss, F.huber_loss, Goal(4.0, kept=1.5)),
     "smooth_l1": (ours.smooth_l1_loss, F.smooth_l1_loss, None),
+    "bce": (ours.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits, Goal(4.0, kept=1.5)),
 }
 
 
 def cases(smoke: bool) -> Iterator[Case]:
-    for rows, classes, goal, dtype in [(3, 10, None, None)] if smoke else CROSS_ENTROPY:
-        build = partial(_cross_entropy, rows, classes)
-        yield Case("loss", "cross_entropy", f"{rows}x{classes}", build, goal, dtype)
+    for name, build, sizes in (
+        ("cross_entropy", _cross_entropy, CROSS_ENTROPY),
+        ("ce_inplace", _in_place, IN_PLACE),
+        ("ce_soft_targets", _soft_targets, SOFT),
+    ):
+        for rows, classes, goal, dtype in [(3, 10, None, None)] if smoke else sizes:
+            yield Case("loss", name, f"{rows}x{classes}", partial(build, rows, classes), goal, dtype)
     for name, (our_loss, torch_loss, goal) in POINTWISE.items():
         size, elements = ("1 K", 2**10) if smoke else ("16 M", 2**24)
         build = partial(_pointwise, our_loss, torch_loss, elements)
@@ -37,12 +49,43 @@ def _cross_entropy(rows: int, classes: int, setup: Setup) -> Work:
     return _work(ours.cross_entropy, F.cross_entropy, logits, labels, 2, setup)
 
 
+def _soft_targets(rows: int, classes: int, setup: Setup) -> Work:
+    logits, target = setup.normal(rows, classes, std=2.0), setup.normal(rows, classes).float().softmax(1)
+    return _work(ours.cross_entropy, F.cross_entropy, logits, target.to(setup.dtype), 3, setup)
+
+
+def _in_place(rows: int, classes: int, setup: Setup) -> Work:
+    """Every repetition finds the last one's gradient as its logits: other values, equal work. What is compared is the
+    first."""
+    logits, labels = setup.normal(rows, classes, std=2.0), setup.labels(rows, classes)
+    work = _work(ours.cross_entropy, F.cross_entropy, logits, labels, 2, setup)
+    owned, in_place = logits.clone(), partial(ours.cross_entropy, inplace_backward=True)
+
+    def run() -> Tensors:
+        leaf = owned.detach().requires_grad_()
+        # Seen as a tensor that was computed, which alone may be written over.
+        value = in_place(leaf.view_as(leaf), labels)
+        value.backward()
+        results = (value, leaf.grad)
+        leaf.grad = None
+        return results
+
+    def first() -> Tensors:
+        owned.copy_(logits)
+        return run()
+
+    work.contenders[OURS] = Contender(run, first)
+    return work
+
+
 def _pointwise(our_loss, torch_loss, size: int, setup: Setup) -> Work:
     prediction, target = setup.normal(size), setup.normal(size)
+    if our_loss is ours.binary_cross_entropy_with_logits:
+        target = target.sigmoid()
     return _work(our_loss, torch_loss, prediction, target, 3, setup)
 
 
-def _work(our_loss, torch_loss, input, target, accesses: int, setup: Setup) -> Work:
+def _work(our_loss: Callable, torch_loss: Callable, input, target, accesses: int, setup: Setup) -> Work:
     """`accesses`: to each element; every input is read once and the gradient written once."""
     traffic = accesses * input.nbytes
 

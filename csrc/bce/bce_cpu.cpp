@@ -40,10 +40,10 @@ class Spread {
 
 template <class T, class C>
 GDBP_CLONES double sum_block(const T* x, const T* t, const C* w, const C* q, int64_t n) {
-  C sum = 0;
+  double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += w[i] * loss<C>(widen(x[i]), widen(t[i]), q[i]);
-  return double(sum);
+  for (int64_t i = 0; i < n; ++i) sum += double(w[i] * loss<C>(widen(x[i]), widen(t[i]), q[i]));
+  return sum;
 }
 
 template <class T, class C>

@@ -29,10 +29,11 @@ GDBP_HD C input_slope(C x, C t, C q) {
   return (C(1) - t) * math::logistic(e, x < C(0)) - q * t * math::logistic(e, x > C(0));
 }
 
-// q softplus(-x) - softplus(x), the common part of both taken out
+// q softplus(-x) - softplus(x), the common part of both taken out; at -infinity there would be nothing left
 template <class C>
 GDBP_HD C target_slope(C x, C, C q) {
-  return (q - C(1)) * Softplus<C>(x).minus - x;
+  const C slope = (q - C(1)) * Softplus<C>(x).minus - x;
+  return x == -math::Format<C>::infinity ? -q * x : slope;
 }
 
 }  // namespace gdbp::bce

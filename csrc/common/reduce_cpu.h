@@ -9,8 +9,9 @@
 
 namespace gdbp::cpu {
 
-// Long float chains lose digits, so a run is short; long enough to keep the vector units busy.
-constexpr int64_t kRun = 512;
+// Long float chains lose digits, most where all numbers are equal and round to the same side, so a run is short;
+// long enough to keep the vector units busy.
+constexpr int64_t kRun = 128;
 
 // sum of f(i) for i in [begin, end)
 template <class T, class F>

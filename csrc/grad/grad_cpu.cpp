@@ -56,8 +56,8 @@ GDBP_CLONES Health health_of(const T* x, int64_t n) {
   return total;
 }
 
-// Calls f(x, begin, end, chunk) for every chunk of every source, x typed, chunks numbered through; returns the
-// number of them. Kept between calls: a step in the steady state allocates nothing.
+// Calls f(x, begin, end, chunk, source) for every chunk of every source, x typed, chunks numbered through, after
+// prepare(number of chunks). What it needs is kept between calls: a step in the steady state allocates nothing.
 template <class Prepare, class F>
 void for_chunks(const Source* sources, int64_t count, const Prepare& prepare, const F& f) {
   static thread_local cpu::Line line;
@@ -78,7 +78,7 @@ void for_chunks(const Source* sources, int64_t count, const Prepare& prepare, co
           dispatch(sources[i].dtype, [=, &f](auto type) {
             const auto* const x = static_cast<const typename decltype(type)::type*>(sources[i].data);
             for (int64_t at = begin; at < end; at += cpu::kChunk)
-              f(x, at, std::min(end, at + cpu::kChunk), firsts[i] + at / cpu::kChunk);
+              f(x, at, std::min(end, at + cpu::kChunk), firsts[i] + at / cpu::kChunk, i);
           });
         });
       },
@@ -91,6 +91,40 @@ GDBP_CLONES void scale_range(T* x, Compute<T> factor, int64_t begin, int64_t end
 }
 
 template <class T>
+GDBP_CLONES void slope_range(const T* x, T* to, Compute<T> l1, Compute<T> l2, Compute<T> factor, int64_t begin,
+                             int64_t end) {
+  for (int64_t i = begin; i < end; ++i) to[i] = narrow<T>(factor * penalty_slope(Compute<T>(widen(x[i])), l1, l2));
+}
+
+// Each unit as a source.
+const std::vector<Source>& units_of(const Source* sources, int64_t count) {
+  static thread_local std::vector<Source> units;
+  units.clear();
+  for (int64_t i = 0; i < count; ++i) {
+    const Source& s = sources[i];
+    const auto* const bytes = static_cast<const unsigned char*>(s.data);
+    for (int64_t u = 0; u < s.units; ++u)
+      units.push_back({bytes + s.numel / s.units * u * size_of(s.dtype), s.numel / s.units, s.dtype});
+  }
+  return units;
+}
+
+// The sum of the terms of every chunk, chunks numbered through.
+template <class Terms>
+const std::vector<double>& sums_of_chunks(const Source* sources, int64_t count, const Terms& terms) {
+  static thread_local std::vector<double> partial;
+  double* sums = nullptr;
+  const auto prepare = [&](int64_t chunks) {
+    partial.resize(chunks);
+    sums = partial.data();
+  };
+  for_chunks(sources, count, prepare, [&](const auto* x, int64_t begin, int64_t end, int64_t chunk, int64_t) {
+    sums[chunk] = accumulate(terms, x + begin, end - begin);
+  });
+  return partial;
+}
+
+template <class T>
 GDBP_CLONES void clamp_range(T* x, Compute<T> limit, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) x[i] = narrow<T>(clamp(widen(x[i]), limit));
 }
@@ -98,18 +132,9 @@ GDBP_CLONES void clamp_range(T* x, Compute<T> limit, int64_t begin, int64_t end)
 }  // namespace
 
 int norm_cpu(const Source* sources, int64_t count, const Limit& limit, Norm* norm, void*) {
-  static thread_local std::vector<double> partial;
   dispatch_order(limit.order, [&](auto terms) {
-    double* sums = nullptr;
-    const auto prepare = [&](int64_t chunks) {
-      partial.resize(chunks);
-      sums = partial.data();
-    };
-    for_chunks(sources, count, prepare, [&](const auto* x, int64_t begin, int64_t end, int64_t chunk) {
-      sums[chunk] = accumulate(terms, x + begin, end - begin);
-    });
     double total = 0;
-    for (const double sum : partial) total = terms(total, sum);
+    for (const double sum : sums_of_chunks(sources, count, terms)) total = terms(total, sum);
     *norm = decide(total, limit);
   });
   return 0;
@@ -119,7 +144,7 @@ int health_cpu(const Source* sources, int64_t count, Health* health, void*) {
   std::vector<Health> partial;
   for_chunks(
       sources, count, [&](int64_t chunks) { partial.resize(chunks); },
-      [&](const auto* x, int64_t begin, int64_t end, int64_t chunk) {
+      [&](const auto* x, int64_t begin, int64_t end, int64_t chunk, int64_t) {
         partial[chunk] = health_of(x + begin, end - begin);
       });
   const Health* chunk = partial.data();
@@ -136,7 +161,7 @@ int scale_cpu(const Source* sources, int64_t count, const double* coefficient, v
   const double factor = *coefficient;
   for_chunks(
       sources, count, [](int64_t) {},
-      [=]<class T>(const T* x, int64_t begin, int64_t end, int64_t) {
+      [=]<class T>(const T* x, int64_t begin, int64_t end, int64_t, int64_t) {
         scale_range(const_cast<T*>(x), Compute<T>(factor), begin, end);
       });
   return 0;
@@ -145,8 +170,56 @@ int scale_cpu(const Source* sources, int64_t count, const double* coefficient, v
 int clamp_cpu(const Source* sources, int64_t count, double limit, void*) {
   for_chunks(
       sources, count, [](int64_t) {},
-      [=]<class T>(const T* x, int64_t begin, int64_t end, int64_t) {
+      [=]<class T>(const T* x, int64_t begin, int64_t end, int64_t, int64_t) {
         clamp_range(const_cast<T*>(x), Compute<T>(limit), begin, end);
+      });
+  return 0;
+}
+
+int unit_norms_cpu(const Source* sources, int64_t count, double order, double* norms, void*) {
+  const std::vector<Source>& units = units_of(sources, count);
+  dispatch_order(order, [&](auto terms) {
+    const double* chunk = sums_of_chunks(units.data(), int64_t(units.size()), terms).data();
+    for (const Source& unit : units) {
+      double total = 0;
+      for (int64_t at = 0; at < unit.numel; at += cpu::kChunk) total = terms(total, *chunk++);
+      *norms++ = root(total, order);
+    }
+  });
+  return 0;
+}
+
+int scale_units_cpu(const Source* sources, int64_t count, const double* coefficients, void*) {
+  // Those that are multiplied by 1 are not even looked at.
+  std::vector<Source> scaled;
+  std::vector<double> factors;
+  for (const Source& unit : units_of(sources, count)) {
+    const double factor = *coefficients++;
+    if (factor == 1) continue;
+    scaled.push_back(unit);
+    factors.push_back(factor);
+  }
+  for_chunks(
+      scaled.data(), int64_t(scaled.size()), [](int64_t) {},
+      [&]<class T>(const T* x, int64_t begin, int64_t end, int64_t, int64_t i) {
+        scale_range(const_cast<T*>(x), Compute<T>(factors[i]), begin, end);
+      });
+  return 0;
+}
+
+int penalty_cpu(const Source* sources, int64_t count, const Penalty& penalty, double* value, void*) {
+  *value = 0;
+  for (const double sum : sums_of_chunks(sources, count, Penalties(penalty))) *value += sum;
+  return 0;
+}
+
+int penalty_slope_cpu(const Source* sources, int64_t count, const Penalty& penalty, const double* upstream,
+                      void* const* outputs, void*) {
+  for_chunks(
+      sources, count, [](int64_t) {},
+      [&]<class T>(const T* x, int64_t begin, int64_t end, int64_t, int64_t i) {
+        using C = Compute<T>;
+        slope_range(x, static_cast<T*>(outputs[i]), C(penalty.l1), C(penalty.l2), C(*upstream), begin, end);
       });
   return 0;
 }

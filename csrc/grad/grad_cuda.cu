@@ -12,15 +12,18 @@ using cuda::kThreads;
 
 constexpr int kWidth = 4;
 #if CUDART_VERSION >= 13000
-constexpr int kCapacity = 900;
+constexpr int kCapacity = 650;
 #else
-constexpr int kCapacity = 110;
+constexpr int kCapacity = 80;
 #endif
 
 struct Entry {
   const void* data;
-  int64_t numel;
-  int64_t first_chunk;  // chunks of the tensors before it, in this launch
+  void* output;     // of what is not written in place; else null
+  int64_t numel;    // of all units together
+  int64_t unit;     // elements of each
+  int first_chunk;  // chunks of the tensors before it, in this launch
+  int first_unit;   // units likewise
   Dtype dtype;
   int index;  // among all tensors
 };
@@ -30,10 +33,38 @@ struct Batch {
   int count;
 };
 
-// Calls f(values, at, count) for kWidth neighbours at a time.
+// What a block finds out about its chunk of a tensor.
+struct Chunk {
+  int64_t begin, end;  // of a unit, elements
+  int number;          // among the chunks of this launch
+  int unit;            // among its units
+  void* output;        // of the tensor
+};
+
+// The last entry that begins at `at` or before, by what `first` says.
+template <class First>
+__device__ __forceinline__ const Entry& find(const Batch& batch, int at, const First& first) {
+  int low = 0;
+  for (int high = batch.count; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (first(batch.entries[middle]) <= at ? low : high) = middle;
+  }
+  return batch.entries[low];
+}
+__device__ __forceinline__ int chunks_of_unit(const Entry& entry) {
+  return int((entry.unit + kCudaChunk - 1) / kCudaChunk);
+}
+
+// Whether kWidth elements are read and written at once: the address allows it.
+template <class T>
+__device__ __forceinline__ bool in_vectors(const T* x) {
+  return cuda::aligned(x, kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16);
+}
+
+// Calls f(values, at, count) for kWidth neighbours at a time. A unit's chunk may begin anywhere.
 template <class T, class F>
 __device__ __forceinline__ void for_each(const T* x, int64_t begin, int64_t end, F f) {
-  const bool vectors = reinterpret_cast<uintptr_t>(x) % (kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) == 0;
+  const bool vectors = in_vectors(x + begin);
   for (int64_t at = begin + int64_t(threadIdx.x) * kWidth; at < end; at += kThreads * kWidth) {
     Compute<T> values[kWidth];
     const int count = int(end - at < kWidth ? end - at : kWidth);
@@ -48,14 +79,14 @@ struct NormOfChunk {
   Terms terms;
   double* partial;
   template <class T>
-  __device__ void operator()(const T* x, int64_t begin, int64_t end, int64_t chunk) const {
+  __device__ void operator()(const T* x, const Chunk& chunk) const {
     double sum = 0;
-    for_each(x, begin, end, [&](const auto& values, int64_t, int) {
+    for_each(x, chunk.begin, chunk.end, [&](const auto& values, int64_t, int) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) sum = terms(sum, terms.term(double(values[k])));
     });
     sum = cuda::block_reduce<kThreads>(sum, terms, 0.0);
-    if (threadIdx.x == 0) partial[chunk] = sum;
+    if (threadIdx.x == 0) partial[chunk.number] = sum;
   }
 };
 
@@ -73,66 +104,112 @@ __device__ __forceinline__ Health reduce(Health health) {
 struct HealthOfChunk {
   Health* partial;
   template <class T>
-  __device__ void operator()(const T* x, int64_t begin, int64_t end, int64_t chunk) const {
+  __device__ void operator()(const T* x, const Chunk& chunk) const {
     Health sums = {};
-    for_each(x, begin, end, [&](const auto& values, int64_t, int count) {
+    for_each(x, chunk.begin, chunk.end, [&](const auto& values, int64_t, int count) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         if (k < count) add(sums, double(values[k]));
       }
     });
     sums = reduce(sums);
-    if (threadIdx.x == 0) partial[chunk] = sums;
+    if (threadIdx.x == 0) partial[chunk.number] = sums;
   }
 };
 
-// Multiplies by *coefficient, or where that is null clamps to the limit.
-struct Rewrite {
-  const double* coefficient;
+// Every element of the chunk replaced by f of it, or that written to `to`.
+template <class T, class F>
+__device__ __forceinline__ void rewrite_chunk(const T* x, T* to, const Chunk& chunk, const F& f) {
+  const bool vectors = in_vectors(to + chunk.begin);
+  for_each(x, chunk.begin, chunk.end, [&](auto& values, int64_t at, int count) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) values[k] = f(values[k]);
+    cuda::store(to + at, count, vectors, values);
+  });
+}
+
+// Multiplies by the unit's coefficient, or by the one of all.
+struct Scale {
+  const double* coefficients;
+  bool each;
+  template <class T>
+  __device__ void operator()(const T* x, const Chunk& chunk) const {
+    const double factor = coefficients[each ? chunk.unit : 0];
+    if (factor == 1) return;
+    rewrite_chunk(x, const_cast<T*>(x), chunk, [=](auto value) { return value * Compute<T>(factor); });
+  }
+};
+
+struct Clamp {
   double limit;
   template <class T>
-  __device__ void operator()(const T* x, int64_t begin, int64_t end, int64_t) const {
+  __device__ void operator()(const T* x, const Chunk& chunk) const {
+    rewrite_chunk(x, const_cast<T*>(x), chunk, [=, *this](auto value) { return clamp(value, Compute<T>(limit)); });
+  }
+};
+
+struct PenaltySlope {
+  Penalty penalty;
+  const double* upstream;
+  template <class T>
+  __device__ void operator()(const T* x, const Chunk& chunk) const {
     using C = Compute<T>;
-    const double factor = coefficient != nullptr ? *coefficient : 0;
-    if (factor == 1) return;
-    const bool scales = coefficient != nullptr;
-    const bool whole = reinterpret_cast<uintptr_t>(x) % (kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) == 0;
-    for_each(x, begin, end, [&](auto& values, int64_t at, int count) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) values[k] = scales ? values[k] * C(factor) : clamp(values[k], C(limit));
-      cuda::store(const_cast<T*>(x) + at, count, whole, values);
-    });
+    const C l1 = C(penalty.l1), l2 = C(penalty.l2), factor = C(*upstream);
+    rewrite_chunk(x, static_cast<T*>(chunk.output), chunk,
+                  [=](C value) { return factor * penalty_slope(value, l1, l2); });
   }
 };
 
 // Which tensor the block's chunk belongs to is a binary search over first_chunk.
 template <class F>
 __global__ void __launch_bounds__(kThreads) chunk_kernel(GDBP_GRID_CONSTANT(Batch) batch, F f) {
-  const int64_t chunk = blockIdx.x;
-  int low = 0;
-  for (int high = batch.count; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    (batch.entries[middle].first_chunk <= chunk ? low : high) = middle;
-  }
-  const Entry& entry = batch.entries[low];
-  const int64_t begin = (chunk - entry.first_chunk) * kCudaChunk;
-  const int64_t end = begin + kCudaChunk < entry.numel ? begin + kCudaChunk : entry.numel;
+  const int number = int(blockIdx.x);
+  const Entry& entry = find(batch, number, [](const Entry& e) { return e.first_chunk; });
+  const int local = number - entry.first_chunk, per_unit = chunks_of_unit(entry), unit = local / per_unit;
+  const int64_t first = unit * entry.unit, begin = first + (local - unit * per_unit) * kCudaChunk;
+  const int64_t end = begin + kCudaChunk < first + entry.unit ? begin + kCudaChunk : first + entry.unit;
+  const Chunk chunk{begin, end, number, entry.first_unit + unit, entry.output};
   switch (entry.dtype) {
-    case Dtype::float64: f(static_cast<const double*>(entry.data), begin, end, chunk); break;
-    case Dtype::float32: f(static_cast<const float*>(entry.data), begin, end, chunk); break;
-    case Dtype::bfloat16: f(static_cast<const BFloat16*>(entry.data), begin, end, chunk); break;
-    default: f(static_cast<const Float16*>(entry.data), begin, end, chunk); break;
+    case Dtype::float64: f(static_cast<const double*>(entry.data), chunk); break;
+    case Dtype::float32: f(static_cast<const float*>(entry.data), chunk); break;
+    case Dtype::bfloat16: f(static_cast<const BFloat16*>(entry.data), chunk); break;
+    default: f(static_cast<const Float16*>(entry.data), chunk); break;
   }
 }
 
+// What becomes of the sum of all terms.
+struct Decide {
+  Limit limit;
+  Norm* norm;
+  __device__ void operator()(double total) const { *norm = decide(total, limit); }
+};
+struct Store {
+  double* value;
+  __device__ void operator()(double total) const { *value = total; }
+};
+
 // One block: each thread adds every kThreads-th chunk in order, then the threads in a fixed tree.
-template <class Terms>
+template <class Terms, class Finish>
 __global__ void __launch_bounds__(kThreads)
-    decide_kernel(Terms terms, const double* partial, int64_t chunks, Limit limit, Norm* norm) {
+    total_kernel(Terms terms, const double* partial, int64_t chunks, Finish finish) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) sum = terms(sum, partial[i]);
   sum = cuda::block_reduce<kThreads>(sum, terms, 0.0);
-  if (threadIdx.x == 0) *norm = decide(sum, limit);
+  if (threadIdx.x == 0) finish(sum);
+}
+
+// The same for the chunks of one unit a block.
+template <class Terms>
+__global__ void __launch_bounds__(kThreads)
+    unit_kernel(GDBP_GRID_CONSTANT(Batch) batch, Terms terms, const double* partial, double order, double* norms) {
+  const int number = int(blockIdx.x);
+  const Entry& entry = find(batch, number, [](const Entry& e) { return e.first_unit; });
+  const int chunks = chunks_of_unit(entry), unit = number - entry.first_unit;
+  const double* const own = partial + entry.first_chunk + int64_t(unit) * chunks;
+  double sum = 0;
+  for (int i = int(threadIdx.x); i < chunks; i += kThreads) sum = terms(sum, own[i]);
+  sum = cuda::block_reduce<kThreads>(sum, terms, 0.0);
+  if (threadIdx.x == 0) norms[number] = root(sum, order);
 }
 
 // The same for the chunks of one tensor a block.
@@ -146,30 +223,64 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) health[entry.index] = finish(sums, entry.numel);
 }
 
-// Calls launch(batch, chunks, done) for every batch; done: the chunks of those before it.
+// How much there is in a batch, and in those before it.
+struct Extent {
+  int64_t chunks = 0, units = 0, chunks_before = 0, units_before = 0;
+};
+
+// Calls launch(batch, extent) for every batch; outputs may be null.
 template <class F>
-int for_batches(const Source* sources, int64_t count, const F& launch) {
-  int64_t done = 0, chunks = 0;
+int for_batches(const Source* sources, int64_t count, void* const* outputs, const F& launch) {
+  Extent extent;
   Batch batch;
   batch.count = 0;
   for (int64_t i = 0; i <= count; ++i) {
     if (batch.count > 0 && (i == count || batch.count == kCapacity)) {
-      if (const int error = launch(batch, chunks, done)) return error;
-      done += chunks;
+      if (const int error = launch(batch, extent)) return error;
+      extent = {0, 0, extent.chunks_before + extent.chunks, extent.units_before + extent.units};
       batch.count = 0;
-      chunks = 0;
     }
-    if (i == count || sources[i].numel == 0) continue;
-    batch.entries[batch.count++] = {sources[i].data, sources[i].numel, chunks, sources[i].dtype, int(i)};
-    chunks += cuda::ceil_div(sources[i].numel, kCudaChunk);
+    if (i == count) continue;
+    const Source& s = sources[i];
+    if (s.numel == 0) {
+      extent.units += s.units;
+      continue;
+    }
+    batch.entries[batch.count++] = {s.data,
+                                    outputs != nullptr ? outputs[i] : nullptr,
+                                    s.numel,
+                                    s.numel / s.units,
+                                    int(extent.chunks),
+                                    int(extent.units),
+                                    s.dtype,
+                                    int(i)};
+    extent.chunks += cuda_chunks(s);
+    extent.units += s.units;
   }
   return 0;
 }
 
-int rewrite(const Source* sources, int64_t count, const Rewrite& how, void* stream) {
-  return for_batches(sources, count, [&](const Batch& batch, int64_t chunks, int64_t) {
-    return GDBP_LAUNCH(chunk_kernel<Rewrite>, unsigned(chunks), kThreads, 0, stream, batch, how);
+// Runs what make(extent) returns over every chunk.
+template <class Make>
+int for_chunks(const Source* sources, int64_t count, void* const* outputs, void* stream, const Make& make) {
+  return for_batches(sources, count, outputs, [&](const Batch& batch, const Extent& extent) {
+    const auto body = make(extent);
+    return GDBP_LAUNCH(chunk_kernel<std::decay_t<decltype(body)>>, unsigned(extent.chunks), kThreads, 0, stream, batch,
+                       body);
   });
+}
+
+// The terms of all sources added up, and handed to finish.
+template <class Terms, class Finish>
+int sum_terms(const Source* sources, int64_t count, const Terms& terms, const Finish& finish, void* workspace,
+              void* stream) {
+  double* const partial = static_cast<double*>(workspace);
+  const int error = for_chunks(sources, count, nullptr, stream, [&](const Extent& extent) {
+    return NormOfChunk<Terms>{terms, partial + extent.chunks_before};
+  });
+  if (error != 0) return error;
+  return GDBP_LAUNCH((total_kernel<Terms, Finish>), 1, kThreads, 0, stream, terms, partial, cuda_chunks(sources, count),
+                     finish);
 }
 
 // The health of nothing.
@@ -181,17 +292,23 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(int64_t count, Health* 
 }  // namespace
 
 int norm_cuda(const Source* sources, int64_t count, const Limit& limit, Norm* norm, void* workspace, void* stream) {
-  double* const partial = static_cast<double*>(workspace);
   return dispatch_order(limit.order, [&](auto terms) {
+    return sum_terms(sources, count, terms, Decide{limit, norm}, workspace, stream);
+  });
+}
+
+int unit_norms_cuda(const Source* sources, int64_t count, double order, double* norms, void* workspace, void* stream) {
+  double* const partial = static_cast<double*>(workspace);
+  return dispatch_order(order, [&](auto terms) {
     using Terms = decltype(terms);
-    int64_t total = 0;
-    const int error = for_batches(sources, count, [&](const Batch& batch, int64_t chunks, int64_t done) {
-      total = done + chunks;
-      const NormOfChunk<Terms> body{terms, partial + done};
-      return GDBP_LAUNCH(chunk_kernel<NormOfChunk<Terms>>, unsigned(chunks), kThreads, 0, stream, batch, body);
+    return for_batches(sources, count, nullptr, [&](const Batch& batch, const Extent& extent) {
+      const NormOfChunk<Terms> body{terms, partial};
+      const int failed =
+          GDBP_LAUNCH(chunk_kernel<NormOfChunk<Terms>>, unsigned(extent.chunks), kThreads, 0, stream, batch, body);
+      if (failed != 0) return failed;
+      return GDBP_LAUNCH(unit_kernel<Terms>, unsigned(extent.units), kThreads, 0, stream, batch, terms, partial, order,
+                         norms + extent.units_before);
     });
-    if (error != 0) return error;
-    return GDBP_LAUNCH(decide_kernel<Terms>, 1, kThreads, 0, stream, terms, partial, total, limit, norm);
   });
 }
 
@@ -201,20 +318,36 @@ int health_cuda(const Source* sources, int64_t count, Health* health, void* work
   const int error =
       GDBP_LAUNCH(clear_kernel, unsigned(cuda::ceil_div(count, kThreads)), kThreads, 0, stream, count, health);
   if (error != 0) return error;
-  return for_batches(sources, count, [&](const Batch& batch, int64_t chunks, int64_t done) {
-    const HealthOfChunk body{partial + done};
-    const int failed = GDBP_LAUNCH(chunk_kernel<HealthOfChunk>, unsigned(chunks), kThreads, 0, stream, batch, body);
+  return for_batches(sources, count, nullptr, [&](const Batch& batch, const Extent& extent) {
+    const HealthOfChunk body{partial};
+    const int failed =
+        GDBP_LAUNCH(chunk_kernel<HealthOfChunk>, unsigned(extent.chunks), kThreads, 0, stream, batch, body);
     if (failed != 0) return failed;
-    return GDBP_LAUNCH(health_kernel, unsigned(batch.count), kThreads, 0, stream, batch, partial + done, health);
+    return GDBP_LAUNCH(health_kernel, unsigned(batch.count), kThreads, 0, stream, batch, partial, health);
   });
 }
 
 int scale_cuda(const Source* sources, int64_t count, const double* coefficient, void* stream) {
-  return rewrite(sources, count, {coefficient, 0}, stream);
+  return for_chunks(sources, count, nullptr, stream, [&](const Extent&) { return Scale{coefficient, false}; });
+}
+
+int scale_units_cuda(const Source* sources, int64_t count, const double* coefficients, void* stream) {
+  return for_chunks(sources, count, nullptr, stream,
+                    [&](const Extent& extent) { return Scale{coefficients + extent.units_before, true}; });
 }
 
 int clamp_cuda(const Source* sources, int64_t count, double limit, void* stream) {
-  return rewrite(sources, count, {nullptr, limit}, stream);
+  return for_chunks(sources, count, nullptr, stream, [&](const Extent&) { return Clamp{limit}; });
+}
+
+int penalty_cuda(const Source* sources, int64_t count, const Penalty& penalty, double* value, void* workspace,
+                 void* stream) {
+  return sum_terms(sources, count, Penalties(penalty), Store{value}, workspace, stream);
+}
+
+int penalty_slope_cuda(const Source* sources, int64_t count, const Penalty& penalty, const double* upstream,
+                       void* const* outputs, void* stream) {
+  return for_chunks(sources, count, outputs, stream, [&](const Extent&) { return PenaltySlope{penalty, upstream}; });
 }
 
 }  // namespace gdbp::grad

@@ -30,6 +30,19 @@ struct Largest {
   GDBP_HD double operator()(double a, double b) const { return a > b || a != a ? a : b; }
 };
 
+// The terms of a Penalty.
+struct Penalties {
+  double l1, half_l2;
+  explicit Penalties(const Penalty& p) : l1(p.l1), half_l2(p.l2 / 2) {}
+  GDBP_HD double term(double x) const { return l1 * fabs(x) + half_l2 * (x * x); }
+  GDBP_HD double operator()(double a, double b) const { return a + b; }
+};
+// The derivative. Of |x| it is 0 at 0; NaN stays.
+template <class C>
+GDBP_HD C penalty_slope(C x, C l1, C l2) {
+  return (x > C(0) ? l1 : x < C(0) ? -l1 : C(0)) + l2 * x;
+}
+
 // Calls f with the terms of the norm of this order.
 template <class F>
 auto dispatch_order(double order, F&& f) {

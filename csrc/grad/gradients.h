@@ -14,7 +14,8 @@ class Gradients {
  public:
   // The gradients of `tensors` that have one, or the tensors themselves. Null where the kernels cannot take
   // them: several devices, or a tensor that is sparse, complex, or of a class that dispatches in Python.
-  static std::unique_ptr<Gradients> of(const pybind11::list& tensors, bool themselves);
+  // by_row: each row of a tensor is a unit, unless it has a single dimension or none; else each tensor is one.
+  static std::unique_ptr<Gradients> of(const pybind11::list& tensors, bool themselves, bool by_row);
 
   // Of all together: the three numbers of Norm, on their device.
   at::Tensor norm(double order, double max_norm) const;
@@ -24,17 +25,29 @@ class Gradients {
   bool scale(const at::Tensor& coefficient) const;
   bool clamp(double limit) const;
 
+  // (units), float64, where a tensor without elements has none; and the units multiplied by as many float64
+  // coefficients, as in scale.
+  at::Tensor unit_norms(double order) const;
+  bool scale_units(const at::Tensor& coefficients) const;
+
+  // Of the values of all together, one float64 number; and its derivatives times upstream, in tensors like them.
+  at::Tensor penalty(double l1, double l2) const;
+  std::vector<at::Tensor> penalty_slope(double l1, double l2, const at::Tensor& upstream) const;
+
   const std::vector<int64_t>& positions() const { return positions_; }
   // float32 for half types, whose norm may be beyond them.
   at::ScalarType norm_type() const;
 
  private:
+  // on_dense(sources) for what lies in one piece, of which the others are without elements; on_other(position).
   template <class OnDense, class OnOther>
-  bool write(const OnDense& dense, const OnOther& other) const;
+  bool write(std::vector<Source> sources, const OnDense& on_dense, const OnOther& on_other) const;
+  void check_coefficients(const at::Tensor& coefficients, int64_t expected) const;
   at::Tensor workspace(int64_t bytes) const;
 
   std::vector<at::Tensor> tensors_, copies_;
   std::vector<Source> sources_;
+  std::vector<Source> in_units_;    // the same, by unit
   std::vector<int64_t> positions_;  // in the list that this was made of
   std::vector<bool> dense_;
   at::Device device_ = at::kCPU;

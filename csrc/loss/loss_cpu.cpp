@@ -275,6 +275,14 @@ class Backward {
   const Weights<T> weights_;
 };
 
+// In a fixed tree: one after the other, rows of equal losses round to the same side each time.
+double sum_of(const double* x, int64_t n) {
+  if (n > 16) return sum_of(x, n / 2) + sum_of(x + n / 2, n - n / 2);
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
 int64_t grain(const CrossEntropy& a) { return std::max<int64_t>(1, cpu::kGrain / 8 / std::max<int64_t>(1, a.classes)); }
 
 template <class T>
@@ -293,13 +301,14 @@ bool find_bad_label(const CrossEntropyForward& a) {
   return false;
 }
 
-// The divisor of the mean, before the first row is read: the gradient needs it.
+// The weights of all rows, and of them the divisor of the mean, before the first row is read: the gradient needs it.
 template <class T>
 void weigh_rows(const CrossEntropyForward& a) {
   const Rows<T> in(a);
-  double total = 0;
-  for (int64_t row = 0; row < in.rows; ++row) total += in.target ? double(Labels<Compute<T>>(in, row).weight) : 1.0;
-  *a.divisor = a.normalizer ? *a.normalizer : total;
+  double* const weights = a.workspace + in.rows;
+  for (int64_t row = 0; row < in.rows; ++row)
+    weights[row] = in.target ? double(Labels<Compute<T>>(in, row).weight) : 1.0;
+  *a.divisor = a.normalizer ? *a.normalizer : sum_of(weights, in.rows);
 }
 
 // Rows that lie across memory, a block that stays in cache: loss first, then the gradient.
@@ -347,14 +356,12 @@ void cross_entropy_forward(const CrossEntropyForward& a) {
 
   const double* const losses = a.workspace;
   T* const output = static_cast<T*>(a.output);
-  double loss = 0, weight = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (a.reduction == Reduction::none) output[row] = narrow<T>(C(losses[row]));
-    loss += losses[row];
-    weight += losses[rows + row];
+  *a.divisor = a.normalizer ? *a.normalizer : sum_of(losses + rows, rows);
+  if (a.reduction == Reduction::none) {
+    for (int64_t row = 0; row < rows; ++row) output[row] = narrow<T>(C(losses[row]));
+    return;
   }
-  *a.divisor = a.normalizer ? *a.normalizer : weight;
-  if (a.reduction == Reduction::none) return;
+  double loss = sum_of(losses, rows);
   if (a.reduction == Reduction::mean) loss = a.empty_is_zero && *a.divisor == 0 ? 0 : loss / *a.divisor;
   output[0] = narrow<T>(C(loss));
 }

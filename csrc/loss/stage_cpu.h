@@ -66,8 +66,9 @@ class Stage {
   GDBP_CLONES static void cap_all(C* x, C softcap, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = cap(x[i], softcap);
   }
+  // Where there is no gradient the logits may hold anything: the row may be ignored.
   GDBP_CLONES static void slopes(const C* x, C* grad, C softcap, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) grad[i] *= cap_slope(x[i], softcap);
+    for (int64_t i = 0; i < n; ++i) grad[i] = grad[i] == C(0) ? C(0) : grad[i] * cap_slope(x[i], softcap);
   }
   // The logits once more as they are, for those in x_ are capped.
   void slope_all(const T* logits, int64_t count) {

@@ -30,14 +30,14 @@ struct AbsoluteError {
   }
 };
 
-// Huber (1964): d^2 / 2 up to delta > 0, a line of slope delta beyond. With d clamped to c both are one
+// Huber (1964): d^2 / 2 up to delta > 0, a line of slope delta beyond. With |d| clamped to c both are one
 // expression.
 struct Huber {
   static constexpr bool uses_parameter = true;
   template <class T>
   static GDBP_HD T forward(T d, T delta) {
-    const T c = backward(d, delta);
-    return c * (d - T(0.5) * c);
+    const T size = math::abs(d), c = math::at_most(size, delta);
+    return c * (size - T(0.5) * c);
   }
   template <class T>
   static GDBP_HD T backward(T d, T delta) {
@@ -50,8 +50,8 @@ struct SmoothL1 {
   static constexpr bool uses_parameter = true;
   template <class T>
   static GDBP_HD T forward(T d, T beta) {
-    const T c = Huber::backward(d, beta);
-    return c / beta * (d - T(0.5) * c);
+    const T size = math::abs(d), c = math::at_most(size, beta);
+    return c / beta * (size - T(0.5) * c);
   }
   template <class T>
   static GDBP_HD T backward(T d, T beta) {

@@ -1,67 +1,30 @@
-"""Clipping and inspecting gradients: torch.nn.utils' functions, one read of all gradients and at most one write."""
+"""Clipping and inspecting gradients: torch.nn.utils' functions, one read of all gradients and at most one write; and
+what torch does not have."""
 
 import math
-import types
-import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import utils as _torch
 
-from gdbp import _load
-from gdbp.nn.health import GradientHealth, gradient_health, seen_in
+from gdbp.nn._clipping import adaptive_clip_grad_, clip_grad_norm_by_group_, clip_grad_norm_by_layer_
+from gdbp.nn._gradients import check_finite, collect, listed, nonnegative, order_of
+from gdbp.nn._penalty import penalty
+from gdbp.nn.health import GradientHealth, gradient_health
 
 __all__ = [
     "GradientHealth",
+    "adaptive_clip_grad_",
     "clip_grad_norm_",
+    "clip_grad_norm_by_group_",
+    "clip_grad_norm_by_layer_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "get_total_norm",
     "gradient_health",
+    "penalty",
 ]
-
-
-def _listed(tensors: Tensor | Iterable[Tensor], warn: bool = False) -> list[Tensor]:
-    if isinstance(tensors, Tensor):
-        return [tensors]
-    listed = list(tensors)
-    if warn and not listed and isinstance(tensors, types.GeneratorType):
-        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
-    return listed
-
-
-def _collect(tensors: list[Tensor], themselves: bool = False):
-    """All gradients for one pass over them, or None where torch's functions are to do it: under torch.compile,
-    which fuses those, and for tensors without kernels."""
-    if not _load.available or torch.compiler.is_compiling():
-        return None
-    return _load._C.Gradients.of(tensors, themselves)
-
-
-def _order(norm_type: float) -> float | None:
-    """The order of a norm that is a norm; None for the others, which torch computes."""
-    order = float(norm_type)
-    return order if order > 0 else None
-
-
-def _nonnegative(name: str, value: float) -> float:
-    if not value >= 0:
-        raise ValueError(f"{name} is {value}; expected a number of at least 0")
-    return float(value)
-
-
-def _check_finite(total: Tensor, gradients, norm_type: float, tensors: list[Tensor]) -> None:
-    if torch.isfinite(total):
-        return
-    shapes = [tuple(tensors[i].shape) for i in gradients.positions]
-    names = [f"number {i} of shape {shape}" for i, shape in zip(gradients.positions, shapes)]
-    where = "; ".join(seen_in(gradients.health(), names)) or "each of them is finite, their norm is not"
-    raise RuntimeError(
-        f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it cannot be "
-        "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-        f"`error_if_nonfinite=False`. Gradients, counted from 0: {where}"
-    )
 
 
 @torch.no_grad()
@@ -85,14 +48,14 @@ def get_total_norm(
     Raises:
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; names the tensors and what is in them.
     """
-    tensors = _listed(tensors)
-    order = _order(norm_type)
-    gradients = _collect(tensors, True) if order and tensors else None
+    tensors = listed(tensors)
+    order = order_of(norm_type)
+    gradients = collect(tensors, True) if order and tensors else None
     if gradients is None:
         return _torch.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     norm = gradients.norm(order, math.inf)
     if error_if_nonfinite:
-        _check_finite(norm[0], gradients, norm_type, tensors)
+        check_finite(norm[0], gradients, norm_type, tensors)
     return norm[0] if gradients.is_double else norm[0].float()
 
 
@@ -108,9 +71,9 @@ def clip_grads_with_norm_(
     Raises:
         ValueError: max_norm below 0 or NaN, with which torch turns the gradients around.
     """
-    max_norm = _nonnegative("max_norm", max_norm)
-    parameters = _listed(parameters)
-    gradients = _collect(parameters) if isinstance(total_norm, Tensor) and type(total_norm) is Tensor else None
+    max_norm = nonnegative("max_norm", max_norm)
+    parameters = listed(parameters)
+    gradients = collect(parameters) if isinstance(total_norm, Tensor) and type(total_norm) is Tensor else None
     if gradients is None or not gradients.positions:
         return _torch.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     device = parameters[gradients.positions[0]].grad.device
@@ -141,15 +104,15 @@ def clip_grad_norm_(
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; says in which gradients what is.
         ValueError: max_norm below 0 or NaN.
     """
-    max_norm = _nonnegative("max_norm", max_norm)
-    parameters = _listed(parameters, warn=True)
-    order = _order(norm_type)
-    gradients = _collect(parameters) if order else None
+    max_norm = nonnegative("max_norm", max_norm)
+    parameters = listed(parameters, warn=True)
+    order = order_of(norm_type)
+    gradients = collect(parameters) if order else None
     if gradients is None or not gradients.positions:
         return _torch.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     norm = gradients.norm(order, max_norm)
     if error_if_nonfinite:
-        _check_finite(norm[0], gradients, norm_type, parameters)
+        check_finite(norm[0], gradients, norm_type, parameters)
     if not gradients.scale(norm[1]):
         return _torch.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     return norm[0] if gradients.is_double else norm[0].float()
@@ -162,8 +125,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     Raises:
         ValueError: clip_value below 0 or NaN.
     """
-    clip_value = _nonnegative("clip_value", clip_value)
-    parameters = _listed(parameters)
-    gradients = _collect(parameters)
+    clip_value = nonnegative("clip_value", clip_value)
+    parameters = listed(parameters)
+    gradients = collect(parameters)
     if gradients is None or not gradients.clamp(clip_value):
         _torch.clip_grad_value_(parameters, clip_value, foreach)

@@ -9,6 +9,7 @@ from gdbp import _load
 if _load.available:
     from gdbp.ops import _fake  # noqa: F401
 
+from gdbp.ops.grad import penalty
 from gdbp.ops.linear import linear
 from gdbp.ops.linear_loss import linear_cross_entropy
 from gdbp.ops.loss import bce_with_logits, cross_entropy, pointwise_loss
@@ -21,6 +22,7 @@ __all__ = [
     "cross_entropy",
     "linear",
     "linear_cross_entropy",
+    "penalty",
     "pointwise_loss",
     "step_",
 ]

@@ -23,13 +23,26 @@ class Function(torch.autograd.Function):
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Whether a graph must be recorded; where not, the operator is called directly, which is cheaper."""
-    if _functorch_active is None or _functorch_active():
+    if is_transformed():
         return True
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def is_transformed() -> bool:
+    """Whether torch.func is at work; what it wraps is no tensor that a kernel could read."""
+    return _functorch_active is None or _functorch_active()
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether this stands for many gradients at once (``is_grads_batched``), which no in-place operator takes."""
+    wrapped = torch._C._functorch
+    return not torch.compiler.is_compiling() and (
+        wrapped.is_legacy_batchedtensor(tensor) or wrapped.is_batchedtensor(tensor)
+    )
 
 
 def takes_gradient_at_once(reduction: str, differentiated: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -43,18 +56,16 @@ def takes_gradient_at_once(reduction: str, differentiated: torch.Tensor, *others
         and differentiated.requires_grad
         and not any(t is not None and t.requires_grad for t in others)
         and not torch.compiler.is_compiling()
-        and not (_functorch_active is None or _functorch_active())
+        and not is_transformed()
         and not torch._C._len_torch_dispatch_stack()
     )
 
 
 def is_one(grad_output: torch.Tensor) -> bool:
     """Whether an upstream gradient is the number 1, as that of a loss is wherever ``backward`` begins with it."""
-    many = torch._C._functorch
     return (
         not torch.is_grad_enabled()
-        and not many.is_batchedtensor(grad_output)
-        and not many.is_legacy_batchedtensor(grad_output)
+        and not is_batched(grad_output)
         and not torch._C._len_torch_dispatch_stack()
         and grad_output.item() == 1
     )

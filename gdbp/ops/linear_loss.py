@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, _functorch_active, is_fused, needs_autograd
+from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, needs_autograd
 from gdbp.ops.loss import cross_entropy
 
 
@@ -120,7 +120,7 @@ class _LinearCrossEntropy(Function):
         if grad_output is None:
             return None, None, None, *nothing
         *tensors, normalizer, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled() or _is_transformed() or _is_batched(grad_output):
+        if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
             return *_differentiable(ctx, grad_output, tensors, normalizer), *nothing
         mask = ctx.needs_input_grad[:3]
         scale = grad_output.to(divisor.dtype)
@@ -147,17 +147,8 @@ class _LinearCrossEntropy(Function):
         return (loss, *(loss.new_empty(()) for _ in range(4))), (0, None, None, None, None)
 
 
-def _is_transformed() -> bool:
-    return _functorch_active is None or _functorch_active()
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether this stands for many gradients at once (``is_grads_batched``), which no in-place operator takes."""
-    return not torch.compiler.is_compiling() and "Batched" in repr(torch._C._dispatch_keys(tensor))
-
-
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or _is_transformed()
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def _differentiable(ctx, grad_output, tensors, normalizer):

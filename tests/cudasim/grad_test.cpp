@@ -73,11 +73,11 @@ void sizes() {
   }
 }
 
-// Long, short and empty gradients of all types in turn: more than the arguments of one launch hold (900 that
+// Long, short and empty gradients of all types in turn: more than the arguments of one launch hold (650 that
 // are not empty), exactly as many, and more than those of two. One number a schedule: a block takes its time.
 void many() {
   const std::string schedule = schedule_name;
-  const int filled = schedule == "forward" ? 901 : schedule == "reverse" ? 900 : 1801;
+  const int filled = schedule == "forward" ? 651 : schedule == "reverse" ? 650 : 1301;
   context = std::to_string(filled) + " gradients";
   std::mt19937 generator(2);
   std::vector<Array> gradients;
@@ -242,10 +242,135 @@ void rewrites() {
   }
 }
 
+// Tensors of many units, a unit of many chunks, some of them empty; in one schedule more than one launch takes.
+std::vector<Array> unit_arrays(std::mt19937& generator, std::vector<int64_t>& units) {
+  std::vector<Array> arrays;
+  const int count = std::string(schedule_name) == "forward" ? 870 : 40;
+  for (int i = 0; i < count; ++i) {
+    const bool large = i == 7 || i == count - 5;
+    units.push_back(large ? 3 : i % 4);
+    const int64_t numel = units.back() * (large ? 16387 : 1 + i % 6);
+    arrays.emplace_back(kDtypes[i % 4], numel, i % 3, generator, -2, 2);
+  }
+  return arrays;
+}
+
+std::vector<Source> sources_of(const std::vector<Array>& arrays, const std::vector<int64_t>& units) {
+  std::vector<Source> sources = sources_of(arrays);
+  for (size_t i = 0; i < sources.size(); ++i) sources[i].units = units[i];
+  return sources;
+}
+
+// The norm of every unit: that of a tensor which holds nothing else. Every unit scaled by its own coefficient.
+void units() {
+  std::mt19937 generator(9);
+  std::vector<int64_t> units;
+  std::vector<Array> cpu = unit_arrays(generator, units);
+  cpu[9].set(0, kNan);
+  std::vector<Array> cuda = cpu;
+  const std::vector<Source> on_cpu = sources_of(cpu, units), on_cuda = sources_of(cuda, units);
+  const int64_t count = int64_t(on_cpu.size()), all = count_units(on_cpu.data(), count);
+  std::vector<char> workspace(norm_workspace_bytes(on_cpu.data(), count));
+  for (double order : count > 100 ? std::vector<double>{2} : std::vector<double>{2, kInfinity}) {
+    std::vector<double> want(all, -1), got(all, -1);
+    expect(unit_norms_cpu(on_cpu.data(), count, order, want.data(), nullptr) == 0, "the CPU fails");
+    expect(unit_norms_cuda(on_cuda.data(), count, order, got.data(), workspace.data(), nullptr) == 0,
+           "the launch fails");
+    int64_t unit = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t u = 0; u < units[i]; ++u, ++unit) {
+        context = "unit " + std::to_string(u) + " of tensor " + std::to_string(i);
+        long double sum = 0;
+        const int64_t numel = cpu[i].size() / units[i];
+        for (int64_t j = u * numel; j < (u + 1) * numel; ++j) {
+          const long double x = std::abs(cpu[i].get(j));
+          sum = order == 2 ? sum + x * x : x > sum || x != x ? x : sum;
+        }
+        const long double wanted = order == 2 ? std::sqrt(sum) : sum;
+        expect_number(want[unit], wanted, kUlps, "norm on the CPU");
+        expect_number(got[unit], wanted, kUlps, "norm on CUDA");
+      }
+    }
+  }
+  std::vector<double> coefficients(all);
+  for (int64_t i = 0; i < all; ++i) coefficients[i] = i % 3 == 0 ? 1 : i % 7 == 0 ? kNan : 0.01 * double(i % 100);
+  // What is passed over keeps its numbers.
+  std::vector<Source> some_cpu = on_cpu, some_cuda = on_cuda;
+  const auto passed_over = [=](int64_t i) { return i == 2 || i == count - 9 || i == count - 1; };
+  for (int64_t i = 0; i < count; ++i)
+    if (passed_over(i)) some_cpu[i].numel = some_cuda[i].numel = 0;
+  context = "scaled";
+  expect(scale_units_cpu(some_cpu.data(), count, coefficients.data(), nullptr) == 0, "the CPU fails");
+  expect(scale_units_cuda(some_cuda.data(), count, coefficients.data(), nullptr) == 0, "the launch fails");
+  std::vector<int64_t> again;
+  generator.seed(9);
+  std::vector<Array> wanted = unit_arrays(generator, again);
+  wanted[9].set(0, kNan);
+  int64_t unit = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t numel = units[i] > 0 ? wanted[i].size() / units[i] : 0;
+    for (int64_t u = 0; u < units[i]; ++u, ++unit) {
+      if (passed_over(i)) continue;
+      for (int64_t j = u * numel; j < (u + 1) * numel; ++j) wanted[i].set(j, wanted[i].get(j) * coefficients[unit]);
+    }
+    context = "tensor " + std::to_string(i) + " scaled";
+    expect_close(cpu[i], wanted[i], 1, 0, "on the CPU");
+    expect_close(cuda[i], cpu[i], 0, 0, "on CUDA");
+  }
+}
+
+// The value against a sum in long double, the derivative element for element.
+void penalties() {
+  std::mt19937 generator(10);
+  std::vector<int64_t> unused;
+  const std::vector<Array> arrays = unit_arrays(generator, unused);
+  const std::vector<Source> sources = sources_of(arrays);
+  const int64_t count = int64_t(sources.size());
+  std::vector<char> workspace(norm_workspace_bytes(sources.data(), count));
+  std::vector<Penalty> all{{0.1, 0.2}, {0.3, 0}, {0, 0.7}};
+  if (count > 100) all.resize(1);
+  for (const Penalty& penalty : all) {
+    context = "l1 " + std::to_string(penalty.l1) + ", l2 " + std::to_string(penalty.l2);
+    long double wanted = 0;
+    for (const Array& x : arrays)
+      for (int64_t i = 0; i < x.size(); ++i)
+        wanted += penalty.l1 * std::abs((long double)x.get(i)) + penalty.l2 / 2 * (long double)x.get(i) * x.get(i);
+    double cpu = -1, cuda = -1;
+    expect(penalty_cpu(sources.data(), count, penalty, &cpu, nullptr) == 0, "the CPU fails");
+    expect(penalty_cuda(sources.data(), count, penalty, &cuda, workspace.data(), nullptr) == 0, "the launch fails");
+    expect_number(cpu, wanted, 64, "value on the CPU");
+    expect_number(cuda, wanted, 64, "value on CUDA");
+    std::vector<Array> slopes_cpu, slopes_cuda;
+    std::vector<void*> to_cpu, to_cuda;
+    for (const Array& x : arrays) {
+      slopes_cpu.emplace_back(x.dtype(), x.size(), 1);
+      slopes_cuda.emplace_back(x.dtype(), x.size(), 2);
+    }
+    for (Array& x : slopes_cpu) to_cpu.push_back(x.data());
+    for (Array& x : slopes_cuda) to_cuda.push_back(x.data());
+    const double upstream = -1.25;
+    penalty_slope_cpu(sources.data(), count, penalty, &upstream, to_cpu.data(), nullptr);
+    expect(penalty_slope_cuda(sources.data(), count, penalty, &upstream, to_cuda.data(), nullptr) == 0, "slope");
+    for (int64_t i = 0; i < count; ++i) {
+      Array exact(arrays[i].dtype(), arrays[i].size());
+      for (int64_t j = 0; j < exact.size(); ++j) {
+        const double x = arrays[i].get(j);
+        exact.set(j, upstream * ((x > 0) - (x < 0)) * penalty.l1 + upstream * penalty.l2 * x);
+      }
+      expect_close(slopes_cpu[i], exact, 2, 0, "slope on the CPU");
+      expect_close(slopes_cuda[i], slopes_cpu[i], 1, 0, "slope on CUDA");
+    }
+  }
+  double nothing = -1;
+  expect(penalty_cuda(sources.data(), 0, {1, 1}, &nothing, nullptr, nullptr) == 0 && nothing == 0, "nothing");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  static const Case cases[] = {{"sizes", sizes},   {"many", many},     {"extremes", extremes}, {"nonfinite", nonfinite},
-                               {"limits", limits}, {"health", health}, {"orders", orders},     {"rewrites", rewrites}};
+  static const Case cases[] = {{"sizes", sizes},         {"many", many},         {"extremes", extremes},
+                               {"nonfinite", nonfinite}, {"limits", limits},     {"health", health},
+                               {"orders", orders},       {"rewrites", rewrites}, {"units", units},
+                               {"penalties", penalties}};
   return run_cases(argc, argv, cases);
 }

@@ -32,7 +32,7 @@ WRONG = {
 }
 FAMILIES = {
     "bce": ["forward", "backward", "nothing"],
-    "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites"],
+    "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites", "units", "penalties"],
     "linear": ["forward", "backward"],
     "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
     "norm": ["forward", "backward", "update"],

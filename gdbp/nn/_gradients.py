@@ -1,0 +1,57 @@
+"""What the functions that clip and inspect gradients share: lists of them, their checks, their errors."""
+
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gdbp import _load
+from gdbp.nn.health import seen_in
+
+
+def listed(tensors: Tensor | Iterable[Tensor], warn: bool = False) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    listed = list(tensors)
+    if warn and not listed and isinstance(tensors, types.GeneratorType):
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
+    return listed
+
+
+def collect(tensors: list[Tensor], themselves: bool = False, by_row: bool = False):
+    """All gradients for one pass over them, or None where torch's functions are to do it: under torch.compile,
+    which fuses those, and for tensors without kernels."""
+    if not _load.available or torch.compiler.is_compiling():
+        return None
+    return _load._C.Gradients.of(tensors, themselves, by_row)
+
+
+def order_of(norm_type: float) -> float | None:
+    """The order of a norm that is a norm; None for the others, which torch computes."""
+    order = float(norm_type)
+    return order if order > 0 else None
+
+
+def nonnegative(name: str, value: float) -> float:
+    if not value >= 0:
+        raise ValueError(f"{name} is {value}; expected a number of at least 0")
+    return float(value)
+
+
+def check_finite(total: Tensor, gradients, norm_type: float, tensors: list[Tensor]) -> None:
+    if torch.isfinite(total):
+        return
+    where = "; ".join(said_of(gradients, tensors)) or "each of them is finite, their norm is not"
+    raise RuntimeError(
+        f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it cannot be "
+        "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+        f"`error_if_nonfinite=False`. Gradients, counted from 0: {where}"
+    )
+
+
+def said_of(gradients, tensors: Sequence[Tensor]) -> list[str]:
+    """What is in those gradients that are not finite."""
+    names = [f"number {i} of shape {tuple(tensors[i].shape)}" for i in gradients.positions]
+    return seen_in(gradients.health(), names)
