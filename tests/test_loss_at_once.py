@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gdbp.nn.functional import binary_cross_entropy_with_logits as bce
 from gdbp.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
 POINTWISE = {"mse_loss": mse_loss, "l1_loss": l1_loss, "huber_loss": huber_loss, "smooth_l1_loss": smooth_l1_loss}
@@ -73,12 +74,26 @@ def test_pointwise_gradients_are_equal(name, reduction, dtype):
         torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("factors", [{}, {"weight": (3, 1)}, {"weight": (7,), "pos_weight": (7,)}])
+def test_bce_gradients_are_equal(factors, reduction, dtype):
+    factors = {name: torch.rand(shape).to(dtype) for name, shape in factors.items()}
+    for rows in (0, 3, 2049):
+        x, target = torch.randn(rows, 3, 7).to(dtype), torch.rand(rows, 3, 7).to(dtype)
+
+        def loss(x, target=target):
+            return bce(x, target, reduction=reduction, **factors)
+
+        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7)
+
+
 def functions():
     target, labels = torch.randn(6, 5), torch.randint(5, (6,))
-    return [lambda x: mse_loss(x, target), lambda x: cross_entropy(x, labels)]
+    return [lambda x: mse_loss(x, target), lambda x: cross_entropy(x, labels), lambda x: bce(x, target.sigmoid())]
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(3))
 def test_backward_again(which):
     loss = functions()[which]
     x = torch.randn(6, 5, requires_grad=True)
@@ -91,7 +106,7 @@ def test_backward_again(which):
     torch.testing.assert_close(x.grad, 4 * kept)
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(3))
 def test_every_upstream_gradient(which):
     loss = functions()[which]
     x = torch.randn(6, 5, requires_grad=True)
@@ -103,15 +118,15 @@ def test_every_upstream_gradient(which):
     torch.testing.assert_close(many, torch.stack([unit, unit, 3 * unit]))
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(3))
 def test_nothing_is_computed_ahead_without_need(which, monkeypatch):
     loss = functions()[which]
 
     def refuse(*_):
         raise AssertionError("the gradient was computed, and nobody wanted it")
 
-    for name in ("pointwise_loss_with_gradient", "cross_entropy_with_gradient"):
-        monkeypatch.setattr(torch.ops.gdbp, name, refuse)
+    for name in ("pointwise_loss", "bce_with_logits", "cross_entropy"):
+        monkeypatch.setattr(torch.ops.gdbp, f"{name}_with_gradient", refuse)
     loss(torch.randn(6, 5))
     with torch.no_grad():
         loss(torch.randn(6, 5, requires_grad=True))
@@ -123,6 +138,7 @@ def test_opcheck():
     x, labels = torch.randn(6, 5), torch.randint(5, (6,))
     ops = torch.ops.gdbp
     torch.library.opcheck(ops.pointwise_loss_with_gradient, (x, torch.randn(6, 5), "huber_loss", 0.5, "mean"))
+    torch.library.opcheck(ops.bce_with_logits_with_gradient, (x, torch.rand(6, 5), None, torch.rand(5), "sum"))
     for logits in (x, torch.randn(2, 3, 4).movedim(-1, 1)):
         target = labels if logits is x else torch.randint(4, (2, 3))
         options = (None, None, None, None, "mean", -100, 0.1, 0.0, 0.0, False)
@@ -133,6 +149,8 @@ def test_refuses_a_loss_for_each_element():
     x = torch.randn(6, 5)
     with pytest.raises(ValueError, match="reduction is 'none'; expected mean or sum"):
         torch.ops.gdbp.pointwise_loss_with_gradient(x, x, "mse_loss", 1.0, "none")
+    with pytest.raises(ValueError, match="reduction is 'none'; expected mean or sum"):
+        torch.ops.gdbp.bce_with_logits_with_gradient(x, x, None, None, "none")
     with pytest.raises(ValueError, match="reduction is 'none'; expected mean or sum"):
         torch.ops.gdbp.cross_entropy_with_gradient(
             x, torch.zeros(6, dtype=torch.long), None, None, None, None, "none", -100, 0.0, 0.0, 0.0, False

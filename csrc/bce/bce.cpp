@@ -48,16 +48,31 @@ struct Problem {
   }
 };
 
-Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-               const OptionalTensor& pos_weight, c10::string_view reduction) {
+// The loss and, where it is asked for, the gradient of the input at an upstream gradient of 1 (else undefined).
+std::tuple<Tensor, Tensor> compute(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                   const OptionalTensor& pos_weight, c10::string_view reduction, bool with_gradient) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const char* const op = "binary_cross_entropy_with_logits";
   const Problem problem(input, target, weight, pos_weight, reduction, op);
   const Tensor output = empty_loss(problem.x, problem.loss.reduction, input.sizes());
   const Tensor workspace = at::empty({tiles(problem.loss.numel, kTile)}, problem.x.options().dtype(at::kDouble));
-  const Forward args{problem.loss, output.mutable_data_ptr(), workspace.mutable_data_ptr()};
+  const Tensor grad_input = with_gradient ? on_huge_pages(at::empty_like(problem.x)) : Tensor();
+  const Forward args{problem.loss, output.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                     with_gradient ? grad_input.mutable_data_ptr() : nullptr};
   run_on(input.device(), op, forward_cpu, GDBP_CUDA_LAUNCHER(forward_cuda), args);
-  return output;
+  return {output, grad_input};
+}
+
+Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+               const OptionalTensor& pos_weight, c10::string_view reduction) {
+  return std::get<0>(compute(input, target, weight, pos_weight, reduction, false));
+}
+
+std::tuple<Tensor, Tensor> forward_with_gradient(const Tensor& input, const Tensor& target,
+                                                 const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                                                 c10::string_view reduction) {
+  TORCH_CHECK_VALUE(reduction != "none", "bce_with_logits_with_gradient: reduction is 'none'; expected mean or sum");
+  return compute(input, target, weight, pos_weight, reduction, true);
 }
 
 // Gradients of input and target, each only where its mask is set (else undefined).
@@ -83,6 +98,10 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   m.def("bce_with_logits(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str reduction) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
+      "bce_with_logits_with_gradient(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str reduction)"
+      " -> (Tensor loss, Tensor grad_input)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "bce_with_logits_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight,"
       " str reduction, bool[2] mask) -> (Tensor grad_input, Tensor grad_target)",
       {at::Tag::pt2_compliant_tag});
@@ -95,5 +114,6 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   }
 GDBP_BCE_IMPL(CPU)
 GDBP_BCE_IMPL(CUDA)
+TORCH_LIBRARY_IMPL(gdbp, CPU, m) { m.impl("bce_with_logits_with_gradient", &forward_with_gradient); }
 
 }  // namespace gdbp::bce

@@ -28,6 +28,8 @@ struct Loss {
 struct Forward : Loss {
   void* output;     // (numel) for none, else one element
   void* workspace;  // tiles(numel, kTile) doubles, or null for none
+  // CPU, mean and sum: (numel) for the gradient of the input where that of the loss is 1, in the same pass; or null.
+  void* grad_input = nullptr;
 };
 
 struct Backward : Loss {

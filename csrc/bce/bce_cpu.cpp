@@ -80,6 +80,12 @@ void for_blocks(const Loss& a, const Factors& upstream, const F& f) {
   });
 }
 
+// What an element's gradient is multiplied by for the mean.
+template <class C>
+C share_of(const Loss& a) {
+  return a.reduction == Reduction::mean && a.numel > 0 ? C(1 / double(a.numel)) : C(1);
+}
+
 template <class T>
 void forward(const Forward& a) {
   using C = Compute<T>;
@@ -93,9 +99,12 @@ void forward(const Forward& a) {
     return;
   }
   double* const sums = static_cast<double*>(a.workspace);
+  T* const grad = static_cast<T*>(a.grad_input);
+  const C share = share_of<C>(a);
   std::fill_n(sums, tiles(a.numel, kTile), 0.0);
-  for_blocks<T>(a, {nullptr, 1}, [&](int64_t tile, int64_t first, int64_t n, const C* w, const C* q, const C*) {
+  for_blocks<T>(a, {nullptr, 1}, [&](int64_t tile, int64_t first, int64_t n, const C* w, const C* q, const C* ones) {
     sums[tile] += sum_block(x + first, t + first, w, q, n);
+    if (grad) input_block(x + first, t + first, w, q, ones, share, grad + first, n);
   });
   double total = 0;
   for (int64_t tile = 0; tile < tiles(a.numel, kTile); ++tile) total += sums[tile];
@@ -111,7 +120,7 @@ void backward(const Backward& a) {
   T* const grad_input = static_cast<T*>(a.grad_input);
   T* const grad_target = static_cast<T*>(a.grad_target);
   const bool each = a.reduction == Reduction::none;
-  const C share = a.reduction == Reduction::mean && a.numel > 0 ? C(1 / double(a.numel)) : C(1);
+  const C share = share_of<C>(a);
   const Factors upstream{g, each ? std::max<int64_t>(1, a.numel) : 1};
   for_blocks<T>(a, upstream, [&](int64_t, int64_t first, int64_t n, const C* w, const C* q, const C* g) {
     if (grad_input) input_block(x + first, t + first, w, q, g, share, grad_input + first, n);

@@ -88,6 +88,13 @@ def _(input, target, weight, pos_weight, reduction):
     return input.new_empty(input.shape if reduction == "none" else ())
 
 
+@torch.library.register_fake("gdbp::bce_with_logits_with_gradient")
+def _(input, target, weight, pos_weight, reduction):
+    op = "binary_cross_entropy_with_logits"
+    _check_devices(op, input=input, target=target, weight=weight, pos_weight=pos_weight)
+    return input.new_empty(()), input.new_empty(input.shape)
+
+
 @torch.library.register_fake("gdbp::bce_with_logits_backward")
 def _(grad_output, input, target, weight, pos_weight, reduction, mask):
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)

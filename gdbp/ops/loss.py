@@ -84,15 +84,40 @@ class _BceWithLogits(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *reference.bce_with_logits_backward(grad_output, *tensors, ctx.reduction), None, None, None
-        mask = ctx.needs_input_grad[:2]
-        return *torch.ops.gdbp.bce_with_logits_backward(grad_output, *tensors, ctx.reduction, mask), None, None, None
+        return _bce_backward(ctx, grad_output, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return torch.vmap(reference.bce_with_logits, in_dims=in_dims)(*arguments), 0
+
+
+def _bce_backward(ctx, grad_output, *tensors):
+    if torch.is_grad_enabled():
+        return *reference.bce_with_logits_backward(grad_output, *tensors, ctx.reduction), None, None, None
+    mask = ctx.needs_input_grad[:2]
+    return *torch.ops.gdbp.bce_with_logits_backward(grad_output, *tensors, ctx.reduction, mask), None, None, None
+
+
+class _BceWithLogitsAtOnce(_BceWithLogits):
+    """With the gradient of the input from the same pass, for the upstream gradient 1."""
+
+    @staticmethod
+    def forward(input, target, weight, pos_weight, reduction):
+        return torch.ops.gdbp.bce_with_logits_with_gradient(input, target, weight, pos_weight, reduction)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.reduction = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        *tensors, grad_input = ctx.saved_tensors
+        if grad_output is None or is_one(grad_output):
+            return None if grad_output is None else grad_input, None, None, None, None
+        return _bce_backward(ctx, grad_output, *tensors)
 
 
 def bce_with_logits(
@@ -107,6 +132,8 @@ def bce_with_logits(
     tensors = (input, target, weight, pos_weight)
     if not (_load.available and is_fused(*tensors)):
         return reference.bce_with_logits(*tensors, reduction)
+    if takes_gradient_at_once(reduction, input, target) and torch.is_grad_enabled():
+        return _BceWithLogitsAtOnce.apply(*tensors, reduction)[0]
     if needs_autograd(input, target):
         return _BceWithLogits.apply(*tensors, reduction)
     return torch.ops.gdbp.bce_with_logits(*tensors, reduction)
