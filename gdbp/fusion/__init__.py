@@ -5,12 +5,11 @@ from collections.abc import Callable
 import torch
 
 from gdbp.fusion.classes import fused_class, unfused_class
-from gdbp.fusion.report import Fused, FuseReport, Left, describe, is_candidate
-from gdbp.fusion.trace import Untraceable, rewrite
+from gdbp.fusion.explain import Explained, Explanation, explain
+from gdbp.fusion.plan import plan
+from gdbp.fusion.report import Fused, FuseReport, Left
 
-__all__ = ["FuseReport", "Fused", "Left", "fuse", "unfuse"]
-
-_CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)
+__all__ = ["Explained", "Explanation", "FuseReport", "Fused", "Left", "explain", "fuse", "unfuse"]
 
 
 def fuse(
@@ -47,39 +46,11 @@ def fuse(
         ValueError: as in :func:`unfuse`, for a model that is fused already.
     """
     unfuse(model)
-    # A module that has several names goes by the first.
-    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    changes, fused, reasons = [], [], {}
-    for module in model.modules():
-        if _is_sequential(module):
-            layers = list(module._modules.values())
-            found, left = describe(layers, [names[layer] for layer in layers], "nothing follows")
-            if found:
-                changes.append((module, None))
-        elif trace and _is_users(module) and any(map(is_candidate, _called_by(module))):
-            try:
-                code, seen = rewrite(module, names)
-            except Untraceable as error:
-                reasons.update({names[layer]: str(error) for layer in _called_by(module) if is_candidate(layer)})
-                continue
-            found, left = seen.fused, seen.left
-            if code is not None:
-                changes.append((module, code))
-        else:
-            if not isinstance(module, _CONTAINERS):
-                why = _why_unseen(module)
-                reasons |= {names[layer]: why for layer in _called_by(module) if is_candidate(layer)} | reasons
-            continue
-        fused += found
-        reasons.update({each.layer: each.reason for each in left})
+    changes, found = plan(model, trace)
     for module, code in changes:
         module.__class__ = fused_class(type(module), code)
     if report is not None:
-        done = {layer for run in fused for layer in run.layers}
-        rest = [(name, is_candidate(module)) for name, module in model.named_modules() if name not in done]
-        unseen = "no forward of the model calls it"
-        left = (Left(name, reasons.get(name, unseen)) for name, expected in rest if expected or name in reasons)
-        report(FuseReport(tuple(fused), tuple(left)))
+        report(found)
     return model
 
 
@@ -105,28 +76,3 @@ def unfuse(model: torch.nn.Module) -> torch.nn.Module:
     for _, module in fused:
         module.__class__ = unfused_class(module)
     return model
-
-
-def _is_sequential(module: torch.nn.Module) -> bool:
-    return type(module).forward is torch.nn.Sequential.forward and "forward" not in vars(module)
-
-
-def _is_users(module: torch.nn.Module) -> bool:
-    """Whether this is not one of torch's or our own modules, whose forwards are no composition of layers."""
-    return type(module).__module__.partition(".")[0] not in ("torch", "gdbp")
-
-
-def _why_unseen(module: torch.nn.Module) -> str:
-    if "forward" in vars(module):
-        return f"the forward of {type(module).__name__} was replaced"
-    if _is_users(module):
-        return f"it is called by a {type(module).__name__}, which is no Sequential, and trace is False"
-    return f"it is called by a {type(module).__name__}, which has a forward of its own"
-
-
-def _called_by(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that its forward would call: its children, and those of its lists and dicts of modules."""
-    layers = []
-    for child in module.children():
-        layers += _called_by(child) if isinstance(child, _CONTAINERS) else [child]
-    return layers

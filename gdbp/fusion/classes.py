@@ -92,3 +92,8 @@ def fused_class(base: type[torch.nn.Module], code: Code | None) -> type[torch.nn
 def unfused_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """The class that a fused module had before; None for one that is not fused."""
     return getattr(type(module), "_unfused_class", None)
+
+
+def class_of(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class of a module as if it were not fused."""
+    return unfused_class(module) or type(module)

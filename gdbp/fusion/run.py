@@ -90,7 +90,7 @@ def match(layers: Sequence[Layer], start: int) -> Run | None:
 
 def run(input: Tensor, *layers: Layer) -> Tensor:
     """The layers one after the other, as ``torch.nn.Sequential`` calls them, runs among them in one pass."""
-    watched = _is_watched()
+    watched = is_watched()
     i = 0
     while i < len(layers):
         found = None if watched else match(layers, i)
@@ -106,7 +106,7 @@ def run(input: Tensor, *layers: Layer) -> Tensor:
     return input
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody asked to be told of every module's call."""
     h = _hooks
     return bool(

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from gdbp.fusion import activations
-from gdbp.fusion.classes import Code
+from gdbp.fusion.classes import Code, class_of
 from gdbp.fusion.report import Fused, FuseReport, Left, cut_short, is_candidate, why_not
 from gdbp.fusion.run import Layer, match, run
 
@@ -62,7 +62,7 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
 
 
 def _trace(module: torch.nn.Module) -> fx.Graph:
-    forward = type(module).forward
+    forward = class_of(module).forward
     if "forward" in vars(module):
         raise Untraceable(f"{_of(module)} was replaced")
     optional = [
@@ -84,7 +84,7 @@ def _trace(module: torch.nn.Module) -> fx.Graph:
 def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
     # What forward writes goes to a twin, which has the module's children and nothing else of it.
     try:
-        twin = object.__new__(type(module))
+        twin = object.__new__(class_of(module))
         twin.__dict__.update({name: _copied(value) for name, value in vars(module).items()}, training=training)
         before = {name: (_kept(value), _version(value)) for name, value in vars(twin).items()}
         with torch.random.fork_rng(devices=[]):
@@ -100,7 +100,7 @@ def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
 
 
 def _of(module: torch.nn.Module) -> str:
-    return f"the forward of {type(module).__name__}"
+    return f"the forward of {class_of(module).__name__}"
 
 
 def _copied(value: Any) -> Any:

@@ -48,6 +48,21 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def why_not_fused(*tensors: torch.Tensor) -> str:
+    """Where :func:`is_fused` says no, the reason; empty where it says yes."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    for t in tensors:
+        if is_fused(t):
+            continue
+        if t.device.type not in _DEVICES:
+            return f"no kernels for {t.device.type} tensors"
+        if t.layout is not torch.strided:
+            return f"no kernels for {t.layout} tensors"
+        return f"no kernels for a {type(t).__name__}"
+    return ""
+
+
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 # meta: shapes without data, which the fake kernels know.
 _DEVICES = frozenset(("cpu", "cuda", "meta"))
