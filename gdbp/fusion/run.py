@@ -16,15 +16,13 @@ from gdbp import reference
 from gdbp.fusion import activations
 from gdbp.nn import functional as F
 from gdbp.nn._batch_norm import multiply, normalize_by
+from gdbp.nn._observe import observers, tell
 
 Layer = torch.nn.Module | str  # a module, or the name of an activation that is a function
 
 LINEARS = frozenset((torch.nn.Linear, gdbp.nn.Linear))
 NORMS = frozenset((torch.nn.BatchNorm1d, gdbp.nn.BatchNorm1d))
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-
-# Called with the modules of a run and its output; for those who want to know. Empty as a rule.
-observers: list = []
 
 
 class Run(NamedTuple):
@@ -96,8 +94,8 @@ def run(input: Tensor, *layers: Layer) -> Tensor:
         found = None if watched else match(layers, i)
         if found is not None:
             input = found(input)
-            for observe in observers:
-                observe(layers[i : i + found.length], found, input)
+            if observers:
+                tell(layers[i : i + found.length], found.activation, input)
             i += found.length
         else:
             layer = layers[i]

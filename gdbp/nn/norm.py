@@ -6,6 +6,7 @@ import torch
 
 from gdbp.nn._arguments import check_activation
 from gdbp.nn._batch_norm import activate, normalize_by
+from gdbp.nn._observe import observers, tell
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -53,7 +54,10 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return normalize_by(self, input, self.activation)
+        output = normalize_by(self, input, self.activation)
+        if observers:
+            tell((self,), self.activation, output)
+        return output
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _activation_repr(self)
@@ -90,7 +94,10 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return activate(super().forward(input), self.activation)
+        output = activate(super().forward(input), self.activation)
+        if observers:
+            tell((self,), self.activation, output)
+        return output
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _activation_repr(self)

@@ -1,4 +1,5 @@
-"""Clipping and inspecting gradients: torch.nn.utils' functions, one read of all gradients and at most one write."""
+"""Clipping and inspecting gradients: torch.nn.utils' functions, one read of all gradients and at most one write.
+And inspecting activations."""
 
 import math
 import types
@@ -10,13 +11,17 @@ from torch import Tensor
 from torch.nn import utils as _torch
 
 from gdbp import _load
+from gdbp.nn.activity import ActivationCollector, ActivationStats, collect_activation_stats
 from gdbp.nn.health import GradientHealth, gradient_health, seen_in
 
 __all__ = [
+    "ActivationCollector",
+    "ActivationStats",
     "GradientHealth",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "collect_activation_stats",
     "get_total_norm",
     "gradient_health",
 ]
