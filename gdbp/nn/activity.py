@@ -66,9 +66,11 @@ class LayerActivity:
         mean, variance, dead, flat = self._numbers()
         if mean - mean or variance - variance:
             return "not finite: lower the rate, clip the gradients, look for overflow in the layers before"
-        if dead > _DEAD * len(self.flat):
-            return "dead units: leaky ReLU or He initialisation, a lower rate, batch norm"
-        if self.activation != "relu" and flat > _SATURATED:
+        many_dead = dead > _DEAD * len(self.flat)
+        if self.activation == "relu":
+            if many_dead:
+                return "dead units: leaky ReLU or He initialisation, a lower rate, batch norm"
+        elif many_dead or flat > _SATURATED:
             return "saturated: Xavier initialisation, batch norm, smaller inputs, or ReLU"
         if self.rows > 1 and len(self.flat) and variance < _CONSTANT:
             return "constant: the layer passes nothing on; look at its weights and at the layers before"
