@@ -15,13 +15,14 @@ import gdbp.nn
 from gdbp import reference
 from gdbp.fusion import activations
 from gdbp.nn import functional as F
-from gdbp.nn._batch_norm import multiply, normalize_by
+from gdbp.nn._batch_norm import normalize_by
 from gdbp.nn._observe import observers, tell
 
 Layer = torch.nn.Module | str  # a module, or the name of an activation that is a function
 
 LINEARS = frozenset((torch.nn.Linear, gdbp.nn.Linear))
 NORMS = frozenset((torch.nn.BatchNorm1d, gdbp.nn.BatchNorm1d))
+_TORCHS = frozenset((torch.nn.Linear, torch.nn.BatchNorm1d))
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -34,15 +35,17 @@ class Run(NamedTuple):
     length: int  # number of layers
 
     def __call__(self, input: Tensor) -> Tensor:
-        linear, norm, activation = self.linear, self.norm, self.activation
-        if norm is None:
-            return F.linear(input, linear.weight, linear.bias, activation=activation)
+        linear, norm, activation, _ = self
         if linear is None:
             return normalize_by(norm, input, activation)
+        # Not by their attributes, which nn.Module looks up in Python.
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        if norm is None:
+            return F.linear(input, weight, bias, activation=activation)
         if input.dim() != 2:
             # Channels are not the linear layer's outputs: its bias is no offset of theirs.
-            return normalize_by(norm, F.linear(input, linear.weight, linear.bias), activation)
-        return normalize_by(norm, multiply(input, linear.weight), activation, linear.bias)
+            return normalize_by(norm, F.linear(input, weight, bias), activation)
+        return normalize_by(norm, torch.nn.functional.linear(input, weight), activation, bias)
 
     def __str__(self) -> str:
         parts = ("linear" if self.linear is not None else "", "batch_norm" if self.norm is not None else "")
@@ -59,22 +62,19 @@ def obstacle(module: torch.nn.Module) -> str:
     return ""
 
 
-def _starts(module: Layer, kinds: frozenset[type]) -> bool:
-    """Whether a run may begin with, or go on to, this linear layer or normalisation."""
-    return type(module) in kinds and not obstacle(module)
-
-
 def match(layers: Sequence[Layer], start: int) -> Run | None:
     """The run of two or more layers that begins at ``start``, if there is one."""
     end, linear, norm, activation = start, None, None, None
-    if _starts(layers[end], LINEARS):
-        linear = layers[end]
-        if getattr(linear, "activation", None) is not None or linear.weight.dtype not in DTYPES:
+    layer = layers[end]
+    if type(layer) in LINEARS:
+        weight = layer._parameters.get("weight")
+        if obstacle(layer) or _activation(layer) is not None or weight is None or weight.dtype not in DTYPES:
             return None
+        linear = layer
         end += 1
-    if end < len(layers) and _starts(layers[end], NORMS):
+    if end < len(layers) and type(layers[end]) in NORMS and not obstacle(layers[end]):
         norm = layers[end]
-        activation = getattr(norm, "activation", None)
+        activation = _activation(norm)
         end += 1
     if end > start and end < len(layers) and activation is None:
         layer = layers[end]
@@ -84,6 +84,11 @@ def match(layers: Sequence[Layer], start: int) -> Run | None:
             activation = activations.of_module(layer)[0]
         end += activation is not None
     return Run(linear, norm, activation, end - start) if end - start > 1 else None
+
+
+def _activation(layer: torch.nn.Module) -> str | None:
+    """That of one of our layers; torch's have none."""
+    return None if type(layer) in _TORCHS else layer.activation
 
 
 def run(input: Tensor, *layers: Layer) -> Tensor:

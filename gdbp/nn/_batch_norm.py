@@ -5,7 +5,7 @@ import math
 import torch
 
 from gdbp import ops, reference
-from gdbp.nn._arguments import autocast, autocast_is_on, check_activation
+from gdbp.nn._arguments import check_activation
 
 
 def batch_norm(
@@ -70,17 +70,11 @@ def linear_batch_norm(
 
     Everything else, and what is raised, is as in :func:`linear` and :func:`batch_norm`.
     """
-    product = multiply(input, weight)
+    # torch's own: a product alone has nothing to fuse, and its derivatives cost no call of Python.
+    product = torch.nn.functional.linear(input, weight)
     return normalize(
         product, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, activation, offset=bias
     )
-
-
-def multiply(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``input @ weight.T``: a linear layer whose bias comes later."""
-    if autocast_is_on(input):
-        input, weight = autocast(input, weight)
-    return ops.linear(input, weight, None, "none")
 
 
 def normalize(
