@@ -160,6 +160,16 @@ def batch_norm_update_(
         running.copy_((1 - momentum) * running + momentum * batch)
 
 
+# ---- units ----
+
+
+def unit_stats(output: Tensor, low: float, high: float) -> Tensor:
+    """Of each unit of (rows, units): how many outputs are up to ``low`` or from ``high`` on, their sum, and that of
+    their squares; (3, units) in float64."""
+    y = output.double()
+    return torch.stack((((y <= low) | (y >= high)).double().sum(0), y.sum(0), y.square().sum(0)))
+
+
 # ---- losses ----
 
 

@@ -1,11 +1,7 @@
 """Optimizers of sharded and replicated models: two processes, and the bits of one."""
 
 import copy
-import os
-import subprocess
 import sys
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import gdbp
+from tests.processes import main, spawn
 
 CONFIGS = [
     ("SGD", dict(lr=0.1)),
@@ -34,41 +31,6 @@ CONFIGS = [
     ("NAdam", dict(lr=0.01)),
     ("Lion", dict(lr=0.01, weight_decay=0.1)),
 ]
-
-
-def spawn(check, folder, world=2):
-    """Runs ``check(folder)`` in ``world`` processes that are connected through gloo."""
-    (folder / "store").unlink(missing_ok=True)
-    path = os.pathsep.join([str(Path(gdbp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, check.__name__, str(folder), str(rank), str(world)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
-
-
-def main(check: str, folder: str, rank: str, world: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=60)
-    )
-    torch.manual_seed(0)
-    globals()[check](Path(folder))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def network():
@@ -332,4 +294,4 @@ def test_files_for_another_number_of_ranks(first, tmp_path):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(globals(), *sys.argv[1:])

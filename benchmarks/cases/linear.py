@@ -30,6 +30,8 @@ class Layer(NamedTuple):
 
 
 LAYERS = [
+    Layer("relu", (1, 16, 16)),
+    Layer("gelu", (8, 32, 32)),
     Layer("relu", (32, 64, 64), Goal(1.5)),
     Layer("gelu", (32, 64, 64), Goal(2.5)),
     Layer("relu", (128, 1024, 4096)),

@@ -5,7 +5,7 @@ import math
 import torch
 
 from gdbp import ops, reference
-from gdbp.nn._arguments import autocast, autocast_is_on, check_activation
+from gdbp.nn._arguments import check_activation
 
 
 def batch_norm(
@@ -70,9 +70,8 @@ def linear_batch_norm(
 
     Everything else, and what is raised, is as in :func:`linear` and :func:`batch_norm`.
     """
-    if autocast_is_on(input):
-        input, weight = autocast(input, weight)
-    product = ops.linear(input, weight, None, "none")
+    # torch's own: a product alone has nothing to fuse, and its derivatives cost no call of Python.
+    product = torch.nn.functional.linear(input, weight)
     return normalize(
         product, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, activation, offset=bias
     )
@@ -119,6 +118,33 @@ def normalize(
         momentum,
         eps,
         activation or "none",
+        batches,
+        offset,
+    )
+
+
+def normalize_by(
+    layer: torch.nn.BatchNorm1d, input: torch.Tensor, activation: str | None, offset: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a BatchNorm1d, ours or torch's, does to its input, and the activation behind it."""
+    layer._check_input_dim(input)
+    keep = layer.training and layer.track_running_stats
+    known = keep or not layer.training
+    running_mean, running_var = (layer.running_mean, layer.running_var) if known else (None, None)
+    batches = layer.num_batches_tracked if keep else None
+    if batches is not None and running_mean is None:
+        batches.add_(1)
+    return normalize(
+        input,
+        running_mean,
+        running_var,
+        layer.weight,
+        layer.bias,
+        layer.training or running_mean is None,
+        # Without a momentum and without a count torch leaves the running statistics as they are.
+        0.0 if layer.momentum is None and batches is None else layer.momentum,
+        layer.eps,
+        activation,
         batches,
         offset,
     )

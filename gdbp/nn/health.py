@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gdbp import _load
+from gdbp._table import format_table
 
 COLUMNS = ("norm", "largest", "mean", "nans", "infinities", "zeros")
 # Where a rule of thumb begins to worry: see GradientHealth.
@@ -55,13 +56,7 @@ class GradientHealth:
             head.append("update/weight")
         rows = self._rows()
         table = [[*head, "verdict"], *([*row.cells(), row.verdict() or "ok"] for row in rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        return "\n".join(
-            "  ".join(
-                [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:-1], widths[1:-1])), line[-1]]
-            ).rstrip()
-            for line in table
-        )
+        return format_table(table, range(1, len(head)))
 
 
 @dataclass(frozen=True)

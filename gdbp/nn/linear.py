@@ -4,6 +4,7 @@ import torch
 
 from gdbp.nn import functional as F
 from gdbp.nn._arguments import check_activation
+from gdbp.nn._observe import observers, tell
 
 
 class Linear(torch.nn.Linear):
@@ -41,7 +42,10 @@ class Linear(torch.nn.Linear):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight, self.bias, activation=self.activation)
+        output = F.linear(input, self.weight, self.bias, activation=self.activation)
+        if observers:
+            tell((self,), self.activation, output)
+        return output
 
     def extra_repr(self) -> str:
         suffix = "" if self.activation is None else f", activation={self.activation!r}"

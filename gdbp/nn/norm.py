@@ -5,7 +5,8 @@ import sys
 import torch
 
 from gdbp.nn._arguments import check_activation
-from gdbp.nn._batch_norm import activate, normalize
+from gdbp.nn._batch_norm import activate, normalize_by
+from gdbp.nn._observe import observers, tell
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -53,26 +54,10 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self._check_input_dim(input)
-        keep = self.training and self.track_running_stats
-        known = keep or not self.training
-        running_mean, running_var = (self.running_mean, self.running_var) if known else (None, None)
-        batches = self.num_batches_tracked if keep else None
-        if batches is not None and running_mean is None:
-            batches.add_(1)
-        return normalize(
-            input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            self.training or running_mean is None,
-            # Without a momentum and without a count torch leaves the running statistics as they are.
-            0.0 if self.momentum is None and batches is None else self.momentum,
-            self.eps,
-            self.activation,
-            batches,
-        )
+        output = normalize_by(self, input, self.activation)
+        if observers:
+            tell((self,), self.activation, output)
+        return output
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _activation_repr(self)
@@ -109,7 +94,10 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return activate(super().forward(input), self.activation)
+        output = activate(super().forward(input), self.activation)
+        if observers:
+            tell((self,), self.activation, output)
+        return output
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _activation_repr(self)

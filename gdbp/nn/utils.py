@@ -1,5 +1,5 @@
 """Clipping and inspecting gradients: torch.nn.utils' functions, one read of all gradients and at most one write; and
-what torch does not have."""
+what torch does not have: clipping of other kinds, penalties, and what gradients and activations say of a network."""
 
 import math
 from collections.abc import Iterable
@@ -11,9 +11,12 @@ from torch.nn import utils as _torch
 from gdbp.nn._clipping import adaptive_clip_grad_, clip_grad_norm_by_group_, clip_grad_norm_by_layer_
 from gdbp.nn._gradients import check_finite, collect, listed, nonnegative, order_of
 from gdbp.nn._penalty import penalty
+from gdbp.nn.activity import ActivationCollector, ActivationStats, collect_activation_stats
 from gdbp.nn.health import GradientHealth, gradient_health
 
 __all__ = [
+    "ActivationCollector",
+    "ActivationStats",
     "GradientHealth",
     "adaptive_clip_grad_",
     "clip_grad_norm_",
@@ -21,6 +24,7 @@ __all__ = [
     "clip_grad_norm_by_layer_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "collect_activation_stats",
     "get_total_norm",
     "gradient_health",
     "penalty",

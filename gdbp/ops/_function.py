@@ -21,6 +21,11 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
+def functorch_is_active() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return _functorch_active is not None and bool(_functorch_active())
+
+
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Whether a graph must be recorded; where not, the operator is called directly, which is cheaper."""
     if is_transformed():
@@ -85,6 +90,21 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
         if type(t).__torch_dispatch__ is not _NO_DISPATCH and not isinstance(t, FakeTensor):
             return False
     return True
+
+
+def why_not_fused(*tensors: torch.Tensor) -> str:
+    """Where :func:`is_fused` says no, the reason; empty where it says yes."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    for t in tensors:
+        if is_fused(t):
+            continue
+        if t.device.type not in _DEVICES:
+            return f"no kernels for {t.device.type} tensors"
+        if t.layout is not torch.strided:
+            return f"no kernels for {t.layout} tensors"
+        return f"no kernels for a {type(t).__name__}"
+    return ""
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

@@ -38,6 +38,7 @@ FAMILIES = {
     "norm": ["forward", "backward", "update"],
     "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "nothing"],
     "pointwise": ["forward", "backward"],
+    "units": ["count"],
 }
 
 

@@ -1,0 +1,120 @@
+"""What a fused model does when it is called: runs of layers in one pass, and everything else one by one.
+
+Nothing is remembered between calls. Whether layers make up a run is looked at when they are called, so whatever is
+done to them later (hooks, a parametrization, another class, a layer in the place of another) counts from then on.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as _hooks
+
+import gdbp.nn
+from gdbp import reference
+from gdbp.fusion import activations
+from gdbp.nn import functional as F
+from gdbp.nn._batch_norm import normalize_by
+from gdbp.nn._observe import observers, tell
+
+Layer = torch.nn.Module | str  # a module, or the name of an activation that is a function
+
+LINEARS = frozenset((torch.nn.Linear, gdbp.nn.Linear))
+NORMS = frozenset((torch.nn.BatchNorm1d, gdbp.nn.BatchNorm1d))
+_TORCHS = frozenset((torch.nn.Linear, torch.nn.BatchNorm1d))
+DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+class Run(NamedTuple):
+    """Layers that are computed together."""
+
+    linear: torch.nn.Module | None
+    norm: torch.nn.Module | None
+    activation: str | None
+    length: int  # number of layers
+
+    def __call__(self, input: Tensor) -> Tensor:
+        linear, norm, activation, _ = self
+        if linear is None:
+            return normalize_by(norm, input, activation)
+        # Not by their attributes, which nn.Module looks up in Python.
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        if norm is None:
+            return F.linear(input, weight, bias, activation=activation)
+        if input.dim() != 2:
+            # Channels are not the linear layer's outputs: its bias is no offset of theirs.
+            return normalize_by(norm, F.linear(input, weight, bias), activation)
+        return normalize_by(norm, torch.nn.functional.linear(input, weight), activation, bias)
+
+    def __str__(self) -> str:
+        parts = ("linear" if self.linear is not None else "", "batch_norm" if self.norm is not None else "")
+        return " + ".join(filter(None, (*parts, self.activation)))
+
+
+def obstacle(module: torch.nn.Module) -> str:
+    """Why this module must be called and not be computed for; empty if nothing is in the way."""
+    m = module
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return "it has hooks"
+    if "forward" in m.__dict__:
+        return "its forward was replaced"
+    return ""
+
+
+def match(layers: Sequence[Layer], start: int) -> Run | None:
+    """The run of two or more layers that begins at ``start``, if there is one."""
+    end, linear, norm, activation = start, None, None, None
+    layer = layers[end]
+    if type(layer) in LINEARS:
+        weight = layer._parameters.get("weight")
+        if obstacle(layer) or _activation(layer) is not None or weight is None or weight.dtype not in DTYPES:
+            return None
+        linear = layer
+        end += 1
+    if end < len(layers) and type(layers[end]) in NORMS and not obstacle(layers[end]):
+        norm = layers[end]
+        activation = _activation(norm)
+        end += 1
+    if end > start and end < len(layers) and activation is None:
+        layer = layers[end]
+        if isinstance(layer, str):
+            activation = layer
+        elif type(layer) in activations.MODULES and not obstacle(layer):
+            activation = activations.of_module(layer)[0]
+        end += activation is not None
+    return Run(linear, norm, activation, end - start) if end - start > 1 else None
+
+
+def _activation(layer: torch.nn.Module) -> str | None:
+    """That of one of our layers; torch's have none."""
+    return None if type(layer) in _TORCHS else layer.activation
+
+
+def run(input: Tensor, *layers: Layer) -> Tensor:
+    """The layers one after the other, as ``torch.nn.Sequential`` calls them, runs among them in one pass."""
+    watched = is_watched()
+    i = 0
+    while i < len(layers):
+        found = None if watched else match(layers, i)
+        if found is not None:
+            input = found(input)
+            if observers:
+                tell(layers[i : i + found.length], found.activation, input)
+            i += found.length
+        else:
+            layer = layers[i]
+            input = reference.ACTIVATIONS[layer][0](input) if isinstance(layer, str) else layer(input)
+            i += 1
+    return input
+
+
+def is_watched() -> bool:
+    """Whether somebody asked to be told of every module's call."""
+    h = _hooks
+    return bool(
+        h._global_forward_hooks
+        or h._global_forward_pre_hooks
+        or h._global_backward_hooks
+        or h._global_backward_pre_hooks
+    )

@@ -1,0 +1,184 @@
+"""A module's forward as torch.fx sees it, and the same with its runs in one call each."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx
+
+from gdbp.fusion import activations
+from gdbp.fusion.classes import Code, class_of
+from gdbp.fusion.report import Fused, FuseReport, Left, cut_short, is_candidate, why_not
+from gdbp.fusion.run import Layer, match, run
+
+
+class Untraceable(Exception):
+    """Why a forward cannot be rewritten."""
+
+
+class _Tracer(fx.Tracer):
+    # Statistics that forward changes must be changed by the graph, not by the tracing.
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, module, name) -> bool:
+        return True  # each module's own forward is looked at by itself
+
+
+def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple[Code | None, FuseReport]:
+    """The forward of a module with its runs fused (None where there are none), and what was found in it, by the
+    ``names`` that modules have.
+
+    Raises:
+        Untraceable: forward cannot be followed, or does more than its graph would.
+    """
+    graph = _trace(module)
+    fused: list[Fused] = []
+    left: list[Left] = []
+    taken: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node in taken or node.op != "call_module" or not is_candidate(module.get_submodule(node.target)):
+            continue
+        chain, end = _chain(node, module)
+        layers = [layer for _, layer in chain]
+        called = [names[layer] if n.op == "call_module" else f"{_called(n)}()" for n, layer in chain]
+        found = match(layers, 0)
+        if found is None:
+            left.append(Left(called[0], why_not(layers, called, end)))
+            continue
+        fused.append(Fused(tuple(called[: found.length]), str(found)))
+        left += cut_short(found, layers[found.length :], called[found.length :])
+        taken.update(n for n, _ in chain[: found.length])
+        _replace(graph, chain[: found.length])
+    report = FuseReport(tuple(fused), tuple(left))
+    if not fused:
+        return None, report
+    graph.lint()
+    prefix = names[module] + "." if names[module] else ""
+    runs = tuple(" + ".join(name.removeprefix(prefix) for name in each.layers) for each in fused)
+    return Code.of(graph, runs), report
+
+
+# ---- the graph ----
+
+
+def _trace(module: torch.nn.Module) -> fx.Graph:
+    forward = class_of(module).forward
+    if "forward" in vars(module):
+        raise Untraceable(f"{_of(module)} was replaced")
+    optional = [
+        name
+        for name, p in inspect.signature(forward).parameters.items()
+        if p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if optional:
+        raise Untraceable(f"{_of(module)} has arguments that may be left out ({', '.join(optional)})")
+    graphs = [_trace_once(module, training) for training in (True, False)]
+    if len({_source(graph) for graph in graphs}) > 1:
+        raise Untraceable(f"{_of(module)} is another in training than in evaluation")
+    for node in graphs[0].nodes:
+        if node.op == "get_attr" and not _has(module, node.target):
+            raise Untraceable(f"{_of(module)} makes a tensor ({node.target}), which would become a constant")
+    return graphs[0]
+
+
+def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
+    # What forward writes goes to a twin, which has the module's children and nothing else of it.
+    try:
+        twin = object.__new__(class_of(module))
+        twin.__dict__.update({name: _copied(value) for name, value in vars(module).items()}, training=training)
+        before = {name: (_kept(value), _version(value)) for name, value in vars(twin).items()}
+        with torch.random.fork_rng(devices=[]):
+            graph = _Tracer().trace(twin)
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise Untraceable(f"torch.fx cannot follow {_of(module)}: {first or type(error).__name__}") from error
+    for name, value in vars(twin).items():
+        known, version = before.get(name, (None, 0))
+        if not name.startswith("_tensor_constant") and not (_same(known, value) and version == _version(value)):
+            raise Untraceable(f"{_of(module)} changes self.{name}")
+    return graph
+
+
+def _of(module: torch.nn.Module) -> str:
+    return f"the forward of {class_of(module).__name__}"
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value.copy() if type(value) in (list, dict, set) else value
+
+
+def _kept(value: Any) -> Any:
+    return value if isinstance(value, torch.Tensor) else _copied(value)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) else 0
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(map(_same, a.values(), b.values()))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or (isinstance(a, (int, float, str, set)) and a == b)
+
+
+def _source(graph: fx.Graph) -> str:
+    return graph.python_code("self").src
+
+
+def _has(module: torch.nn.Module, target: str) -> bool:
+    owner, _, name = target.rpartition(".")
+    return hasattr(module.get_submodule(owner), name)
+
+
+# ---- runs in it ----
+
+
+def _chain(node: fx.Node, module: torch.nn.Module) -> tuple[list[tuple[fx.Node, Layer]], str]:
+    """Up to three calls, from ``node`` on, each of which alone uses the result of the one before; and why it ends."""
+    chain = [(node, module.get_submodule(node.target))]
+    while len(chain) < 3:
+        last = chain[-1][0]
+        users = list(last.users)
+        if len(users) != 1:
+            return chain, "its output is used more than once" if users else "nothing follows"
+        (user,) = users
+        if user.op == "output":
+            return chain, "nothing follows"
+        layer, why = _layer(user, last, module)
+        if layer is None:
+            return chain, f"followed by {why or _called(user)}"
+        chain.append((user, layer))
+    return chain, "nothing follows"
+
+
+def _layer(node: fx.Node, input: fx.Node, module: torch.nn.Module) -> tuple[Layer | None, str]:
+    """What this node does to its input alone: a module, the name of an activation, or None and maybe why."""
+    args, kwargs = node.args, dict(node.kwargs)
+    args = args or (kwargs.pop("input", None),)
+    if args[0] is not input:
+        return None, ""
+    if node.op == "call_module":
+        return (module.get_submodule(node.target), "") if len(args) == 1 and not kwargs else (None, "")
+    return activations.of_call(node.target, args[1:], kwargs)
+
+
+def _called(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _replace(graph: fx.Graph, chain: list[tuple[fx.Node, Layer]]) -> None:
+    nodes = [node for node, _ in chain]
+    first, last = nodes[0], nodes[-1]
+    # Where the first layer was: what the forward does to its input later must stay later.
+    with graph.inserting_before(first):
+        layers = [layer if isinstance(layer, str) else graph.get_attr(node.target) for node, layer in chain]
+        fused = graph.call_function(run, (first.args or tuple(first.kwargs.values()))[:1] + tuple(layers))
+    last.replace_all_uses_with(fused)
+    for node in reversed(nodes):
+        graph.erase_node(node)
