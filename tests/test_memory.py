@@ -414,17 +414,19 @@ def test_the_profiler_sees_the_same_with_and_without():
 
 OUT_OF_MEMORY = """
 import resource, torch, gdbp
-gdbp.memory.enable_cpu_cache()
+gdbp.memory.enable_cpu_cache(max_bytes=2**31)
 stats = gdbp.memory.cpu_memory_stats
+def used():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
 def error(size):
     try:
         torch.empty(size, dtype=torch.uint8)
     except RuntimeError as e:
         return type(e), str(e)
-expected = None
 tensors = [torch.zeros(2**28, dtype=torch.uint8) for _ in range(2)]
-used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+limit = used() + 2**27
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 del tensors
 assert stats()["cached_bytes.all.current"] == 2**29
 fits = torch.zeros(2**29, dtype=torch.uint8)  # only once the cache is empty
@@ -439,8 +441,7 @@ assert ours[1].endswith("you tried to allocate 2147483648 bytes. Error code 12 (
 del fits
 gdbp.memory.enable_cpu_cache()
 torch.zeros(2**28, dtype=torch.uint8)
-used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used, used + 2**27))
+resource.setrlimit(resource.RLIMIT_AS, (used(), limit))
 small = []
 while stats()["cached_bytes.all.current"]:
     small.append(torch.empty(60_000, dtype=torch.uint8))
