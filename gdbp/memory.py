@@ -28,6 +28,8 @@ __all__ = [
     "reset_peak_memory_stats",
 ]
 
+VARIABLE = "GDBP_CPU_CACHE"
+
 _C = _load._C
 # What the cache was switched on with; None while it is off.
 _settings: tuple[int | None, bool] | None = None
@@ -128,20 +130,33 @@ def reset_peak_memory_stats() -> None:
         _C.cpu_cache_reset_peaks()
 
 
-def enable_where_possible() -> None:
-    """As :func:`enable_cpu_cache`, but what prevents it is a warning."""
+@contextmanager
+def cpu_cache_unless_refused() -> Iterator[None]:
+    """As :func:`cpu_cache`, for training from the command line: leaves a cache that is on as it is, and does without
+    one where the environment says GDBP_CPU_CACHE=0 or another library has its own allocator."""
+    if _settings is not None or _C is None or os.environ.get(VARIABLE) == "0":
+        yield
+        return
+    _enable_or_warn()
+    try:
+        yield
+    finally:
+        disable_cpu_cache()
+
+
+def _enable_or_warn() -> None:
     try:
         enable_cpu_cache()
     except RuntimeError as error:
-        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        warnings.warn(str(error), RuntimeWarning, stacklevel=3)
 
 
 def _obey_environment() -> None:
-    choice = os.environ.get("GDBP_CPU_CACHE", "0")
+    choice = os.environ.get(VARIABLE, "")
     if choice not in ("", "0", "1"):
-        warnings.warn(f"GDBP_CPU_CACHE is {choice!r}; expected 0 or 1, so the CPU cache stays off", stacklevel=2)
+        warnings.warn(f"{VARIABLE} is {choice!r}; expected 0 or 1, so the CPU cache stays off", stacklevel=2)
     elif choice == "1":
-        enable_where_possible()
+        _enable_or_warn()
 
 
 _obey_environment()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import gdbp
 from gdbp import memory
+from gdbp.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 KIB, MIB = 2**10, 2**20
@@ -508,6 +509,49 @@ def test_environment(choice, state):
     done = run(IS_ON, GDBP_CPU_CACHE=choice)
     assert done.stdout.split() == [state]
     assert ("GDBP_CPU_CACHE is 'yes'; expected 0 or 1" in done.stderr) == (choice == "yes")
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A set of 600 samples, whose full-batch activations are large enough for the cache."""
+    x = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    np.savez(tmp_path / "table.npz", x=x, y=x.sum(1))
+    return ["--data", str(tmp_path / "table.npz"), "--hidden", "64", "--method", "batch", "--epochs", "3"]
+
+
+@pytest.mark.parametrize("choice, uses_it", [(None, True), ("1", True), ("0", False)])
+def test_training_from_the_command_line_asks_for_it(choice, uses_it, table, tmp_path, monkeypatch):
+    monkeypatch.delenv(memory.VARIABLE, raising=False)
+    if choice is not None:
+        monkeypatch.setenv(memory.VARIABLE, choice)
+    hits = stat("num_hits")
+    assert main(["train", "--quiet", "--out", str(tmp_path / "run"), *table]) == 0
+    assert (stat("num_hits") > hits) == uses_it
+    hits = stat("num_hits")
+    block(), block()
+    assert stat("num_hits") == hits  # off again
+
+
+def test_training_leaves_a_cache_on_as_it_is(table, tmp_path):
+    memory.enable_cpu_cache(max_bytes=MIB)
+    assert main(["train", "--quiet", "--out", str(tmp_path / "run"), *table]) == 0
+    for _ in range(3):
+        tensors = [block(), block()]
+        del tensors
+    assert cached() <= MIB and stat("num_hits")
+
+
+def test_without_the_compiled_part(monkeypatch):
+    monkeypatch.setattr(memory, "_C", None)
+    monkeypatch.setattr(memory._load, "reason", "gdbp's compiled part is not there")
+    with pytest.raises(RuntimeError, match=r"not there; in gdbp's source folder run: pip install"):
+        memory.enable_cpu_cache()
+    memory.disable_cpu_cache()
+    memory.empty_cpu_cache()
+    memory.reset_peak_memory_stats()
+    assert memory.cpu_memory_stats() == {}
+    with memory.cpu_cache_unless_refused():
+        pass
 
 
 def test_tensors_may_outlive_everything():
