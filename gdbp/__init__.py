@@ -6,7 +6,8 @@ Change an import, keep the script: ``gdbp.optim`` for ``torch.optim``, ``gdbp.nn
 from gdbp._load import build_info
 from gdbp._version import __version__
 
-from gdbp import nn, ops, optim  # isort: skip  (ops need the compiled part that _load brings in)
+from gdbp import memory, nn, ops, optim  # isort: skip  (ops need the compiled part that _load brings in)
 from gdbp.fusion import explain, fuse, unfuse  # isort: skip
+from gdbp.memory import enable_cpu_cache as keep_heap
 
-__all__ = ["__version__", "build_info", "explain", "fuse", "nn", "ops", "optim", "unfuse"]
+__all__ = ["__version__", "build_info", "explain", "fuse", "keep_heap", "memory", "nn", "ops", "optim", "unfuse"]

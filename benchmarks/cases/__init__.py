@@ -1,9 +1,9 @@
 """The cases, a module for each family; each has `cases(smoke)`."""
 
-from benchmarks.cases import fuse, grad, linear, linear_cross_entropy, loss, norm, optim, step
+from benchmarks.cases import fuse, grad, linear, linear_cross_entropy, loss, memory, norm, optim, step
 from benchmarks.work import Case
 
-FAMILIES = (fuse, grad, linear, linear_cross_entropy, loss, norm, optim, step)
+FAMILIES = (fuse, grad, linear, linear_cross_entropy, loss, memory, norm, optim, step)
 
 
 def select(pattern: str = "", smoke: bool = False) -> list[Case]:

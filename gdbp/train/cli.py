@@ -13,6 +13,7 @@ import torch
 
 import gdbp
 from gdbp import nn, optim
+from gdbp.memory import cpu_cache_unless_refused
 
 from . import loop
 from .data import Data, load_data
@@ -72,12 +73,13 @@ def train(options: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(_threads(options.threads, batch_size, sizes))
     try:
-        history = loop.fit(
-            model, loss, optimizer, data,
-            epochs=options.epochs, batch_size=options.batch_size, method=options.method,
-            schedule=options.schedule, clip=options.clip, noise=options.noise, seed=options.seed,
-            keep=options.keep, progress=_bar_shown(options),
-        )  # fmt: skip
+        with cpu_cache_unless_refused():
+            history = loop.fit(
+                model, loss, optimizer, data,
+                epochs=options.epochs, batch_size=options.batch_size, method=options.method,
+                schedule=options.schedule, clip=options.clip, noise=options.noise, seed=options.seed,
+                keep=options.keep, progress=_bar_shown(options),
+            )  # fmt: skip
     except FloatingPointError as error:
         raise InputError(f"{error}: --lr {optimizer.defaults['lr'] / 10:g} or --clip 1") from None
     except torch.OutOfMemoryError:
