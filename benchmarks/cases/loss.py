@@ -57,6 +57,9 @@ def _work(our_loss, torch_loss, input, target, accesses: int, setup: Setup) -> W
     contenders = {OURS: contender(our_loss), "torch": contender(torch_loss)}
     if setup.compile:
         contenders[COMPILED] = contender(torch.compile(torch_loss))
+    if not target.is_floating_point():
+        # It writes the gradient over the logits, so only its first result, which is compared, is that of these logits.
+        setup.add(contenders, "liger", lambda liger: contender(liger.LigerCrossEntropyLoss()))
     limit = setup.copy_limit(traffic, f"{accesses * input.itemsize} B an element")
     # Wide, for torch rounds log-probabilities to the input's dtype, which costs half types some bits.
     return Work(contenders, reference, tolerance=256, limit=limit, bytes=traffic)

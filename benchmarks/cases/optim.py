@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -55,6 +56,10 @@ def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
         params = _parameters([p.clone() for p in start], grads)
         return contender(rule.peer(partial(rule.make, torch.optim, **implementation), params), params, compiled)
 
+    def another(name: str, options: dict[str, Any], module) -> Contender:
+        params = _parameters([p.clone() for p in start], grads)
+        return contender(peers.plain(partial(getattr(module, name), **rule.options, **options), params), params)
+
     def reference() -> Tensors:
         # A sample's norm is not that of the whole.
         clips = rule.peer is peers.clipped
@@ -73,6 +78,8 @@ def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
         contenders["torch fused"] = torchs(fused=True)
     if setup.compile:
         contenders[COMPILED] = torchs(compiled=True, foreach=True)
+    for package, (name, options) in rule.others.items():
+        setup.add(contenders, package, partial(another, name, options))
     loss = max(rule.loss, COMPILED_LOSS) if setup.compile else rule.loss
     per_parameter = rule.bytes_per_parameter(setup.dtype.itemsize)
     traffic = round(per_parameter * count)
