@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import gdbp
+from benchmarks import optional
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,6 +89,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "gdbp": info,
+        "peers": optional.versions(),
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

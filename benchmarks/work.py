@@ -151,3 +151,36 @@ class Case:
     def title(self) -> str:
         dtype = f" {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
         return f"{self.family}.{self.name} {self.size}{dtype}"
+
+
+def powers(first: int, last: int, factor: int) -> list[int]:
+    """`first` times the powers of `factor`, up to `last`."""
+    sizes = [first]
+    while sizes[-1] * factor <= last:
+        sizes.append(sizes[-1] * factor)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Series:
+    """A case at several sizes, to see how its cost grows.
+
+    Args:
+        of: what grows: "parameters", "tensors", "batch", "classes", or "threads", which are set for each.
+        build: makes the case's work for a size.
+        sizes: ascending, some times the one before.
+    """
+
+    family: str
+    name: str
+    of: str
+    build: Callable[[int, Setup], Work]
+    sizes: Sequence[int]
+
+    @property
+    def title(self) -> str:
+        return f"{self.family}.{self.name} by {self.of}"
+
+    def case(self, size: int) -> Case:
+        """The case of one size."""
+        return Case(self.family, self.name, f"{size} {self.of}", lambda setup: self.build(size, setup))
