@@ -30,8 +30,8 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
 
     - ``family``, ``case``, ``size``, ``dtype``, ``device``: what was measured;
     - ``contenders``: a list, gdbp first, of ``name``, seconds ``median``, ``p20``, ``p80``, ``samples``,
-      ``ulp`` (largest error against float64; None if infinite), ``correct``, ``noisy`` and ``memory`` (bytes of its
-      tensors, those that were there before a repetition and the most that one adds; None where the system does not tell);
+      ``ulp`` (largest error against float64; None if infinite), ``correct``, ``noisy`` and ``memory`` (bytes: what it
+      keeps, and the most that a repetition adds to it; None where the system does not tell);
     - ``best``: name of the fastest correct peer, or None; ``ratio``: its median over ours;
     - ``limit``: None, or ``what`` and ``seconds``; ``bytes`` and ``flops`` of the work;
     - ``absent``: what to install, by the names of the optional peers that were asked for and could not take part;

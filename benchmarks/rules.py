@@ -23,7 +23,7 @@ class Rule:
         options: of both; rates are large, so that a step that does nothing is seen in bfloat16 too.
         extras: options of gdbp's alone, and
         peer: what torch's users write for them.
-        others: classes of packages of :data:`benchmarks.optional.PEERS` that do the same, and further options of theirs.
+        others: by package of :data:`benchmarks.optional.PEERS`, its class for the same, and further options of it.
         fused: whether torch has a fused form.
         steps: how many are compared with the reference.
         loss: relative error that is no mistake, beyond that of rounding the results.

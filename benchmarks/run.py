@@ -72,7 +72,8 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring(parser)
     add = parser.add_argument
-    add("--dtype", type=_dtype_names, default=["float32"], metavar="NAME,...", help="default float32; some have their own")
+    add("--dtype", type=_dtype_names, default=["float32"], metavar="NAME,...",
+        help=f"{', '.join(DTYPES)} (default float32; some cases have their own)")  # fmt: skip
     add("--threads", type=positive(int), default=None, help="of the CPU (default torch's)")
     add("--save", action="store_true", help=f"write to {files.RESULTS.relative_to(environment.ROOT)}/MACHINE/ too")
 

@@ -135,7 +135,8 @@ def summary(rows: list[Row]) -> str:
     found = {name: len(chosen) for name, chosen in verdicts(rows).items()}
     goals = found["met"] + found["missed"]
     return (
-        f"{len(rows)} row{'s' * (len(rows) != 1)}: {found['ahead']} faster than the best peer, {found['behind']} slower; "
+        f"{len(rows)} row{'s' * (len(rows) != 1)}: "
+        f"{found['ahead']} faster than the best peer, {found['behind']} slower; "
         f"{found['met']} of {goals} goal{'s' * (goals != 1)} met"
     )
 

@@ -166,7 +166,7 @@ class Series:
     """A case at several sizes, to see how its cost grows.
 
     Args:
-        of: what grows: "parameters", "tensors", "batch", "classes", or "threads", which are set for each.
+        of: what grows: "params", "tensors", "batch", "classes", or "threads", which are set for each.
         build: makes the case's work for a size.
         sizes: ascending, some times the one before.
     """
@@ -183,4 +183,6 @@ class Series:
 
     def case(self, size: int) -> Case:
         """The case of one size."""
-        return Case(self.family, self.name, f"{size} {self.of}", lambda setup: self.build(size, setup))
+        power = sum(size >= limit for limit in (1000, 10**6))
+        text = f"{size / 1000**power:.3g}{('', ' K', ' M')[power]} {self.of}"
+        return Case(self.family, self.name, text, lambda setup: self.build(size, setup))

@@ -1,4 +1,4 @@
-"""``python -m gdbp bench``: hands over to the benchmarks of the source checkout, which an installation does not have."""
+"""``python -m gdbp bench``: hands over to the benchmarks in the source checkout, which are not installed."""
 
 import argparse
 import sys

@@ -44,7 +44,7 @@ def series(smoke: bool) -> Iterator[Series]:
     def threads(_: int, setup: Setup) -> Work:
         return large(2**10 if smoke else 2**24, setup)
 
-    yield Series("optim", "adamw", "parameters", large, powers(4**5, 4**7 if smoke else 4**13, 4))
+    yield Series("optim", "adamw", "params", large, powers(4**5, 4**7 if smoke else 4**13, 4))
     yield Series("optim", "adamw", "tensors", many, powers(1, 4 if smoke else 4**6, 2 if smoke else 4))
     yield Series("optim", "adamw", "threads", threads, powers(1, torch.get_num_threads(), 2))
 
