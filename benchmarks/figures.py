@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.files import Report
-from benchmarks.table import Row, figure
+from benchmarks.table import Row, duration, figure
 from benchmarks.work import OURS
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def ratios(report: Report) -> "Figure | None":
     colours = [AHEAD if value >= 1 else BEHIND for value in values]
     axis.barh(range(len(rows)), [value - 1 for value in values], left=1, color=colours, height=0.7)
     axis.set_xscale("log")
-    axis.set_xlim(min(0.5, *values, 1) * 0.8, max(2.0, *values, 1) * 1.6)
+    # Beyond the bars there is room for their labels.
+    axis.set_xlim(min(0.7, *values) * 0.4, max(2.0, *values) * 3)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [label(row) for row in rows])
     axis.set_ylim(-0.6, len(rows) - 0.4)
@@ -103,9 +105,12 @@ def growth(report: Report) -> "Figure | None":
                       linewidth=2.2 if name == OURS else 1.2, zorder=3 if name == OURS else 2)  # fmt: skip
         axis.set_xscale("log")
         axis.set_yscale("log")
+        sizes = [row["scaling"]["size"] for row in rows]
+        axis.set_xticks(sizes, [row["size"].rsplit(" ", 1)[0] for row in rows])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda value, _: duration(value))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(rows[0]["scaling"]["of"])
-        axis.set_ylabel("seconds")
         axis.legend(fontsize=7, frameon=False)
     return drawn
 

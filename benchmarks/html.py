@@ -10,6 +10,7 @@ from typing import NamedTuple
 from benchmarks import table
 from benchmarks.files import Report
 from benchmarks.table import DTYPES, Row
+from benchmarks.work import OURS
 
 ASSETS = Path(__file__).parent / "assets"
 # Ratios beyond these fill their half of the bar.
@@ -71,14 +72,16 @@ def _tiles(rows: list[Row]) -> str:
 
 
 def _lost(rows: list[Row]) -> str:
-    """What is not reached, before anything that is."""
+    """What is not reached, before anything that is: the rows behind a peer, then those that miss a goal."""
     found = table.verdicts(rows)
-    lines = [
-        f"<li><b>{escape(_name(row))}</b>: {escape(row['best'])} takes {row['ratio']:.0%} of our time</li>"
-        for row in found["behind"]
-    ]
-    lines += [f"<li><b>{escape(_name(row))}</b>: {escape(_missed(row))}</li>" for row in found["missed"]]
-    text = f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nothing: no peer is faster, and no goal is missed.</p>"
+    behind, missed = found["behind"], found["missed"]
+    lines = []
+    for row in [*behind, *(row for row in missed if row not in behind)]:
+        said = [f"{row['best']} takes {row['ratio']:.0%} of our time"] if row in behind else []
+        said += [_missed(row)] if row in missed else []
+        said += ["noisy"] if any(c["noisy"] for c in row["contenders"] if c["name"] in (OURS, row["best"])) else []
+        lines.append(f"<li><b>{escape(_name(row))}</b>: {escape('; '.join(said))}</li>")
+    text = f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nowhere: no peer is faster, and no goal is missed.</p>"
     return f"<section><h2>Where we lose</h2>{text}</section>"
 
 
@@ -133,7 +136,7 @@ def _row(row: Row) -> str:
             _cell(limit, share or 0),
             _cell(_memory(ours, best), ours.get("memory") or 0),
             _cell(ulp, ours["ulp"] if ours["ulp"] is not None else math.inf, css="" if ours["correct"] else "bad"),
-            _cell("; ".join(table.notes(row)), css="notes"),
+            _cell("; ".join(note for note in table.notes(row) if not note.startswith("memory")), css="notes"),
         ]
     )
 
