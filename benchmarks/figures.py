@@ -40,16 +40,15 @@ def ratios(report: Report) -> "Figure | None":
     colours = [AHEAD if value >= 1 else BEHIND for value in values]
     axis.barh(range(len(rows)), [value - 1 for value in values], left=1, color=colours, height=0.7)
     axis.set_xscale("log")
-    # Beyond the bars there is room for their labels.
-    axis.set_xlim(min(0.7, *values) * 0.4, max(2.0, *values) * 3)
+    # Room for the labels, to the right of their bars.
+    axis.set_xlim(min(0.5, *values) * 0.8, max(2.0, *values) * 3)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [label(row) for row in rows])
     axis.set_ylim(-0.6, len(rows) - 0.4)
     for y, (value, row) in enumerate(zip(values, rows)):
-        side = "left" if value >= 1 else "right"
-        text = f" {figure(value)}x {row['best']} "
-        axis.text(value, y, text, va="center", ha=side, fontsize=7, color="#444444")
+        text = f" {figure(value)}x {row['best']}"
+        axis.text(max(1, value), y, text, va="center", fontsize=7, color="#444444")
     axis.set_xlabel("time of the best peer, over ours (right of 1: gdbp is faster)")
     return drawn
 

@@ -64,7 +64,7 @@ def _tiles(rows: list[Row]) -> str:
         (str(len(found["ahead"])), f"of {len(ratios)} rows faster than the best peer", "good"),
         (str(len(found["behind"])), "rows where a peer is faster", "bad" if found["behind"] else ""),
         (median, "median ratio to the best peer", ""),
-        (f"{len(found['met'])} of {goals}", "goals met", "bad" if found["missed"] else "good"),
+        (f"{len(found['met'])} of {goals}", "goals met", "bad" if found["missed"] else "good" if goals else ""),
         (str(len(wrong)), "wrong results of ours", "bad" if wrong else "good"),
     ]
     drawn = [f'<div class="tile {kind}"><b>{escape(value)}</b><span>{text}</span></div>' for value, text, kind in tiles]

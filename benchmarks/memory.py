@@ -56,7 +56,7 @@ class ProcessMeter:
 
 
 def meter(device: str) -> CudaMeter | ProcessMeter | None:
-    """None where the system does not tell: the CPU's needs Linux and glibc's malloc, which must give back what is free."""
+    """None where the system does not tell: the CPU's needs Linux, and glibc's malloc giving back what is free."""
     if device == "cuda":
         return CudaMeter()
     if environment.heap() != "default" or not os.access("/proc/self/clear_refs", os.W_OK):
