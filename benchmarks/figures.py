@@ -42,7 +42,12 @@ def ratios(report: Report) -> "Figure | None":
     axis.set_xscale("log")
     # Room for the labels, to the right of their bars.
     axis.set_xlim(min(0.5, *values) * 0.8, max(2.0, *values) * 3)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    low, high = axis.get_xlim()
+    digits = (1, 2, 5) if high < 300 * low else (1,)
+    ticks = [digit * 10.0**power for power in range(-6, 10) for digit in digits]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [label(row) for row in rows])
     axis.set_ylim(-0.6, len(rows) - 0.4)

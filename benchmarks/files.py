@@ -63,7 +63,9 @@ def place(report: Report, folder: Path = RESULTS) -> Path:
 
 def committed(folder: Path = RESULTS) -> list[Report]:
     """All reports of the CPU, by name, and the newest one of a GPU, if any."""
-    gpus = [load(path) for path in sorted(folder.glob("*/*.json")) if path.parent.name != "cpu"]
+    # A folder of anything else has no GPU to show.
+    others = [path for path in sorted(folder.glob("*/*.json")) if path.parent.name != "cpu"]
+    gpus = [load(path) for path in others if '"multiprocessors"' in path.read_text()]
     newest = sorted(gpus, key=lambda report: report["environment"]["date"])[-1:]
     return [*(load(path) for path in sorted(folder.glob("cpu/*.json"))), *newest]
 

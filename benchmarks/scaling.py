@@ -9,12 +9,18 @@ from typing import Any
 import torch
 
 from benchmarks import environment, run, table
-from benchmarks.cases import select_series
+from benchmarks.cases import FAMILIES
 from benchmarks.measure import measure
 from benchmarks.work import Series
 from gdbp.train.errors import InputError
 
 add_arguments = run.add_measuring
+
+
+def select(pattern: str = "", smoke: bool = False) -> list[Series]:
+    """The series in whose title, such as "optim.adamw by threads", `pattern` occurs; a few tiny sizes where `smoke`."""
+    families = [family for family in FAMILIES if hasattr(family, "series")]
+    return [series for family in families for series in family.series(smoke) if pattern in series.title]
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float] | None:
@@ -81,9 +87,9 @@ def _measure(series: Series, options: argparse.Namespace) -> list[dict[str, Any]
 
 def execute(options: argparse.Namespace) -> int:
     """Returns 0, or 1 where a result of ours was wrong."""
-    chosen = select_series(options.pattern, options.size == "smoke")
+    chosen = select(options.pattern, options.size == "smoke")
     if not chosen:
-        titles = ", ".join(series.title for series in select_series())
+        titles = ", ".join(series.title for series in select())
         raise InputError(f"no series has {options.pattern!r} in its title; there are {titles}")
     run.check_device(options.device)
     if options.heap == "kept" and environment.heap() != "kept":

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import memory, optional, run, table
+from benchmarks import memory, optional, run, scaling, table
 from benchmarks.accuracy import ulp_error
-from benchmarks.cases import select, select_series
+from benchmarks.cases import select
 from benchmarks.measure import LIMIT, judge, measure
 from benchmarks.timing import MINIMUM_ROUNDS, percentile, summarize, take_turns
 from benchmarks.work import OURS, Case, Contender, Goal, Setup, Work, powers
@@ -241,9 +241,9 @@ def test_peers_of_optimizers_take_the_options_of_the_rule(monkeypatch):
 
 def test_series_grow():
     assert powers(1, 100, 4) == [1, 4, 16, 64]
-    titles = [series.title for series in select_series()]
+    titles = [series.title for series in scaling.select()]
     assert len(titles) == len(set(titles))
-    assert {series.of for series in select_series()} == {"params", "tensors", "batch", "classes", "threads"}
-    for series in [*select_series(), *select_series(smoke=True)]:
+    assert {series.of for series in scaling.select()} == {"params", "tensors", "batch", "classes", "threads"}
+    for series in [*scaling.select(), *scaling.select(smoke=True)]:
         assert list(series.sizes) == sorted(set(series.sizes))
         assert len({series.case(size).title for size in series.sizes}) == len(series.sizes)
