@@ -52,10 +52,10 @@ gpu-run: $(BUILT)
 	$(SANITIZE) --tool memcheck $(PY) -m tests.cuda_cases
 	$(SANITIZE) --tool racecheck $(PY) -m tests.cuda_cases
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool initcheck $(PY) -m tests.cuda_cases
-	$(PY) -m benchmarks.run --device cuda --json $(OUT)/gpu.json
+	$(PY) -m gdbp bench run --device cuda --budget 1 --save --json $(OUT)/gpu.json
 
-bench: $(BUILT)  ## measure the kernels against their peers
-	$(PY) -m benchmarks.run $(ARGS)
+bench: $(BUILT)  ## measure the kernels against their peers; ARGS="-k adam" for some
+	$(PY) -m gdbp bench run $(ARGS)
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(VENV)/bin/ruff check .

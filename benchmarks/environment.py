@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import gdbp
+from benchmarks import optional
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +48,10 @@ def cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the sources, with "+" where they were changed since; None outside a checkout."""
+    """The commit of the sources, with "+" where they were changed since.
+
+    In a copy of a checkout, which git knows nothing about, the variable GDBP_COMMIT says it; else None.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -58,7 +62,7 @@ def git_commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("GDBP_COMMIT") or None
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -88,6 +92,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "gdbp": info,
+        "peers": optional.versions(),
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

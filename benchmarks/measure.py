@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import memory, optional
 from benchmarks.accuracy import ulp_error
 from benchmarks.timing import Timing, clock_for, take_turns
 from benchmarks.work import OURS, Case, Goal, Setup, Work
@@ -29,20 +30,26 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
 
     - ``family``, ``case``, ``size``, ``dtype``, ``device``: what was measured;
     - ``contenders``: a list, gdbp first, of ``name``, seconds ``median``, ``p20``, ``p80``, ``samples``,
-      ``ulp`` (largest error against float64; None if infinite), ``correct`` and ``noisy``;
+      ``ulp`` (largest error against float64; None if infinite), ``correct``, ``noisy`` and ``memory`` (bytes: what it
+      keeps, and the most that a repetition adds to it; None where the system does not tell);
     - ``best``: name of the fastest correct peer, or None; ``ratio``: its median over ours;
     - ``limit``: None, or ``what`` and ``seconds``; ``bytes`` and ``flops`` of the work;
+    - ``absent``: what to install, by the names of the optional peers that were asked for and could not take part;
     - ``goal``: None, or ``text``, the required ``ratio`` to ``peer`` and share of the ``limit``, and ``met``.
     """
-    setup = replace(setup, dtype=case.dtype or setup.dtype)
+    setup = replace(setup, dtype=case.dtype or setup.dtype, absent={})
+    gc.freeze()  # what is here already need not be looked at again
     work = case.build(setup)
     try:
-        errors = _check(work)
+        errors = _check(work, setup)
         runs: dict[str, Callable[[], object]] = {name: c.run for name, c in work.contenders.items()}
         if work.limit is not None:
             runs[LIMIT] = work.limit.run
         timings = take_turns(runs, budget, clock_for(setup.device, work.hot))
         contenders = [_contender(name, timings[name], errors[name], work.tolerance) for name in work.contenders]
+        del runs
+        for contender, needed in zip(contenders, _memory_by_turns(work, setup.device)):
+            contender["memory"] = needed
         limit = None
         if work.limit is not None:
             limit = {"what": work.limit.what, "seconds": timings[LIMIT].median * work.limit.scale}
@@ -57,6 +64,7 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
             "limit": limit,
             "bytes": work.bytes,
             "flops": work.flops,
+            "absent": setup.absent,
         }
         applies = setup.device == "cpu" and setup.dtype in (torch.float32, case.dtype)
         row["goal"] = judge(case.goal, row, heap) if case.goal and applies else None
@@ -64,20 +72,43 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
     finally:
         del work
         gc.collect()
+        gc.unfreeze()
         if setup.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def _check(work: Work) -> dict[str, float]:
-    """Largest error of each contender, in ulp."""
+def _check(work: Work, setup: Setup) -> dict[str, float]:
+    """Largest error of each contender, in ulp. Optional peers that raise one take no part."""
     reference = work.reference()
     errors = {}
-    for name, contender in work.contenders.items():
-        results = contender.results()
+    for name, contender in list(work.contenders.items()):
+        try:
+            results = contender.results()
+        except Exception as error:  # whatever another project raises, the others are measured
+            if name not in setup.optional:
+                raise
+            setup.absent[name] = optional.reason(error)
+            del work.contenders[name]
+            continue
         errors[name] = math.inf
         if len(results) == len(reference):
             errors[name] = max(ulp_error(*pair, work.floor) for pair in zip(results, reference))
     return errors
+
+
+def _memory_by_turns(work: Work, device: str) -> list[int | None]:
+    """What each contender needs, in order. They are given up on the way: what goes with one was its own."""
+    meter = memory.meter(device)
+    needed: list[int | None] = []
+    for name in list(work.contenders):
+        if meter is None:
+            needed.append(None)
+            continue
+        peak = meter.growth(work.contenders[name].run)
+        before = meter.held()
+        del work.contenders[name]
+        needed.append(peak + max(0, before - meter.held()))
+    return needed
 
 
 def _contender(name: str, timing: Timing, error: float, tolerance: float) -> dict[str, Any]:

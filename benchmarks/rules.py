@@ -23,6 +23,7 @@ class Rule:
         options: of both; rates are large, so that a step that does nothing is seen in bfloat16 too.
         extras: options of gdbp's alone, and
         peer: what torch's users write for them.
+        others: by package of :data:`benchmarks.optional.PEERS`, its class for the same, and further options of it.
         fused: whether torch has a fused form.
         steps: how many are compared with the reference.
         loss: relative error that is no mistake, beyond that of rounding the results.
@@ -37,6 +38,7 @@ class Rule:
     options: dict[str, Any]
     extras: dict[str, Any] = field(default_factory=dict)
     peer: Callable[[peers.Make, peers.Parameters], peers.Peer] = peers.plain
+    others: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     fused: bool = True
     steps: int = 2
     loss: float = 0.0
@@ -64,6 +66,7 @@ RULES = {
         "AdamW",
         (7, 0),
         _ADAMW,
+        others={"bitsandbytes": ("AdamW", {}), "deepspeed": ("DeepSpeedCPUAdam", {"adamw_mode": True})},
         sizes=_ALL,
         goals={
             LARGE: Goal(1.0, peer="torch fused", limit=0.9),
@@ -88,6 +91,7 @@ RULES = {
         (3, 4 * (1 + 4 / 256)),
         _ADAMW,
         extras={"state_dtype": "8bit"},
+        others={"torchao": ("AdamW8bit", {}), "bitsandbytes": ("AdamW8bit", {})},
         loss=2**-7,
         compare_states=False,
         goals={LARGE: Goal(1.3, peer="torch fused")},
@@ -101,9 +105,19 @@ RULES = {
         "AdamW", (2, 24), _ADAMW, extras={"master_weights": True}, peer=peers.mastered, dtype=torch.bfloat16
     ),
     "adam_amsgrad": Rule("Adam", (9, 0), {"lr": 0.05, "amsgrad": True}, sizes=_ALL),
-    "sgd_momentum": Rule("SGD", (5, 0), {"lr": 0.05, "momentum": 0.9}, sizes=_ALL),
-    "adagrad": Rule("Adagrad", (5, 0), {"lr": 0.05}),
-    "rmsprop": Rule("RMSprop", (5, 0), {"lr": 0.01}, fused=False, sizes=_ALL, goals={LARGE: Goal(4.0)}),
+    "sgd_momentum": Rule(
+        "SGD", (5, 0), {"lr": 0.05, "momentum": 0.9}, others={"bitsandbytes": ("SGD", {})}, sizes=_ALL
+    ),
+    "adagrad": Rule("Adagrad", (5, 0), {"lr": 0.05}, others={"bitsandbytes": ("Adagrad", {})}),
+    "rmsprop": Rule(
+        "RMSprop",
+        (5, 0),
+        {"lr": 0.01},
+        others={"bitsandbytes": ("RMSprop", {})},
+        fused=False,
+        sizes=_ALL,
+        goals={LARGE: Goal(4.0)},
+    ),
     "rmsprop_centered": Rule(
         "RMSprop",
         (9, 0),
@@ -112,7 +126,7 @@ RULES = {
         sizes=_ALL,
         goals={LARGE: Goal(5.0)},
     ),
-    "lion": Rule("Lion", (5, 0), _ADAMW, fused=False, goals={LARGE: Goal(3.0)}),
+    "lion": Rule("Lion", (5, 0), _ADAMW, others={"bitsandbytes": ("Lion", {})}, fused=False, goals={LARGE: Goal(3.0)}),
     "adamax": Rule("Adamax", (7, 0), {"lr": 0.05}, fused=False, goals={LARGE: Goal(3.0)}),
     "nadam": Rule("NAdam", (7, 0), {"lr": 0.05}, fused=False, goals={LARGE: Goal(3.0)}),
     # Its first five steps are momentum's alone.

@@ -1,7 +1,6 @@
-"""``python -m benchmarks.run``: measures gdbp against its peers and the hardware's limit."""
+"""``python -m gdbp bench list`` and ``run``: measures gdbp against its peers and the hardware's limit."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -11,22 +10,32 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, table
+from benchmarks import environment, files, optional, table
 from benchmarks.cases import select
 from benchmarks.measure import measure
 from benchmarks.work import Case, Setup
+from gdbp.train.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+PEERS = ("eager", "compile", *optional.PEERS)
 
 
-def _names(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
+def _dtype_names(text: str) -> list[str]:
+    short = {value: key for key, value in DTYPES.items()}
+    names = [short.get(name, name) for name in text.split(",") if name]
     if not names or not set(names) <= set(DTYPES):
         raise argparse.ArgumentTypeError(f"{text!r}; expected some of {','.join(DTYPES)}")
     return names
 
 
-def _positive(kind):
+def _peer_names(text: str) -> frozenset[str]:
+    names = frozenset(name for name in text.split(",") if name)
+    if not names or not names <= {*PEERS, "all"}:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected some of {','.join(PEERS)}, or all")
+    return frozenset(PEERS) if "all" in names else names
+
+
+def positive(kind):
     def convert(text: str):
         value = kind(text)
         if not value > 0:
@@ -37,34 +46,57 @@ def _positive(kind):
     return convert
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-k", dest="pattern", metavar="NAME", default="", help="cases with NAME in their title (see --list)")
-    add("--list", action="store_true", help="show the cases and stop")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", type=_names, default=["float32"], metavar="NAME,...", help="default float32; some have their own")
+    add("-k", dest="pattern", metavar="NAME", default="", help="cases with NAME in their title, as 'bench list' has it")
     add("--size", choices=("full", "smoke"), default="full", help="smoke: tiny cases, to see that they run")
-    add("--peers", choices=("eager", "compile"), default="eager", help="compile adds torch.compile")
-    add("--threads", type=_positive(int), default=None, help="of the CPU (default torch's)")
-    add("--budget", type=_positive(float), default=3.0, metavar="SECONDS", help="for each row (default 3)")
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """What `run` and `scaling` have in common."""
+    add_selection(parser)
+    add_device(parser)
+    add = parser.add_argument
+    add("--peers", type=_peer_names, default=frozenset(), metavar="NAME,...",
+        help=f"{', '.join(PEERS)} or all (default eager, which always takes part)")  # fmt: skip
+    add("--budget", type=positive(float), default=3.0, metavar="SECONDS", help="for each row (default 3)")
     add("--heap", choices=("default", "kept"), default="default", help="kept: freed memory is not returned")
     add("--json", type=Path, metavar="FILE", help="write results and environment to FILE")
-    return parser.parse_args(argv)
+    add("--csv", type=Path, metavar="FILE", help="write a line for each contender of each row to FILE")
 
 
-def _run_with_kept_heap(argv: list[str]) -> int:
-    """malloc reads its settings when a process starts, so another one measures."""
-    variables = environment.KEPT_HEAP
-    settings = " ".join(f"{name}={value}" for name, value in variables.items())
-    print(f"Heap kept: measuring in a child process with {settings}\n", flush=True)
-    paths = [str(environment.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.call([sys.executable, "-m", "benchmarks.run", *argv], env=env)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_measuring(parser)
+    add = parser.add_argument
+    add("--dtype", type=_dtype_names, default=["float32"], metavar="NAME,...",
+        help=f"{', '.join(DTYPES)} (default float32; some cases have their own)")  # fmt: skip
+    add("--threads", type=positive(int), default=None, help="of the CPU (default torch's)")
+    add("--save", action="store_true", help=f"write to {files.RESULTS.relative_to(environment.ROOT)}/MACHINE/ too")
 
 
-def _print_list(cases: list[Case], smoke: bool) -> None:
-    for case in cases:
+def check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda asks for a GPU, and torch sees none; use --device cpu")
+
+
+def setup(options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Setup:
+    compiles = "compile" in options.peers
+    return Setup(dtype, options.device, compiles, optional=options.peers & optional.PEERS.keys())
+
+
+def _selected(options: argparse.Namespace) -> list[Case]:
+    cases = select(options.pattern, options.size == "smoke")
+    if not cases:
+        raise InputError(f"no case has {options.pattern!r} in its title; python -m gdbp bench list shows them")
+    return cases
+
+
+def show(options: argparse.Namespace) -> int:
+    for case in _selected(options):
         goal = case.goal
         parts = []
         if goal and goal.ratio is not None:
@@ -73,9 +105,20 @@ def _print_list(cases: list[Case], smoke: bool) -> None:
         if goal and goal.limit is not None:
             parts.append(f"{goal.limit:.0%} of the limit")
         print(f"{case.title:<40}  {'goal: ' + ', '.join(parts) if parts else ''}".rstrip())
+    return 0
 
 
-def _dtypes(case: Case, cases: list[Case], names: list[str]) -> list[torch.dtype]:
+def with_kept_heap(argv: list[str]) -> int:
+    """The same in another process, for malloc reads its settings when a process starts."""
+    variables = environment.KEPT_HEAP
+    settings = " ".join(f"{name}={value}" for name, value in variables.items())
+    print(f"Heap kept: measuring in a child process with {settings}\n", flush=True)
+    paths = [str(environment.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.call([sys.executable, "-m", "gdbp", "bench", *argv], env=env)
+
+
+def dtypes(case: Case, cases: list[Case], names: list[str]) -> list[torch.dtype]:
     """Those to measure a case in: its own, or the chosen ones, without any that a case of that dtype measures."""
     if case.dtype:
         return [case.dtype]
@@ -83,60 +126,53 @@ def _dtypes(case: Case, cases: list[Case], names: list[str]) -> list[torch.dtype
     return [dtype for dtype in (getattr(torch, name) for name in names) if dtype not in own]
 
 
-def _warn_of_load(env: dict[str, Any]) -> None:
-    if env["load"] > 0.25 * env["cpus"]:
-        print(f"WARNING: load {env['load']:.1f} on {env['cpus']} CPUs at the start; figures will be noisy.\n")
-
-
-def _refuse(sentence: str) -> int:
-    print(f"benchmarks.run: {sentence}", file=sys.stderr)
-    return 2
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 where a result of ours was wrong, 2 for what the user can mend."""
-    argv = sys.argv[1:] if argv is None else argv
-    options = parse(argv)
-    cases = select(options.pattern, options.size == "smoke")
-    if not cases:
-        return _refuse(f"no case has {options.pattern!r} in its title; --list shows them")
-    if options.list:
-        _print_list(cases, options.size == "smoke")
-        return 0
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return _refuse("--device cuda asks for a GPU, and torch sees none; use --device cpu")
-    if options.heap == "kept" and environment.heap() != "kept":
-        return _run_with_kept_heap(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def begin(options: argparse.Namespace) -> dict[str, Any]:
+    """A report without rows yet; its environment is printed."""
     env = environment.describe(options.device)
-    report: dict[str, Any] = {"environment": env, "options": {"budget": options.budget, "size": options.size}}
-    report["rows"] = rows = []
     print(table.caption(env))
     print("ratio: the best correct peer's time over ours; limit: the limit's; ulp: our largest error\n")
-    _warn_of_load(env)
+    if env["load"] > 0.25 * env["cpus"]:
+        print(f"WARNING: load {env['load']:.1f} on {env['cpus']} CPUs at the start; figures will be noisy.\n")
     print(table.header())
+    peers = sorted(options.peers)
+    return {"environment": env, "options": {"budget": options.budget, "size": options.size, "peers": peers}, "rows": []}
+
+
+def finish(report: dict[str, Any], options: argparse.Namespace, started: float) -> int:
+    """Writes what was asked for; 1 where a result of ours was wrong."""
+    rows = report["rows"]
+    report["seconds"] = time.perf_counter() - started
+    for sentence in table.absent(rows):
+        print(f"\nabsent: {sentence}", end="")
+    print(f"\n{table.summary(rows)}; {report['seconds']:.0f} s")
+    if options.json:
+        files.write(options.json, files.dump(report))
+    if options.csv:
+        files.write_csv(options.csv, report)
+    return int(not all(row["contenders"][0]["correct"] for row in rows))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 0, or 1 where a result of ours was wrong."""
+    cases = _selected(options)
+    check_device(options.device)
+    if options.heap == "kept" and environment.heap() != "kept":
+        return with_kept_heap(options.argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = begin(options)
     started = time.perf_counter()
     family = None
     for case in cases:
         if case.family != family:
             print(family := case.family)
-        for dtype in _dtypes(case, cases, options.dtype):
-            setup = Setup(dtype, options.device, options.peers == "compile")
-            rows.append(measure(case, setup, options.budget, env["heap"]))
-            print(table.terminal(rows[-1]), flush=True)
-    report["seconds"] = time.perf_counter() - started
-    print(f"\n{len(rows)} rows in {report['seconds']:.0f} s")
-    if options.json:
-        _write(options.json, report)
-    wrong = [row for row in rows if not row["contenders"][0]["correct"]]
-    return int(bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        for dtype in dtypes(case, cases, options.dtype):
+            row = measure(case, setup(options, dtype), options.budget, report["environment"]["heap"])
+            report["rows"].append(row)
+            print(table.terminal(row), flush=True)
+    status = finish(report, options, started)
+    if options.save:
+        path = files.place(report)
+        files.write(path, files.dump(report))
+        print(f"written to {path}")
+    return status

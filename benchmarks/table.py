@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.memory import RESOLUTION
 from benchmarks.work import OURS
 
 Row = dict[str, Any]
@@ -38,6 +39,12 @@ def figure(value: float) -> str:
 def duration(seconds: float) -> str:
     scale, name = _unit(seconds)
     return f"{figure(seconds / scale)} {name}"
+
+
+def storage(count: float) -> str:
+    """Bytes, in powers of 1000."""
+    power = 3 if count >= 1e9 else 2
+    return f"{figure(count / 1000**power)} {'MB' if power == 2 else 'GB'}"
 
 
 def _ulp(value: float | None) -> str:
@@ -91,11 +98,47 @@ def notes(row: Row) -> list[str]:
         said.append(reached)
     if row["limit"]:
         said.append(f"limit: {row['limit']['what']}")
+    needed = {c["name"]: c["memory"] for c in row["contenders"] if c["name"] in (OURS, row["best"]) and c.get("memory")}
+    if needed.get(OURS, 0) >= RESOLUTION:
+        others = [f"{name} {storage(count)}" for name, count in needed.items() if name != OURS]
+        said.append(", ".join([f"memory {storage(needed[OURS])}", *others]))
     if row["goal"] and row["goal"]["ratio"] and row["goal"]["peer"] != row["best"]:
         said.append(f"goal against {row['goal']['peer']}")
     if noisy := [c["name"] for c in row["contenders"] if c["noisy"] and c["name"] in (OURS, row["best"])]:
         said.append(f"NOISY: {', '.join(noisy)}")
     return said
+
+
+def absent(rows: Iterable[Row]) -> list[str]:
+    """A sentence for each peer that was asked for and did not take part."""
+    reasons: dict[tuple[str, str], int] = {}
+    for row in rows:
+        for pair in row.get("absent", {}).items():
+            reasons[pair] = reasons.get(pair, 0) + 1
+    return [f"{peer} in {count} row{'s' * (count != 1)}: {why}" for (peer, why), count in reasons.items()]
+
+
+def verdicts(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows that are ahead of the best peer, behind it, and without one, and that meet or miss their goal."""
+    compared = [row for row in rows if row["ratio"] is not None]
+    goals = [row for row in rows if row["goal"]]
+    return {
+        "ahead": [row for row in compared if row["ratio"] >= 1],
+        "behind": sorted((row for row in compared if row["ratio"] < 1), key=lambda row: row["ratio"]),
+        "alone": [row for row in rows if row["ratio"] is None],
+        "met": [row for row in goals if row["goal"]["met"]],
+        "missed": [row for row in goals if not row["goal"]["met"]],
+    }
+
+
+def summary(rows: list[Row]) -> str:
+    found = {name: len(chosen) for name, chosen in verdicts(rows).items()}
+    goals = found["met"] + found["missed"]
+    return (
+        f"{len(rows)} row{'s' * (len(rows) != 1)}: "
+        f"{found['ahead']} faster than the best peer, {found['behind']} slower; "
+        f"{found['met']} of {goals} goal{'s' * (goals != 1)} met"
+    )
 
 
 def _aligned(values: Iterable[str]) -> str:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import optional
+
 Tensors = Sequence[torch.Tensor]
 
 OURS = "gdbp"
@@ -75,12 +77,36 @@ class Work:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and in which dtype a case is to run, and its random numbers."""
+    """Where and in which dtype a case is to run, which peers take part, and its random numbers.
+
+    Args:
+        compile: whether torch.compile does.
+        optional: names of :data:`benchmarks.optional.PEERS` that do where they are installed.
+        absent: why one of these does not; filled as a case is built.
+    """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     compile: bool = False
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    optional: frozenset[str] = frozenset()
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def add(self, contenders: dict[str, "Contender"], peer: str, make: Callable[[Any], "Contender"]) -> None:
+        """Adds a peer of :data:`benchmarks.optional.PEERS` that was asked for, under its name.
+
+        `make` gets the peer's module. Where it is not installed, or `make` fails, `absent` says what to do.
+        """
+        if peer not in self.optional:
+            return
+        module, self.absent[peer] = optional.load(peer, self.device)
+        if module is None:
+            return
+        try:
+            contenders[peer] = make(module)
+            del self.absent[peer]
+        except Exception as error:  # whatever another project raises, the others are measured
+            self.absent[peer] = optional.reason(error)
 
     def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:
         """Normal random numbers; the same for every device, since they are drawn on the CPU."""
@@ -125,3 +151,38 @@ class Case:
     def title(self) -> str:
         dtype = f" {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
         return f"{self.family}.{self.name} {self.size}{dtype}"
+
+
+def powers(first: int, last: int, factor: int) -> list[int]:
+    """`first` times the powers of `factor`, up to `last`."""
+    sizes = [first]
+    while sizes[-1] * factor <= last:
+        sizes.append(sizes[-1] * factor)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Series:
+    """A case at several sizes, to see how its cost grows.
+
+    Args:
+        of: what grows: "params", "tensors", "batch", "classes", or "threads", which are set for each.
+        build: makes the case's work for a size.
+        sizes: ascending, some times the one before.
+    """
+
+    family: str
+    name: str
+    of: str
+    build: Callable[[int, Setup], Work]
+    sizes: Sequence[int]
+
+    @property
+    def title(self) -> str:
+        return f"{self.family}.{self.name} by {self.of}"
+
+    def case(self, size: int) -> Case:
+        """The case of one size."""
+        power = sum(size >= limit for limit in (1000, 10**6))
+        text = f"{size / 1000**power:.3g}{('', ' K', ' M')[power]} {self.of}"
+        return Case(self.family, self.name, text, lambda setup: self.build(size, setup))

@@ -1,9 +1,9 @@
-"""``python -m gdbp``: what was built, and a first network from one command."""
+"""``python -m gdbp``: what was built, a first network from one command, checks and benchmarks."""
 
 import argparse
 import sys
 
-from gdbp import _load
+from gdbp import _bench, _load
 from gdbp.testing import cli as testing_cli
 from gdbp.train import cli
 from gdbp.train.errors import InputError
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     cli.add_command(commands)
     testing_cli.add_command(commands)
+    _bench.add_command(commands)
     return parser
 
 

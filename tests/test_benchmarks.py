@@ -2,52 +2,20 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from benchmarks import environment, report, run, table
+from benchmarks import memory, optional, run, scaling, table
 from benchmarks.accuracy import ulp_error
 from benchmarks.cases import select
-from benchmarks.measure import LIMIT, compare, judge, measure
+from benchmarks.measure import LIMIT, judge, measure
 from benchmarks.timing import MINIMUM_ROUNDS, percentile, summarize, take_turns
-from benchmarks.work import OURS, Case, Contender, Goal, Setup, Work
+from benchmarks.work import OURS, Case, Contender, Goal, Setup, Work, powers
+from tests.bench_rows import contender, example_row
 
 BUDGET = 0.002
 SMOKE = {case.title: case for case in select(smoke=True)}
-
-
-def contender(name, median, correct=True):
-    return {
-        "name": name,
-        "median": median,
-        "p20": median,
-        "p80": median,
-        "samples": 5,
-        "ulp": 0.5 if correct else None,
-        "correct": correct,
-        "noisy": False,
-    }
-
-
-def example_row(*contenders, **changes):
-    contenders = contenders or (contender(OURS, 2e-3), contender("torch", 5e-3))
-    row = {
-        "family": "loss",
-        "case": "mse",
-        "size": "16 M",
-        "dtype": "float32",
-        "device": "cpu",
-        "contenders": list(contenders),
-        "limit": {"what": "copy, 12 B an element", "seconds": 1e-3},
-        "bytes": 2**20,
-        "flops": 0,
-        "goal": None,
-    }
-    return {**row, **compare(row["contenders"]), **changes}
 
 
 @pytest.mark.parametrize("title", SMOKE)
@@ -205,87 +173,77 @@ def test_limit_scales_to_the_traffic():
     assert row["limit"]["what"] == "the 3 GEMMs" and LIMIT not in [c["name"] for c in row["contenders"]]
 
 
-def test_run_writes_json_that_report_reads(tmp_path, capsys):
-    file = tmp_path / "results" / "cpu.json"
-    arguments = ["-k", "mse", "--size", "smoke", "--budget", str(BUDGET), "--dtype", "float32,float64"]
-    assert run.main([*arguments, "--json", str(file)]) == 0
-    assert "best peer" in capsys.readouterr().out
-    written = json.loads(file.read_text())
-    assert [row["dtype"] for row in written["rows"]] == ["float32", "float64"]
-    assert {"cpu", "threads", "heap", "torch", "gdbp", "commit", "date"} <= written["environment"].keys()
-    assert report.main([str(file)]) == 0
-    assert "| loss.mse | 1 K | f32 |" in capsys.readouterr().out
-
-
-def test_report_keeps_a_document_up_to_date(tmp_path, capsys):
-    file, document = tmp_path / "cpu.json", tmp_path / "README.md"
-    file.write_text(json.dumps({"environment": environment.describe("cpu"), "rows": [example_row()]}))
-    document.write_text("before\n<!-- benchmarks:cpu -->\nold\n<!-- /benchmarks:cpu -->\nafter\n")
-    arguments = ["--update", str(document), str(file)]
-    assert report.main([*arguments, "--check"]) == 1
-    assert "old" in document.read_text()
-    assert report.main(arguments) == 0
-    text = document.read_text()
-    assert text.startswith("before\n<!-- benchmarks:cpu -->\n") and text.endswith("-->\nafter\n")
-    assert "2.00 ms" in text and "old" not in text
-    assert report.main([*arguments, "--check"]) == 0
-    document.write_text("no markers")
-    capsys.readouterr()
-    assert report.main(arguments) == 2
-    assert "<!-- benchmarks:cpu -->" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", [None, "", "[]", '{"environment": {}}'])
-def test_report_refuses_what_is_no_result(tmp_path, capsys, text):
-    file = tmp_path / "x.json"
-    if text is not None:
-        file.write_text(text)
-    assert report.main([str(file)]) == 2
-    assert str(file) in capsys.readouterr().err
-
-
 def test_a_case_of_one_dtype_is_measured_once():
     cases = [case for case in select("linear.gelu 1024") if case.size == "1024x1024x4096"]
-    dtypes = [run._dtypes(case, cases, ["float32", "bfloat16"]) for case in cases]
+    dtypes = [run.dtypes(case, cases, ["float32", "bfloat16"]) for case in cases]
     assert dtypes == [[torch.float32], [torch.bfloat16]]
 
 
-def test_refusals_of_run(capsys):
-    assert run.main(["-k", "nothing of that name"]) == 2
-    assert "--list" in capsys.readouterr().err
-    for arguments in (["--dtype", "int8"], ["--budget", "0"], ["--threads", "-1"]):
-        with pytest.raises(SystemExit) as stop:
-            run.main(arguments)
-        assert stop.value.code == 2
+def made_up(build):
+    return measure(Case("made", "up", "4", build), Setup(optional=frozenset(optional.PEERS)), BUDGET)
 
 
-def test_list_shows_cases_and_goals(capsys):
-    assert run.main(["--list", "-k", "optim.adamw"]) == 0
-    assert "40.00x of torch fused" in capsys.readouterr().out
+def test_memory_is_what_is_kept_and_what_a_repetition_adds():
+    kept = torch.ones(2**22)  # shared, so nobody's
+
+    def make(megabytes):
+        states = torch.ones(megabytes * 2**18)
+        return Contender(lambda: (kept + 1, states), lambda: [torch.ones(4)])
+
+    def build(_):
+        return Work({OURS: make(8), "torch": make(24)}, lambda: [torch.ones(4).double()], tolerance=1)
+
+    needed = [c["memory"] for c in made_up(build)["contenders"]]
+    if memory.meter("cpu"):
+        assert [count / 2**20 for count in needed] == pytest.approx([24, 40], abs=4)
+    else:  # the system does not tell
+        assert needed == [None, None]
 
 
-def test_kept_heap_is_measured_in_a_process_that_keeps_it(tmp_path):
-    file = tmp_path / "kept.json"
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    arguments = [
-        "--heap",
-        "kept",
-        "-k",
-        "mse",
-        "--size",
-        "smoke",
-        "--budget",
-        str(BUDGET),
-        "--json",
-        str(file),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.run", *arguments],
-        cwd=environment.ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "child process" in done.stdout
-    assert json.loads(file.read_text())["environment"]["heap"] == "kept"
+def test_optional_peers_that_are_not_there_or_fail_are_named(monkeypatch):
+    monkeypatch.setitem(optional.PEERS, "torchao", optional.Package("no_such_module.optim", "torchao"))
+    monkeypatch.setitem(optional.PEERS, "deepspeed", optional.Package("json", "deepspeed", "cuda"))
+    for peer in ("bitsandbytes", "jax", "liger"):
+        monkeypatch.setitem(optional.PEERS, peer, optional.Package("json", peer))
+    right = Contender(lambda: None, lambda: [torch.ones(4)])
+
+    def fails():
+        raise RuntimeError("no compiler\nmore")
+
+    def build(setup):
+        contenders = {OURS: right}
+        for peer in ("torchao", "deepspeed", "liger"):
+            setup.add(contenders, peer, lambda module: right)
+        setup.add(contenders, "bitsandbytes", lambda module: module.Missing)
+        setup.add(contenders, "jax", lambda module: Contender(fails, fails))
+        return Work(contenders, lambda: [torch.ones(4).double()], tolerance=1)
+
+    row = made_up(build)
+    assert [c["name"] for c in row["contenders"]] == [OURS, "liger"]
+    assert row["absent"] == {
+        "torchao": "pip install torchao",
+        "deepspeed": "runs on cuda only",
+        "bitsandbytes": "AttributeError: module 'json' has no attribute 'Missing'",
+        "jax": "RuntimeError: no compiler",
+    }
+    assert "torchao in 2 rows: pip install torchao" in table.absent([row, row])
+    # Nobody asked for any of them.
+    assert measure(Case("made", "up", "4", build), Setup(), BUDGET)["absent"] == {}
+
+
+def test_peers_of_optimizers_take_the_options_of_the_rule(monkeypatch):
+    """With torch's own in the place of another package's."""
+    monkeypatch.setitem(optional.PEERS, "bitsandbytes", optional.Package("torch.optim", "bitsandbytes"))
+    for title in ("optim.adamw 3 x 17", "optim.sgd_momentum 3 x 17"):
+        row = measure(SMOKE[title], Setup(optional=frozenset(["bitsandbytes"])), BUDGET)
+        assert [c["correct"] for c in row["contenders"] if c["name"] == "bitsandbytes"] == [True]
+
+
+def test_series_grow():
+    assert powers(1, 100, 4) == [1, 4, 16, 64]
+    titles = [series.title for series in scaling.select()]
+    assert len(titles) == len(set(titles))
+    assert {series.of for series in scaling.select()} == {"params", "tensors", "batch", "classes", "threads"}
+    for series in [*scaling.select(), *scaling.select(smoke=True)]:
+        assert list(series.sizes) == sorted(set(series.sizes))
+        assert len({series.case(size).title for size in series.sizes}) == len(series.sizes)

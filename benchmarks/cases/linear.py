@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gdbp.nn.functional as ours
-from benchmarks.work import COMPILED, OURS, Case, Contender, Goal, Limit, Setup, Tensors, Work
+from benchmarks.work import COMPILED, OURS, Case, Contender, Goal, Limit, Series, Setup, Tensors, Work, powers
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -51,6 +51,13 @@ def cases(smoke: bool) -> Iterator[Case]:
     for layer in layers:
         build = partial(_build, *layer.size, layer.activation, False)
         yield Case("linear", layer.name, "x".join(map(str, layer.size)), build, layer.goal, layer.dtype)
+
+
+def series(smoke: bool) -> Iterator[Series]:
+    def build(rows: int, setup: Setup) -> Work:
+        return _build(rows, 64, 64, "relu", False, setup)
+
+    yield Series("linear", "relu", "batch", build, powers(1, 16 if smoke else 4**6, 4))
 
 
 def _build(rows: int, inputs: int, outputs: int, activation: str, call: bool, setup: Setup) -> Work:

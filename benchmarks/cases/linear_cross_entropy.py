@@ -21,6 +21,10 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch
     return F.cross_entropy(F.linear(x, weight), labels)
 
 
+def _weight_second(loss):
+    return lambda x, weight, labels: loss(weight, x, labels)
+
+
 def _build(rows: int, features: int, classes: int, setup: Setup) -> Work:
     x, weight = setup.normal(rows, features), setup.normal(classes, features, std=features**-0.5)
     labels = setup.labels(rows, classes)
@@ -38,6 +42,7 @@ def _build(rows: int, features: int, classes: int, setup: Setup) -> Work:
         contenders["torch chunked"] = contender(partial(F.linear_cross_entropy, options=options))
     if setup.compile:
         contenders[COMPILED] = contender(torch.compile(_plain))
+    setup.add(contenders, "liger", lambda liger: contender(_weight_second(liger.LigerFusedLinearCrossEntropyLoss())))
     # Wide, for half types round the logits.
     return Work(contenders, reference, tolerance=1024, floor="rms", limit=_products(x, weight),
                 flops=6 * rows * features * classes)  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import gdbp.nn.functional as ours
-from benchmarks.work import COMPILED, OURS, Case, Contender, Goal, Setup, Tensors, Work
+from benchmarks.work import COMPILED, OURS, Case, Contender, Goal, Series, Setup, Tensors, Work, powers
 
 # Rows, classes, goal, and the only dtype to measure, if any.
 CROSS_ENTROPY = [
@@ -42,6 +42,17 @@ def cases(smoke: bool) -> Iterator[Case]:
         size, elements = ("1 K", 2**10) if smoke else ("16 M", 2**24)
         build = partial(_pointwise, our_loss, torch_loss, elements)
         yield Case("loss", name, size, build, None if smoke else goal)
+
+
+def series(smoke: bool) -> Iterator[Series]:
+    def classes(count: int, setup: Setup) -> Work:
+        return _cross_entropy(4 if smoke else 1024, count, setup)
+
+    def batch(count: int, setup: Setup) -> Work:
+        return _cross_entropy(count, 10, setup)
+
+    yield Series("loss", "cross_entropy", "classes", classes, powers(8, 128 if smoke else 2**15, 4))
+    yield Series("loss", "cross_entropy", "batch", batch, powers(16, 256 if smoke else 4**8, 4))
 
 
 def _cross_entropy(rows: int, classes: int, setup: Setup) -> Work:
@@ -100,6 +111,9 @@ def _work(our_loss: Callable, torch_loss: Callable, input, target, accesses: int
     contenders = {OURS: contender(our_loss), "torch": contender(torch_loss)}
     if setup.compile:
         contenders[COMPILED] = contender(torch.compile(torch_loss))
+    if not target.is_floating_point():
+        # It writes the gradient over the logits, so only its first result, which is compared, is that of these logits.
+        setup.add(contenders, "liger", lambda liger: contender(liger.LigerCrossEntropyLoss()))
     limit = setup.copy_limit(traffic, f"{accesses * input.itemsize} B an element")
     # Wide, for torch rounds log-probabilities to the input's dtype, which costs half types some bits.
     return Work(contenders, reference, tolerance=256, limit=limit, bytes=traffic)

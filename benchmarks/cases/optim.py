@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
 import gdbp
 from benchmarks import peers
 from benchmarks.rules import LARGE, MANY, RULES, SMALL, Rule
-from benchmarks.work import COMPILED, OURS, Case, Contender, Setup, Tensors, Work
+from benchmarks.work import COMPILED, OURS, Case, Contender, Series, Setup, Tensors, Work, powers
 
 # Of a large tensor so many elements, evenly spread, are checked; the rules act on each element alone.
 CHECK_ELEMENTS = 2**16
 # Relative error of torch.compile's first steps of Adam, whose bias corrections 1 - beta**t it forms in float32.
 COMPILED_LOSS = 2**-17
+# The same of DeepSpeed's, which forms the powers of beta in float32 too.
+DEEPSPEED_LOSS = 2**-15
 
 SIZES = {
     LARGE: [(2**26,)],
@@ -29,6 +32,21 @@ def cases(smoke: bool) -> Iterator[Case]:
             if smoke or size in rule.sizes:
                 build = partial(_build, rule, shapes)
                 yield Case("optim", name, size, build, rule.goals.get(size), rule.dtype)
+
+
+def series(smoke: bool) -> Iterator[Series]:
+    def large(count: int, setup: Setup) -> Work:
+        return _build(RULES["adamw"], [(count,)], setup)
+
+    def many(count: int, setup: Setup) -> Work:
+        return _build(RULES["adamw"], [(64,)] * count, setup)
+
+    def threads(_: int, setup: Setup) -> Work:
+        return large(2**10 if smoke else 2**24, setup)
+
+    yield Series("optim", "adamw", "params", large, powers(4**5, 4**7 if smoke else 4**13, 4))
+    yield Series("optim", "adamw", "tensors", many, powers(1, 4 if smoke else 4**6, 2 if smoke else 4))
+    yield Series("optim", "adamw", "threads", threads, powers(1, torch.get_num_threads(), 2))
 
 
 def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
@@ -55,6 +73,10 @@ def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
         params = _parameters([p.clone() for p in start], grads)
         return contender(rule.peer(partial(rule.make, torch.optim, **implementation), params), params, compiled)
 
+    def another(name: str, options: dict[str, Any], module) -> Contender:
+        params = _parameters([p.clone() for p in start], grads)
+        return contender(peers.plain(partial(getattr(module, name), **rule.options, **options), params), params)
+
     def reference() -> Tensors:
         # A sample's norm is not that of the whole.
         clips = rule.peer is peers.clipped
@@ -73,7 +95,11 @@ def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
         contenders["torch fused"] = torchs(fused=True)
     if setup.compile:
         contenders[COMPILED] = torchs(compiled=True, foreach=True)
+    for package, (name, options) in rule.others.items():
+        setup.add(contenders, package, partial(another, name, options))
     loss = max(rule.loss, COMPILED_LOSS) if setup.compile else rule.loss
+    if "deepspeed" in contenders:
+        loss = max(loss, DEEPSPEED_LOSS)
     per_parameter = rule.bytes_per_parameter(setup.dtype.itemsize)
     traffic = round(per_parameter * count)
     return Work(

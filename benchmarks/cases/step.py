@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gdbp
-from benchmarks.work import COMPILED, OURS, Case, Contender, Setup, Tensors, Work
+from benchmarks.work import COMPILED, OURS, Case, Contender, Series, Setup, Tensors, Work, powers
 
 SIZES = (64, 64, 64, 10)
 CHECK_STEPS = 3
@@ -19,6 +19,13 @@ def cases(smoke: bool) -> Iterator[Case]:
     batch = 4 if smoke else 32
     for name in OPTIMIZERS:
         yield Case("step", name, f"batch {batch}", partial(_build, name, batch))
+
+
+def series(smoke: bool) -> Iterator[Series]:
+    def build(batch: int, setup: Setup) -> Work:
+        return _build("adamw", batch, setup)
+
+    yield Series("step", "adamw", "batch", build, powers(1, 16 if smoke else 4**6, 4))
 
 
 def _build(name: str, batch: int, setup: Setup) -> Work:

@@ -1,0 +1,99 @@
+"""Files of results: reading, writing, and where those of this repository lie."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import ROOT
+from gdbp.train.errors import InputError
+
+Report = dict[str, Any]
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+COLUMNS = (
+    "family", "case", "size", "dtype", "device", "contender", "median_s", "p20_s", "p80_s", "samples", "gdbp_ratio",
+    "gb_per_s", "tflop_per_s", "share_of_limit", "memory_bytes", "ulp", "correct", "noisy",
+    "machine", "threads", "heap", "torch", "commit", "date",
+)  # fmt: skip
+
+
+def load(path: Path) -> Report:
+    """Raises InputError for a file that `run` did not write."""
+    try:
+        report = json.loads(path.read_text())
+        if not isinstance(report["environment"]["device"], str) or not isinstance(report["rows"], list):
+            raise TypeError
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is no result; expected a file that 'bench run --json' wrote") from None
+    return report
+
+
+def write(path: Path, text: str) -> None:
+    """Makes the folder too; raises InputError where that can't be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def dump(report: Report) -> str:
+    return json.dumps(report, indent=1) + "\n"
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """The folder for results from there: "cpu", or the GPU's name as in "nvidia-h100-80gb-hbm3"."""
+    gpu = environment["gpu"]
+    return re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-") if gpu else "cpu"
+
+
+def place(report: Report, folder: Path = RESULTS) -> Path:
+    """Where `run --save` puts a report: under its machine, named after date and commit."""
+    environment = report["environment"]
+    commit = environment["commit"] or "no-commit"
+    changed = "-changed" if commit.endswith("+") else ""
+    return folder / machine(environment) / f"{environment['date'][:10]}-{commit[:12].rstrip('+')}{changed}.json"
+
+
+def committed(folder: Path = RESULTS) -> list[Report]:
+    """All reports of the CPU, by name, and the newest one of a GPU, if any."""
+    # A folder of anything else has no GPU to show.
+    others = [path for path in sorted(folder.glob("*/*.json")) if path.parent.name != "cpu"]
+    gpus = [load(path) for path in others if '"multiprocessors"' in path.read_text()]
+    newest = sorted(gpus, key=lambda report: report["environment"]["date"])[-1:]
+    return [*(load(path) for path in sorted(folder.glob("cpu/*.json"))), *newest]
+
+
+def write_csv(path: Path, report: Report) -> None:
+    """A line for each contender of each row; empty where there is no figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(_lines(report))
+
+
+def _lines(report: Report) -> Iterable[list[Any]]:
+    env = report["environment"]
+    where = [env["gpu"]["name"] if env["gpu"] else env["cpu"], env["threads"], env["heap"], env["torch"]]
+    where += [env["commit"], env["date"]]
+    for row in report["rows"]:
+        ours = row["contenders"][0]["median"]
+        for c in row["contenders"]:
+            seconds, limit = c["median"], row["limit"]
+            yield [
+                *(row[key] for key in COLUMNS[:5]),
+                *(c[key] for key in ("name", "median", "p20", "p80", "samples")),
+                seconds / ours,
+                row["bytes"] / seconds * 1e-9 if row["bytes"] else None,
+                row["flops"] / seconds * 1e-12 if row["flops"] else None,
+                limit["seconds"] / seconds if limit else None,
+                *(c.get(key) for key in ("memory", "ulp", "correct", "noisy")),
+                *where,
+            ]

@@ -1,0 +1,181 @@
+"""What ``python -m gdbp bench`` makes of results: comparisons, Markdown, pictures and the HTML page."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks import compare, environment, figures, files, html, report
+from benchmarks.work import OURS
+from tests.bench_rows import bench, contender, example_report, example_row
+
+README = environment.ROOT / "README.md"
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a report and returns its path."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def test_readme_holds_what_is_measured():
+    """Whoever commits results also runs: python -m gdbp bench report --update README.md"""
+    assert bench("report", "--update", README, "--check") == 0
+
+
+def test_report_keeps_a_document_up_to_date(save, capsys):
+    file = save("cpu.json", example_report())
+    document = save("README.md", "before\n<!-- benchmarks:cpu -->\nold\n<!-- /benchmarks:cpu -->\nafter\n")
+    assert bench("report", "--update", document, file, "--check") == 1
+    assert "old" in document.read_text()
+    assert bench("report", "--update", document, file) == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!-- benchmarks:cpu -->\n") and text.endswith("-->\nafter\n")
+    assert "2.00 ms" in text and "old" not in text
+    assert bench("report", "--update", document, file, "--check") == 0
+    document.write_text("no markers")
+    capsys.readouterr()
+    assert bench("report", "--update", document, file) == 2
+    assert "<!-- benchmarks:cpu -->" in capsys.readouterr().err
+
+
+def test_document_shows_the_newest_gpu_or_that_there_is_none(save, tmp_path, monkeypatch):
+    empty = "".join("{}\n{}\n".format(*report.markers(device)) for device in report.DEVICES)
+    document = save("README.md", empty)
+    monkeypatch.setattr(files, "committed", lambda folder=tmp_path / "results", real=files.committed: real(folder))
+    save("results/accuracy/x.json", {"environment": {"cpu": "any"}, "rows": []})  # something else
+    save("results/cpu/b.json", example_report(example_row(case="second")))
+    save("results/cpu/a.json", example_report(example_row(case="first")))
+    assert bench("report", "--update", document) == 0
+    text = document.read_text()
+    assert text.index("loss.first") < text.index("loss.second")
+    assert "Not measured on a GPU" in text
+    for name, date, commit in (("NVIDIA A100", "2031-01-01", "a" * 40), ("NVIDIA H100", "2032-01-01", "b" * 40)):
+        made = example_report(gpu=name, date=f"{date}T00:00:00+00:00", commit=commit)
+        save(f"results/{files.machine(made['environment'])}/x.json", made)
+    assert bench("report", "--update", document, "--check") == 1
+    assert bench("report", "--update", document) == 0
+    text = document.read_text()
+    assert "NVIDIA H100, CUDA 13.0" in text and "gdbp 0.1.0 at bbbbbbbbbbbb" in text
+    assert "A100" not in text and "Not measured" not in text
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"environment": {}}'])
+def test_what_is_no_result_is_refused(tmp_path, capsys, text):
+    file = tmp_path / "x.json"
+    if text is not None:
+        file.write_text(text)
+    assert bench("report", file) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def timed(median, p20=None, p80=None, peer=5e-3, **changes):
+    ours = contender(OURS, median) | {"p20": p20 or median, "p80": p80 or median}
+    return example_row(ours, contender("torch", peer), **changes)
+
+
+@pytest.mark.parametrize(
+    "new, status, verdict",
+    [
+        (timed(2e-3), 0, ""),
+        (timed(2.1e-3), 0, ""),
+        (timed(2.3e-3), 1, "SLOWER"),
+        (timed(2.3e-3, p20=1.9e-3, p80=3e-3), 0, "noise"),
+        (timed(1e-3), 0, "faster"),
+        (example_row(contender(OURS, 1e-3, correct=False), contender("torch", 5e-3)), 1, "WRONG RESULT"),
+    ],
+)
+def test_compare(new, status, verdict, save, capsys):
+    files = [save(name, example_report(row)) for name, row in (("old.json", timed(2e-3)), ("new.json", new))]
+    assert bench("compare", *files, "--fail", "10%") == status
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss.mse 16 M f32")]
+    assert line.endswith(verdict or "+0%")
+    assert bench("compare", files[0], files[1], "--fail", "20") == int(verdict == "WRONG RESULT")
+
+
+def test_compare_says_what_differs(save, capsys):
+    old = save("old.json", example_report(timed(2e-3), example_row(case="gone")))
+    rows = timed(2e-3, peer=6e-3), example_row(case="here")
+    new = save("new.json", example_report(*rows, threads=64, cpu="another"))
+    assert bench("compare", old, new) == 0
+    printed = capsys.readouterr().out
+    assert "not measured under the same conditions" in printed
+    assert "threads: 2 before, 64 now" in printed and "another now" in printed
+    assert "+20%" in printed  # the peer, on the new machine
+    assert "loss.gone 16 M f32: only in the old file" in printed and "loss.here 16 M f32: new" in printed
+    gpus = [example_report(gpu=name)["environment"] for name in ("A", "B")]
+    assert compare.differences(*gpus) == ["GPU: A before, B now"]
+
+
+class Page(HTMLParser):
+    """Counts elements, and keeps what a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.fetched, self.rows = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.rows += tag == "tr"
+        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def plotted_rows():
+    goal = {"text": "4x", "ratio": 4.0, "peer": "torch", "limit": None, "met": False}
+    lost = contender(OURS, 6e-3, memory=2**25), contender("torch", 5e-3, memory=2**26)
+    wrong = contender(OURS, 1e-3, correct=False), contender("torch", 5e-3, correct=False)
+    series = [
+        timed(size * 1e-6, case=f"s {size}", scaling={"series": "loss.mse by batch", "of": "batch", "size": size})
+        for size in (10, 100)
+    ]
+    return [
+        example_row(goal=goal),
+        example_row(*lost, case="lost"),
+        example_row(*wrong, case="<b>&wrong", limit=None),
+        example_row(bytes=0, flops=10**9, family="linear"),
+        *series,
+    ]
+
+
+def test_plot_writes_one_page_and_pictures(save, tmp_path, capsys):
+    file = save("all.json", example_report(*plotted_rows()))
+    assert bench("plot", file, "--out", tmp_path / "out") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.html", "all-ratios.png", "all-roofline.png", "all-growth.png"}
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.fetched) == 3 and all(address.startswith("data:image/svg+xml;base64,") for address in page.fetched)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert page.rows == 6 + 2  # and the heads of two families
+    assert "<b>&wrong" not in text and "&lt;b&gt;&amp;wrong" in text
+    lost = text[text.index("Where we lose") :]
+    assert "loss.lost 16 M f32</b>: torch takes 83% of our time" in lost
+    assert "4x of torch wanted, 2.50x reached" in lost
+    assert "33.6 MB / 67.1 MB" in text
+
+
+def test_page_of_nothing_and_without_pictures(save, tmp_path, monkeypatch, capsys):
+    empty = example_report()
+    empty["rows"] = []
+    assert all(make(empty) is None for _, make in figures.FIGURES.values())
+    Page(html.page([(empty, [])]))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench("plot", save("x.json", example_report()), "--out", tmp_path / "out") == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert "no peer is faster" in (tmp_path / "out" / "report.html").read_text()
