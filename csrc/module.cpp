@@ -4,6 +4,7 @@
 
 #include "grad/gradients.h"
 #include "step/plan.h"
+#include "step/train.h"
 
 namespace py = pybind11;
 
@@ -53,4 +54,5 @@ PYBIND11_MODULE(_C, module) {
   // Families with host-side objects bind them here, one line each.
   gdbp::grad::bind(module);
   gdbp::step::bind(module);
+  gdbp::step::bind_train(module);
 }

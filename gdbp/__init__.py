@@ -7,5 +7,6 @@ from gdbp._load import build_info
 from gdbp._version import __version__
 
 from gdbp import nn, ops, optim  # isort: skip  (ops need the compiled part that _load brings in)
+from gdbp.step import TrainStep  # isort: skip
 
-__all__ = ["__version__", "build_info", "nn", "ops", "optim"]
+__all__ = ["TrainStep", "__version__", "build_info", "nn", "ops", "optim"]
