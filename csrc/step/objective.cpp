@@ -103,6 +103,19 @@ struct CrossEntropyOptions {
   bool empty_is_zero;
 };
 
+// Rows with fewer classes than a vector has lanes are computed side by side instead, a lane each: classes first.
+constexpr int64_t kFewClasses = 16, kManyRows = 8;
+
+template <class T>
+void transpose(const T* from, int64_t rows, int64_t cols, T* to) {
+  for (int64_t col = 0; col < cols; ++col)
+    for (int64_t row = 0; row < rows; ++row) to[col * rows + row] = from[row * cols + col];
+}
+void transpose(Dtype dtype, const void* from, int64_t rows, int64_t cols, void* to) {
+  if (dtype == Dtype::float64) return transpose(static_cast<const double*>(from), rows, cols, static_cast<double*>(to));
+  transpose(static_cast<const float*>(from), rows, cols, static_cast<float*>(to));
+}
+
 class CrossEntropy final : public Objective {
  public:
   CrossEntropy(at::Tensor weight, CrossEntropyOptions options) : weight_(std::move(weight)), options_(options) {}
@@ -130,16 +143,20 @@ class CrossEntropy final : public Objective {
     const int64_t stats = std::max(loss::stats_per_row(false), loss::stats_per_row(true));
     stats_ = arena.request(output.rows * stats * size_of(output.dtype), time, time);
     rows_ = arena.request(2 * output.rows * int64_t(sizeof(double)), time, time);
+    const bool suits = output.cols < kFewClasses && output.rows >= kManyRows;
+    classes_first_ = suits ? arena.request(output.numel() * size_of(output.dtype), time, time) : Arena::kNone;
   }
   void run(const Output& shape, const void* output, const Target& target, const Arena& arena, void* value,
            void* grad) override {
     const bool labels = target.type == at::kLong;
+    void* const turned = labels ? arena.at(classes_first_) : nullptr;
+    if (turned) transpose(shape.dtype, output, shape.rows, shape.cols, turned);
     const loss::CrossEntropy loss{shape.dtype,
                                   options_.reduction,
-                                  shape.rows,
+                                  turned ? 1 : shape.rows,
                                   shape.cols,
-                                  1,
-                                  output,
+                                  turned ? shape.rows : 1,
+                                  turned ? turned : output,
                                   labels ? static_cast<const int64_t*>(target.data) : nullptr,
                                   nullptr,
                                   nullptr,
@@ -156,14 +173,16 @@ class CrossEntropy final : public Objective {
                                     nullptr);
     TORCH_CHECK_INDEX(bad[0] < 0, "Target ", bad[1], " is out of bounds: cross_entropy got it for row ", bad[0],
                       "; expected a class from 0 to ", shape.cols - 1, ", or ignore_index = ", options_.ignore_index);
-    if (grad)
-      loss::cross_entropy_backward_cpu({loss, arena.at(stats_), &divisor, one(shape.dtype), grad, nullptr}, nullptr);
+    if (!grad) return;
+    loss::cross_entropy_backward_cpu(
+        {loss, arena.at(stats_), &divisor, one(shape.dtype), turned ? turned : grad, nullptr}, nullptr);
+    if (turned) transpose(shape.dtype, turned, shape.cols, shape.rows, grad);
   }
 
  private:
   const at::Tensor weight_;
   const CrossEntropyOptions options_;
-  Arena::Id stats_ = Arena::kNone, rows_ = Arena::kNone;
+  Arena::Id stats_ = Arena::kNone, rows_ = Arena::kNone, classes_first_ = Arena::kNone;
 };
 
 pointwise::Kind parse_kind(const std::string& name) {
