@@ -54,4 +54,7 @@ def check_parameters(optimizer: torch.optim.Optimizer) -> None:
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not all(map(is_fused, params)) or len(set(map(id, params))) != len(params):
-        raise CannotFuse(f"{type(optimizer).__name__} holds a parameter twice, or one that is no plain tensor on CPU")
+        raise CannotFuse(f"{type(optimizer).__name__} holds a parameter twice, or one that is no plain tensor")
+    for p in params:
+        if not p.is_cpu:
+            raise CannotFuse(f"a parameter is on {p.device}; expected cpu; use strict=False to run there eagerly")

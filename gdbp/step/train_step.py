@@ -35,6 +35,8 @@ class TrainStep:
         optimizer: of :mod:`gdbp.optim`, or torch's SGD, RMSprop, Adam or AdamW, whose state is used and kept.
         strict: whether what has no fused form raises an error; else it runs eagerly, see :meth:`explain`.
         keep_grads: leave the gradients in ``.grad``, which is None after a step otherwise.
+        max_grad_norm: largest 2-norm of all gradients together, beyond which they are scaled down; beside the
+            optimizer's own, where it has one. ``inf`` only measures, see :attr:`grad_norms`.
         seed: of the dropout masks, which are a function of it, the layer, :attr:`steps` and the element. Default:
             ``torch.initial_seed()``. The masks are others than torch's.
 
@@ -44,6 +46,8 @@ class TrainStep:
     Attributes:
         steps: how many steps were made, which may be set: with ``seed`` it makes a continued run draw as an
             unbroken one would.
+        grad_norms: 2-norms of all gradients, before clipping, at the last step or the steps of the last
+            :meth:`many`: (steps,), float64; None where nobody asked for them.
 
     Raises:
         ValueError, TypeError: a model, loss, optimizer or input without a fused form, in one sentence; not with
@@ -59,10 +63,14 @@ class TrainStep:
         *,
         strict: bool = True,
         keep_grads: bool = False,
+        max_grad_norm: float | None = None,
         seed: int | None = None,
     ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.strict, self.keep_grads = strict, keep_grads
+        self.strict, self.keep_grads, self.max_grad_norm = strict, keep_grads, max_grad_norm
+        self.grad_norms: torch.Tensor | None = None
         self.seed = (torch.initial_seed() if seed is None else seed) % 2**64
         self.steps = 0
         self._plan = self._rules = self._layers = None
@@ -75,7 +83,7 @@ class TrainStep:
         if not self._is_fused():
             return self._eager(input, target)
         try:
-            value, _ = self._run(lambda limit: self._plan.step(self._rules._plan, input, target, limit, *self._draw()))
+            value = self._run(self._plan.step, input, target)
         except (ValueError, TypeError) as error:
             if self.strict:
                 raise
@@ -115,19 +123,21 @@ class TrainStep:
             raise ValueError(f"batch_size is {batch_size}; expected None, or 1 to the {rows} rows there are")
         epoch = -(-rows // size)
         left = epoch if steps is None else steps
-        losses = []
+        losses, norms = [], []
         while left > 0:
             index = torch.randperm(rows, generator=generator) if shuffle and size < rows else None
             taken = min(left, epoch)
             losses.append(self._epoch(inputs, targets, index, size, taken))
+            norms.append(self.grad_norms)
             left -= taken
+        self.grad_norms = torch.cat(norms) if norms and norms[-1] is not None else None
         return torch.cat(losses) if losses else inputs.new_empty(0)
 
     def explain(self) -> str:
         """What runs, and why: a line for each layer, the loss and the optimizer."""
         if not self._is_fused():
             return f"eager: {self._reason}"
-        updates = "after the norm of all gradients" if self._waits() else "right after its gradient"
+        updates = "after the norm of all gradients" if self._limit() else "right after its gradient"
         lines = [f"fused: one call a step, products by {_C.gemm_name()}"]
         for kind, label, *options in self._layers.found:
             suffix = f" + {options[-1]}" if isinstance(options[-1], str) and options[-1] != "none" else ""
@@ -180,35 +190,30 @@ class TrainStep:
             raise ValueError(self._reason)
         return False
 
-    def _waits(self) -> bool:
-        return self._rules.max_grad_norm is not None or self._rules.skip_nonfinite
+    def _limit(self) -> tuple[float, bool] | None:
+        """What the norm of all gradients decides, if anything asks for it."""
+        own, skip = self._rules.max_grad_norm, self._rules.skip_nonfinite
+        if own is None and self.max_grad_norm is None and not skip:
+            return None
+        return min(float("inf") if limit is None else float(limit) for limit in (own, self.max_grad_norm)), skip
 
-    def _draw(self) -> tuple[int, int]:
-        return self.seed, self.steps
+    def _collect(self, plan, groups, state) -> bool:
+        return self._plan.collect(plan, groups, state, self.keep_grads, self._limit() is not None)
 
-    @torch.no_grad()
-    def _run(self, run) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rules, waits = self._rules, self._waits()
-        limit = None
-        if waits:
-            largest = rules.max_grad_norm
-            limit = (float("inf") if largest is None else float(largest), rules.skip_nonfinite)
-        created: list = []
-        updated = False
+    def _run(self, run, *arguments) -> torch.Tensor:
+        """One of the plan's methods, with the optimizer readied before and settled after it."""
+        rules, created, updated = self._rules, [], False
         try:
-            rules._collect(
-                lambda plan, groups, state: self._plan.collect(plan, groups, state, self.keep_grads, waits),
-                created,
-                self._is_trained,
-            )
-            value, norm, updated = run(limit)
+            plan = rules._collect(self._collect, created, self._is_trained)
+            value, norms, updated = run(plan, *arguments, self._limit(), self.seed, self.steps)
         finally:
             if not updated:
                 rules._undo(created)
-        rules._last["grad_norm"] = None if norm is None else norm[-1, 0]
+        self.grad_norms = None if norms is None else norms[:, 0]
+        rules._last["grad_norm"] = None if norms is None else norms[-1, 0]
         # What a scheduler asks an optimizer before its own first step.
         self.optimizer._opt_called = True
-        return value, norm
+        return value
 
     def _is_trained(self, p: torch.Tensor) -> bool:
         return p.requires_grad and any(p is own for own in self._parameters())
@@ -223,23 +228,34 @@ class TrainStep:
             if index is not None:
                 x, y, index = inputs.contiguous(), targets.contiguous(), index[:rows]
             try:
-                losses, _ = self._run(
-                    lambda limit: self._plan.many(self._rules._plan, x, y, index, size, limit, *self._draw())
-                )
+                losses = self._run(self._plan.many, x, y, index, size)
                 self.steps += steps
                 return losses
             except (ValueError, TypeError) as error:
                 if self.strict:
                     raise
                 self._reason = str(error)
-        order = torch.arange(rows) if index is None else index[:rows]
-        return torch.stack([self._eager(inputs[i], targets[i]) for i in order.to(inputs.device).split(size)])
+        parts = [slice(at, at + size) for at in range(0, rows, size)]
+        if index is not None:
+            parts = index[:rows].to(inputs.device).split(size)
+        losses, norms = [], []
+        for part in parts:
+            losses.append(self._eager(inputs[part], targets[part]))
+            norms.append(self.grad_norms)
+        self.grad_norms = None if norms[-1] is None else torch.cat(norms)
+        return torch.stack(losses)
 
     def _eager(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad()
         value = self.loss(self.model(input), target)
         value.backward()
+        if self.max_grad_norm is not None:
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
         self.optimizer.step()
+        if self.max_grad_norm is None:
+            norm = getattr(self.optimizer, "grad_norm", None)
+        self.grad_norms = None if norm is None else norm.detach().double().reshape(1)
         self.steps += 1
         return value.detach()
 
