@@ -178,11 +178,13 @@ class TrainStep:
 
     def _is_fused(self) -> bool:
         """Whether this step is; raises the reason where not and ``strict``."""
-        if self._plan is not None and self._plan.unchanged() or self._make_plan():
+        if (self._plan is not None and self._plan.unchanged()) or self._make_plan():
             try:
                 _optimizer.check(self.optimizer)
                 if torch.is_autocast_enabled("cpu"):
-                    raise CannotFuse("autocast is on, and a fused step computes in the parameters' dtype; switch it off")
+                    raise CannotFuse(
+                        "autocast is on, and a fused step computes in the parameters' dtype; switch it off"
+                    )
                 return True
             except CannotFuse as error:
                 self._reason = str(error)
