@@ -60,11 +60,11 @@ class BatchNorm final : public Layer {
 
   void finish(const Pass& pass) override {
     if (!options_.of_batch || !t_.running_mean.defined()) return;
-    norm::update_cpu({pass.dtype, outputs, double(pass.rows), options_.momentum.value_or(0), !options_.momentum,
-                      static_cast<const double*>(pass.arena->at(stats_)), nullptr, t_.running_mean.mutable_data_ptr(),
-                      t_.running_var.mutable_data_ptr(),
-                      t_.batches.defined() ? t_.batches.mutable_data_ptr<int64_t>() : nullptr},
-                     nullptr);
+    norm::update_cpu(
+        {pass.dtype, outputs, double(pass.rows), options_.momentum.value_or(0), !options_.momentum,
+         static_cast<const double*>(pass.arena->at(stats_)), nullptr, t_.running_mean.mutable_data_ptr(),
+         t_.running_var.mutable_data_ptr(), t_.batches.defined() ? t_.batches.mutable_data_ptr<int64_t>() : nullptr},
+        nullptr);
     for (const at::Tensor& t : {t_.running_mean, t_.running_var, t_.batches})
       if (t.defined()) t.unsafeGetTensorImpl()->bump_version();
   }

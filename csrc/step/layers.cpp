@@ -115,10 +115,11 @@ class Dropout final : public Layer {
 void Layer::check_tensor(const at::Tensor& tensor, const char* what, at::IntArrayRef sizes, Dtype dtype) const {
   if (!tensor.defined()) return;
   const at::ScalarType type = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.sizes() == sizes && tensor.is_cpu() && tensor.scalar_type() == type,
-                    "TrainStep: ", what, " of ", name, " has shape ", tensor.sizes(), ", strides ", tensor.strides(),
-                    " and dtype ", tensor.scalar_type(), " on ", tensor.device(), "; expected shape ", sizes,
-                    ", contiguous, of the input's dtype ", type, " on cpu; convert one of them");
+  TORCH_CHECK_VALUE(
+      tensor.is_contiguous() && tensor.sizes() == sizes && tensor.is_cpu() && tensor.scalar_type() == type,
+      "TrainStep: ", what, " of ", name, " has shape ", tensor.sizes(), ", strides ", tensor.strides(), " and dtype ",
+      tensor.scalar_type(), " on ", tensor.device(), "; expected shape ", sizes, ", contiguous, of the input's dtype ",
+      type, " on cpu; convert one of them");
 }
 
 std::unique_ptr<Layer> make_linear(std::string name, at::Tensor weight, at::Tensor bias, Activation activation) {

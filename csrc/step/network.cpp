@@ -18,8 +18,8 @@ void Network::check() const {
   for (const auto& layer : layers_) layer->check(output_.dtype, rows_);
 }
 
-// The forward pass of layer i is at time i, the loss at n, the backward pass of layer i at 2n - i. An output lives until
-// the last pass that reads it, a gradient from the layer above to its own.
+// The forward pass of layer i is at time i, the loss at n, the backward pass of layer i at 2n - i. An output lives
+// until the last pass that reads it, a gradient from the layer above to its own.
 void Network::plan(Dtype dtype, int64_t rows, int64_t cols, int output_dims) {
   const int n = int(layers_.size());
   const std::vector<char>& trained = updates.trained();

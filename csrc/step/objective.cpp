@@ -24,7 +24,8 @@ at::ScalarType torch_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kD
 
 void check_like_output(const Output& output, const Target& target) {
   TORCH_CHECK_VALUE(target.sizes == output.sizes, "TrainStep: target has shape ", at::IntArrayRef(target.sizes),
-                    " and the model's output ", at::IntArrayRef(output.sizes), "; expected the same; reshape one of them");
+                    " and the model's output ", at::IntArrayRef(output.sizes),
+                    "; expected the same; reshape one of them");
   TORCH_CHECK_TYPE(target.type == torch_type(output.dtype), "TrainStep: target has dtype ", target.type,
                    " and the model's output ", torch_type(output.dtype),
                    "; expected the same; convert the target with .to()");
@@ -69,7 +70,7 @@ class BinaryCrossEntropy final : public Objective {
   }
   void run(const Output& shape, const void* output, const Target& target, const Arena& arena, void* value,
            void* grad) override {
-    const bce::Loss loss{reduction_, shape.dtype,      shape.numel(),       output,
+    const bce::Loss loss{reduction_,  shape.dtype,      shape.numel(),       output,
                          target.data, factors(weight_), factors(pos_weight_)};
     bce::forward_cpu({loss, value, arena.at(sums_)}, nullptr);
     if (grad) bce::backward_cpu({loss, one(shape.dtype), grad, nullptr}, nullptr);
@@ -200,8 +201,7 @@ std::unique_ptr<Objective> make_objective(const py::tuple& d) {
     return std::make_unique<CrossEntropy>(
         unwrap(d[2]), CrossEntropyOptions{d[3].cast<int64_t>(), reduction, d[4].cast<double>(), d[5].cast<double>(),
                                           d[6].cast<double>(), d[7].cast<bool>()});
-  if (name == "bce_with_logits")
-    return std::make_unique<BinaryCrossEntropy>(unwrap(d[2]), unwrap(d[3]), reduction);
+  if (name == "bce_with_logits") return std::make_unique<BinaryCrossEntropy>(unwrap(d[2]), unwrap(d[3]), reduction);
   return std::make_unique<Pointwise>(parse_kind(name), d[2].cast<double>(), reduction);
 }
 

@@ -28,10 +28,9 @@ std::vector<std::unique_ptr<Layer>> make_layers(const py::list& descriptions) {
     if (kind == "linear") {
       layers.push_back(make_linear(name, unwrap(d[2]), unwrap(d[3]), activation(4)));
     } else if (kind == "batch_norm") {
-      layers.push_back(make_batch_norm(name, d[2].cast<int64_t>(),
-                                       {unwrap(d[3]), unwrap(d[4]), unwrap(d[5]), unwrap(d[6]), unwrap(d[7])},
-                                       {d[8].cast<double>(), d[9].cast<std::optional<double>>(), d[10].cast<bool>(),
-                                        activation(11)}));
+      layers.push_back(make_batch_norm(
+          name, d[2].cast<int64_t>(), {unwrap(d[3]), unwrap(d[4]), unwrap(d[5]), unwrap(d[6]), unwrap(d[7])},
+          {d[8].cast<double>(), d[9].cast<std::optional<double>>(), d[10].cast<bool>(), activation(11)}));
     } else if (kind == "dropout") {
       layers.push_back(make_dropout(name, d[2].cast<double>(), int(layers.size())));
     } else {
@@ -69,9 +68,7 @@ constexpr auto kSignalInterval = std::chrono::milliseconds(100);
 
 TrainPlan::TrainPlan(const py::list& layers, const py::tuple& objective, const py::list& watched,
                      const py::list& counted, bool flattens, int output_dims)
-    : flattens_(flattens),
-      output_dims_(output_dims),
-      network_(make_layers(layers), make_objective(objective)) {
+    : flattens_(flattens), output_dims_(output_dims), network_(make_layers(layers), make_objective(objective)) {
   for (const py::handle& handle : watched) {
     const auto triple = handle.cast<py::tuple>();
     watched_.push_back({triple[0], triple[1], triple[2]});
@@ -204,11 +201,9 @@ void bind_train(py::module_& module) {
            py::arg("output_dims"))
       .def("unchanged", &TrainPlan::unchanged)
       .def("collect", &TrainPlan::collect)
-      .def("step",
-           [](TrainPlan& self, StepPlan& plan, const py::object& input, const py::object& target,
-              const TrainPlan::Limit& limit, uint64_t seed, uint64_t number) {
-             return self.step(plan, unwrap(input), unwrap(target), limit, seed, number);
-           })
+      .def("step", [](TrainPlan& self, StepPlan& plan, const py::object& input, const py::object& target,
+                      const TrainPlan::Limit& limit, uint64_t seed,
+                      uint64_t number) { return self.step(plan, unwrap(input), unwrap(target), limit, seed, number); })
       .def("many",
            [](TrainPlan& self, StepPlan& plan, const py::object& inputs, const py::object& targets,
               const py::object& index, int64_t size, const TrainPlan::Limit& limit, uint64_t seed, uint64_t first) {

@@ -27,8 +27,8 @@ class TrainPlan {
   // The step that was readied. limit: what the norm decides, where the updates wait. seed: of the run; number: of the
   // step, for dropout. Returns the loss, the three numbers of grad::Norm or None, and whether parameters were updated.
   using Limit = std::optional<std::pair<double, bool>>;  // max_norm, skip_nonfinite
-  pybind11::tuple step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target,
-                       const Limit& limit, uint64_t seed, uint64_t number);
+  pybind11::tuple step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const Limit& limit,
+                       uint64_t seed, uint64_t number);
   // The same for steps of `size` rows each of a data set, the last with what is left, in the order of `index`, or as
   // they lie where it is undefined. The results have one row for each step; first: the number of the first.
   pybind11::tuple many(StepPlan& plan, const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& index,

@@ -58,8 +58,8 @@ Updates::Outcome Updates::collect(StepPlan& plan, const std::vector<Group>& grou
     divisible[k] = trained[k] && is_divisible(plan.slot(entries_[k]));
   }
   const int threads = at::get_num_threads();
-  const bool same = trained == trained_ && divisible == divisible_ && keep == keep_ && wait == wait_ &&
-                    threads == threads_;
+  const bool same =
+      trained == trained_ && divisible == divisible_ && keep == keep_ && wait == wait_ && threads == threads_;
   trained_ = std::move(trained);
   divisible_ = std::move(divisible);
   keep_ = keep;
@@ -141,8 +141,7 @@ void Updates::update_all(const grad::Norm& norm) {
   if (norm.skip != 0) return;
   const optim::Control control{norm.coefficient, norm.skip};
   for (size_t k = 0; k < parameters_.size(); ++k)
-    if (trained_[k])
-      optim::step_cpu(plan_->rule(entries_[k]), &plan_->slot(entries_[k]), 1, &control, nullptr);
+    if (trained_[k]) optim::step_cpu(plan_->rule(entries_[k]), &plan_->slot(entries_[k]), 1, &control, nullptr);
 }
 
 }  // namespace gdbp::step

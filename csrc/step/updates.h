@@ -80,7 +80,7 @@ class Updates {
   std::vector<at::Tensor> parameters_;
   std::vector<char> trained_, divisible_;
   std::vector<Place> places_;
-  std::vector<int> entries_;  // in the StepPlan; -1: the optimizer does not have it
+  std::vector<int> entries_;   // in the StepPlan; -1: the optimizer does not have it
   std::vector<char> in_plan_;  // by entry: whether it is trained
   StepPlan* plan_ = nullptr;
   uint64_t found_in_ = 0;
