@@ -3,7 +3,7 @@ of our modules and optimizers in the usual loop."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,12 +43,17 @@ def cases(smoke: bool) -> Iterator[Case]:
     for row in ROWS:
         if smoke:
             row = Row(tuple(min(size, 12) for size in row.sizes[-4:]), min(row.batch, 4), row.goal, min(row.steps, 4))
-        widths = "-".join(map(str, row.sizes))
         name = "train" if row.steps == 1 else "train_many"
-        yield Case("step", name, f"{widths} batch {row.batch}", partial(_build, row, "adam", True), row.goal)
+        yield Case("step", name, _title(row), partial(_build, row, "adam", True), row.goal)
     for name in ("sgd", "adamw"):
         row = Row(SMALL, 4 if smoke else 32, Goal())
-        yield Case("step", f"modules_{name}", f"batch {row.batch}", partial(_build, row, name, False))
+        yield Case("step", f"modules_{name}", _title(row), partial(_build, row, name, False))
+
+
+def _title(row: Row) -> str:
+    """Such as ``64x3-10/32``: three widths of 64, then 10, at batch 32."""
+    runs = [(width, len(list(same))) for width, same in groupby(row.sizes)]
+    return "-".join(f"{width}x{count}" if count > 1 else f"{width}" for width, count in runs) + f"/{row.batch}"
 
 
 def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Work:
