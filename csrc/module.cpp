@@ -5,6 +5,7 @@
 #include "grad/gradients.h"
 #include "memory/memory.h"
 #include "step/plan.h"
+#include "step/train.h"
 
 namespace py = pybind11;
 
@@ -55,4 +56,5 @@ PYBIND11_MODULE(_C, module) {
   gdbp::grad::bind(module);
   gdbp::memory::bind(module);
   gdbp::step::bind(module);
+  gdbp::step::bind_train(module);
 }

@@ -9,5 +9,18 @@ from gdbp._version import __version__
 from gdbp import memory, nn, ops, optim  # isort: skip  (ops need the compiled part that _load brings in)
 from gdbp.fusion import explain, fuse, unfuse  # isort: skip
 from gdbp.memory import enable_cpu_cache as keep_heap
+from gdbp.step import TrainStep  # isort: skip
 
-__all__ = ["__version__", "build_info", "explain", "fuse", "keep_heap", "memory", "nn", "ops", "optim", "unfuse"]
+__all__ = [
+    "TrainStep",
+    "__version__",
+    "build_info",
+    "explain",
+    "fuse",
+    "keep_heap",
+    "memory",
+    "nn",
+    "ops",
+    "optim",
+    "unfuse",
+]

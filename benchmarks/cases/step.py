@@ -1,83 +1,180 @@
-"""A whole training step of a 64-64-64-10 network: zero_grad, forward, loss, backward, update."""
+"""A whole training step: zero_grad, forward, loss, backward, update. ``train``: in one call of TrainStep; ``modules``:
+of our modules and optimizers in the usual loop."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import gdbp
-from benchmarks.work import COMPILED, OURS, Case, Contender, Series, Setup, Tensors, Work, powers
+from benchmarks.work import (
+    COMPILED,
+    COPY_MINIMUM,
+    OURS,
+    Case,
+    Contender,
+    Goal,
+    Limit,
+    Series,
+    Setup,
+    Tensors,
+    Work,
+    powers,
+)
 
-SIZES = (64, 64, 64, 10)
-CHECK_STEPS = 3
-OPTIMIZERS = {"sgd": ("SGD", {"lr": 0.1, "momentum": 0.9}), "adamw": ("AdamW", {"lr": 1e-3})}
+SMALL = (64, 64, 64, 10)
+OPTIMIZERS = {"sgd": ("SGD", {"lr": 0.1, "momentum": 0.9}), "adam": ("Adam", {}), "adamw": ("AdamW", {"lr": 1e-3})}
+# What Adam moves for a parameter: gradient read, parameter and states read and written.
+ADAM_BYTES = 28
+
+
+class Row(NamedTuple):
+    """Steps of a network. `steps`: in one repetition, over as many batches; more than one is TrainStep.many."""
+
+    sizes: tuple[int, ...]
+    batch: int
+    goal: Goal
+    steps: int = 1
+
+
+# Peers are torch's eager loop (its fused optimizer among them) and torch.compile; the limit is the bare products, and
+# the update's traffic where that is not in cache.
+ROWS = (
+    Row(SMALL, 32, Goal(ratio=10, limit=0.5)),
+    Row((784, 128, 10), 64, Goal(ratio=2.5)),
+    Row((784, 512, 512, 10), 128, Goal(ratio=1.3)),
+    Row((1024, 1024, 1024, 1024, 10), 256, Goal(ratio=1.05, limit=0.9)),
+    Row((64,) * 8 + (10,), 4096, Goal(ratio=1.7)),
+    Row((16, 16, 1), 1, Goal(ratio=50), steps=32),
+)
 
 
 def cases(smoke: bool) -> Iterator[Case]:
-    batch = 4 if smoke else 32
-    for name in OPTIMIZERS:
-        yield Case("step", name, f"batch {batch}", partial(_build, name, batch))
+    for row in ROWS:
+        if smoke:
+            row = Row(tuple(min(size, 12) for size in row.sizes[-4:]), min(row.batch, 4), row.goal, min(row.steps, 4))
+        name = "train" if row.steps == 1 else "train_many"
+        yield Case("step", name, _title(row), partial(_build, row, "adam", True), row.goal)
+    for name in ("sgd", "adamw"):
+        row = Row(SMALL, 4 if smoke else 32, Goal())
+        yield Case("step", f"modules_{name}", _title(row), partial(_build, row, name, False))
 
 
 def series(smoke: bool) -> Iterator[Series]:
     def build(batch: int, setup: Setup) -> Work:
-        return _build("adamw", batch, setup)
+        return _build(Row(SMALL, batch, Goal()), "adamw", False, setup)
 
-    yield Series("step", "adamw", "batch", build, powers(1, 16 if smoke else 4**6, 4))
+    yield Series("step", "modules_adamw", "batch", build, powers(1, 16 if smoke else 4**6, 4))
 
 
-def _build(name: str, batch: int, setup: Setup) -> Work:
-    x, labels = setup.normal(batch, SIZES[0]), setup.labels(batch, SIZES[-1])
+def _title(row: Row) -> str:
+    """Such as ``64x3-10/32``: three widths of 64, then 10, at batch 32."""
+    runs = [(width, len(list(same))) for width, same in groupby(row.sizes)]
+    return "-".join(f"{width}x{count}" if count > 1 else f"{width}" for width, count in runs) + f"/{row.batch}"
+
+
+def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Work:
+    sizes, batch, steps = row.sizes, row.batch, row.steps
+    x = setup.normal(batch * steps, sizes[0])
+    classes = sizes[-1] > 1
+    target = setup.labels(batch * steps, sizes[-1]) if classes else setup.normal(batch * steps, 1)
     weights = [
         value
-        for inputs, outputs in pairwise(SIZES)
+        for inputs, outputs in pairwise(sizes)
         for value in (setup.normal(outputs, inputs, std=(2 / inputs) ** 0.5), setup.normal(outputs, std=0.1))
     ]
-    optimizer_name, options = OPTIMIZERS[name]
+    class_name, options = OPTIMIZERS[optimizer_name]
 
-    def training(network, loss, optim, x, compiled: bool = False, **implementation) -> Contender:
+    def training(network, library, optim, x, target, make_loop, compiled=False, **implementation) -> Contender:
+        network = network.to(x)
         with torch.no_grad():
             for p, value in zip(network.parameters(), weights):
                 p.copy_(value)
-        optimizer = getattr(optim, optimizer_name)(network.parameters(), **options, **implementation)
-        forward = torch.compile(network) if compiled else network
-
-        def run() -> torch.Tensor:
-            optimizer.zero_grad()
-            value = loss(forward(x), labels)
-            value.backward()
-            optimizer.step()
-            return value
+        optimizer = getattr(optim, class_name)(network.parameters(), **options, **implementation)
+        loss = library.CrossEntropyLoss() if classes else library.MSELoss()
+        run, keep_grads = make_loop(torch.compile(network) if compiled else network, loss, optimizer, x, target)
 
         def results() -> Tensors:
-            losses = [run() for _ in range(CHECK_STEPS)]
-            return [*losses, *(p.grad for p in network.parameters())]
+            # The gradients of the first step, and two losses, for Adam makes a gradient of nothing but rounding a step
+            # like any other, of either sign.
+            keep_grads(True)
+            first = run()
+            gradients = [p.grad.clone() for p in network.parameters()]
+            keep_grads(False)
+            return [first, *gradients, run()]
 
         return Contender(run, results)
 
-    def torchs(x: torch.Tensor, **how) -> Contender:
-        return training(_torch_network().to(x), nn.CrossEntropyLoss(), torch.optim, x, **how)
+    def loop(network, loss, optimizer, x, target) -> tuple[Callable, Callable]:
+        batches = list(zip(x.split(batch), target.split(batch)))
 
-    our_network = _our_network().to(x)
-    contenders = {
-        OURS: training(our_network, gdbp.nn.CrossEntropyLoss(), gdbp.optim, x),
-        "torch": torchs(x),
-        "torch foreach": torchs(x, foreach=True),
-        "torch fused": torchs(x, fused=True),
-    }
+        def run() -> torch.Tensor:
+            for inputs, targets in batches:
+                optimizer.zero_grad()
+                value = loss(network(inputs), targets)
+                value.backward()
+                optimizer.step()
+            return value
+
+        return run, lambda keep: None
+
+    def one_call(network, loss, optimizer, x, target) -> tuple[Callable, Callable]:
+        step = gdbp.TrainStep(network, loss, optimizer, strict=x.is_cpu and x.dtype in (torch.float32, torch.float64))
+        if steps == 1:
+            return lambda: step(x, target), partial(setattr, step, "keep_grads")
+        return lambda: step.many((x, target), batch, shuffle=False)[-1], partial(setattr, step, "keep_grads")
+
+    def torchs(x, target, **how) -> Contender:
+        return training(_torch_network(sizes), nn, torch.optim, x, target, loop, **how)
+
+    ours = training(_our_network(sizes), gdbp.nn, gdbp.optim, x, target, one_call if in_one_call else loop)
+    contenders = {OURS: ours, "torch": torchs(x, target), "torch fused": torchs(x, target, fused=True)}
     if setup.compile:
-        contenders[COMPILED] = torchs(x, compiled=True, fused=True)
-    return Work(contenders, lambda: torchs(x.double()).results(), tolerance=1024, floor="rms", hot=True)
+        contenders[COMPILED] = torchs(x, target, compiled=True, fused=True)
+    wide = (t.double() if t.is_floating_point() else t for t in (x, target))
+    return Work(
+        contenders,
+        torchs(*wide).results,
+        tolerance=4096,
+        floor="rms",
+        limit=_products(row, setup) if in_one_call else None,
+        hot=True,
+    )
 
 
-def _torch_network() -> nn.Module:
-    layers = [layer for sizes in pairwise(SIZES) for layer in (nn.Linear(*sizes), nn.ReLU())]
+def _products(row: Row, setup: Setup) -> Limit:
+    """The matrix products of the steps, bare, into memory that is there; and a copy that moves what the update does."""
+    products = []
+    for layer, (inputs, outputs) in enumerate(pairwise(row.sizes)):
+        x, weight = setup.normal(row.batch, inputs), setup.normal(outputs, inputs)
+        z, grad_x, grad_weight = setup.normal(row.batch, outputs), torch.empty_like(x), torch.empty_like(weight)
+        products += [(x, weight.t(), z), (z.t(), x, grad_weight)]
+        if layer:
+            products.append((z, weight, grad_x))
+    traffic = ADAM_BYTES * sum(inputs * outputs for inputs, outputs in pairwise(row.sizes))
+    traffic = traffic if traffic > 16 * COPY_MINIMUM else 0
+    source = torch.ones(traffic // 8, device=setup.device)
+    copy = torch.zeros_like(source)
+
+    def run() -> None:
+        for _ in range(row.steps):
+            for a, b, out in products:
+                torch.mm(a, b, out=out)
+            if traffic:
+                copy.copy_(source)
+
+    return Limit("bare products" + (f" and a copy, {ADAM_BYTES} B a weight" if traffic else ""), run)
+
+
+def _torch_network(sizes: tuple[int, ...]) -> nn.Module:
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
-def _our_network() -> nn.Module:
-    activations = [*["relu"] * (len(SIZES) - 2), None]
-    layers = zip(pairwise(SIZES), activations)
-    return nn.Sequential(*(gdbp.nn.Linear(*sizes, activation=name) for sizes, name in layers))
+def _our_network(sizes: tuple[int, ...]) -> nn.Module:
+    activations = [*["relu"] * (len(sizes) - 2), None]
+    layers = zip(pairwise(sizes), activations)
+    return nn.Sequential(*(gdbp.nn.Linear(*pair, activation=name) for pair, name in layers))

@@ -10,6 +10,7 @@ namespace gdbp::optim {
 
 // One parameter and what goes with it.
 struct Member {
+  // grad: undefined where it has no tensor; its address is then set in the slot, and it is laid out as the parameter.
   at::Tensor param, grad;
   at::Tensor states[kMaxStates];
   at::Tensor scales[kMaxStates];  // for states of 8 bits: float32, one for each kQuantBlock elements
@@ -31,8 +32,15 @@ class Batch {
     std::vector<Slot> slots;
   };
 
+  // Where a member's slot is.
+  struct Place {
+    size_t lane, slot;
+  };
+
   // hyper must live until run().
-  void add(int rule, const Hyper* hyper, const Member& member);
+  Place add(int rule, const Hyper* hyper, const Member& member);
+  Slot& at(const Place& place) { return lanes_[place.lane].slots[place.slot]; }
+  const Lane& lane_of(const Place& place) const { return lanes_[place.lane]; }
   // One launch a lane; then repaired layouts are copied back and version counters bumped.
   // control: for each device the address of its Control, or null for none.
   template <class ControlOf>
@@ -41,6 +49,8 @@ class Batch {
       if (!lane.slots.empty()) launch(lane, control_of(lane.device));
     finish();
   }
+  // What run() does after the launches.
+  void finish();
   void clear();
   const std::vector<Lane>& lanes() const { return lanes_; }
 
@@ -48,10 +58,9 @@ class Batch {
   struct Copy {
     at::Tensor to, from;
   };
-  Lane& lane(const at::Device& device, int rule);
-  void add_dense(int rule, const Hyper* hyper, const Member& member);
+  size_t lane(const at::Device& device, int rule);
+  Place add_dense(int rule, const Hyper* hyper, const Member& member);
   void launch(const Lane& lane, const Control* control);
-  void finish();
 
   std::vector<Lane> lanes_;
   std::vector<at::Tensor> temporaries_;

@@ -84,6 +84,7 @@ void Batch::clear() {
 namespace {
 
 void check_grad(const Member& m) {
+  if (!m.grad.defined()) return;
   TORCH_CHECK(m.grad.layout() == at::kStrided,
               "optimizer step: a gradient is sparse; expected a dense one; "
               "use torch.optim.SparseAdam or SGD, or set sparse=False in the embedding");
@@ -101,10 +102,10 @@ void check_state(const Member& m, const Tensor& state) {
 
 }  // namespace
 
-void Batch::add(int rule, const Hyper* hyper, const Member& m) {
+Batch::Place Batch::add(int rule, const Hyper* hyper, const Member& m) {
   const int count = rule_states(rule);
   check_grad(m);
-  bool same_layout = m.grad.is_contiguous() && m.param.is_contiguous();
+  bool same_layout = (!m.grad.defined() || m.grad.is_contiguous()) && m.param.is_contiguous();
   written_.push_back(m.param.unsafeGetTensorImpl());
   const auto see = [&](const Tensor& state) {
     check_state(m, state);
@@ -143,18 +144,20 @@ void Batch::add(int rule, const Hyper* hyper, const Member& m) {
   lay_out(like.average, true);
   lay_out(like.copy, true);
   temporaries_.insert(temporaries_.end(), {like.param, like.grad});
-  add_dense(rule, hyper, like);
+  return add_dense(rule, hyper, like);
 }
 
-void Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
+Batch::Place Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
+  const size_t index = lane(m.param.device(), rule);
+  const Place place{index, lanes_[index].slots.size()};
   // In its place at once: a slot is 180 bytes.
-  Slot& slot = lane(m.param.device(), rule).slots.emplace_back();
+  Slot& slot = lanes_[index].slots.emplace_back();
   const char* const op = "optimizer step";
   const Tensor& original = m.master.defined() ? m.master : m.param;
   slot.param = original.mutable_data_ptr();
   slot.param_dtype = dtype_of(original, op, "a parameter");
-  slot.grad = m.grad.const_data_ptr();
-  slot.grad_dtype = dtype_of(m.grad, op, "a gradient");
+  slot.grad = m.grad.defined() ? m.grad.const_data_ptr() : nullptr;
+  slot.grad_dtype = dtype_of(m.grad.defined() ? m.grad : m.param, op, "a gradient");
   slot.numel = m.param.numel();
   slot.clock = m.clock;
   slot.hyper = hyper;
@@ -181,12 +184,14 @@ void Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
     slot.average_dtype = dtype_of(m.average, op, "an average");
     slot.average_weight = m.average_weight;
   }
+  return place;
 }
 
-Batch::Lane& Batch::lane(const at::Device& device, int rule) {
-  for (Lane& lane : lanes_)
-    if (lane.device == device && lane.rule == rule) return lane;
-  return lanes_.emplace_back(Lane{device, rule, {}});
+size_t Batch::lane(const at::Device& device, int rule) {
+  for (size_t i = 0; i < lanes_.size(); ++i)
+    if (lanes_[i].device == device && lanes_[i].rule == rule) return i;
+  lanes_.push_back({device, rule, {}});
+  return lanes_.size() - 1;
 }
 
 void Batch::launch(const Lane& lane, const Control* control) {

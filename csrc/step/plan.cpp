@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cstddef>
 
 #include "common/binding.h"
@@ -51,6 +52,8 @@ StepPlan::StepPlan(const std::vector<Group>& groups, const py::dict& state,
                    const std::vector<std::vector<std::pair<std::string, std::string>>>& roles,
                    const std::vector<std::vector<int64_t>>& fresh)
     : state_object_(state) {
+  static std::atomic<uint64_t> made{0};
+  id_ = ++made;
   for (const auto& [_, value] : state) state_dicts_.push_back(py::reinterpret_borrow<py::object>(value));
   for (size_t g = 0; g < groups.size(); ++g) {
     const auto& [params, name, hyper] = groups[g];
@@ -120,6 +123,21 @@ bool StepPlan::unchanged(const Entry& entry) const {
 }
 
 bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state) {
+  return collect(groups, state, nullptr);
+}
+bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state, const std::vector<char>& takes_part) {
+  return collect(groups, state, &takes_part);
+}
+
+// Another stream for every parameter and step; never 0, which would mean none.
+void StepPlan::tick(size_t i) {
+  Entry& entry = entries_[i];
+  const Rule& rule = rules_[entry.group];
+  entry.member.clock = entry.counts.tick(rule.index, rule.hyper);
+  if (seed_ != 0) entry.member.seed = combine_seed(combine_seed(seed_, i), uint64_t(entry.member.clock.step)) | 1;
+}
+
+bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state, const std::vector<char>* takes_part) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (!unchanged(groups, state)) return false;
   for (size_t g = 0; g < groups.size(); ++g) {
@@ -133,20 +151,19 @@ bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state) 
     optim::Member& member = entry.member;
     if (i + 6 < entries_.size()) prefetch_tensors(entries_[i + 6]);
     if (i + 3 < entries_.size()) prefetch_storages(entries_[i + 3]);
-    member.grad = member.param.grad();
-    if (!member.grad.defined()) continue;
-    entry.last_grad = member.grad.unsafeGetTensorImpl();
+    if (takes_part && !(*takes_part)[i]) continue;
+    if (!takes_part) member.grad = member.param.grad();
+    if (!takes_part && !member.grad.defined()) continue;
+    if (!takes_part) entry.last_grad = member.grad.unsafeGetTensorImpl();
     if (!entry.ready || !unchanged(entry)) return false;
     // Somebody wrote new weights into the parameter since our last step: the master follows.
     if (member.master.defined() && entry.version >= 0 && member.param._version() != entry.version)
       member.master.copy_(member.param);
-    const Rule& rule = rules_[entry.group];
-    member.clock = entry.counts.tick(rule.index, rule.hyper);
+    tick(i);
     member.average_weight = average_weight_;
-    // Another stream for every parameter and step; never 0, which would mean none.
-    if (seed_ != 0) member.seed = combine_seed(combine_seed(seed_, i), uint64_t(member.clock.step)) | 1;
-    batch_.add(rule.index, &rule.hyper, member);
-    collected_.push_back(&entry);
+    const Rule& rule = rules_[entry.group];
+    entry.place = batch_.add(rule.index, &rule.hyper, member);
+    collected_.push_back(i);
   }
   return true;
 }
@@ -193,15 +210,42 @@ bool StepPlan::run(const std::optional<at::Tensor>& norm, bool may_skip) {
       if (norm->device() == device) return optim::control_of(*norm);
       return optim::control_of(copies.emplace_back(norm->to(device)));
     });
-    for (Entry* entry : collected_) entry->counts.set(entry->member.clock);
+    count();
   }
-  batch_.clear();
-  // Nothing of the backward pass is kept alive until the next one.
-  for (Entry* entry : collected_) {
-    entry->member.grad.reset();
-    if (entry->member.master.defined()) entry->version = entry->member.param._version();
-  }
+  forget();
   return !skip;
+}
+
+void StepPlan::count() {
+  for (const size_t i : collected_) entries_[i].counts.set(entries_[i].member.clock);
+}
+
+// Nothing of the backward pass is kept alive until the next one.
+void StepPlan::forget() {
+  batch_.clear();
+  for (const size_t i : collected_) {
+    Entry& entry = entries_[i];
+    entry.member.grad.reset();
+    if (entry.member.master.defined()) entry.version = entry.member.param._version();
+  }
+}
+
+void StepPlan::settle(bool counts) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (counts) batch_.finish();
+  if (counts) count();
+  forget();
+}
+
+void StepPlan::advance(bool counts) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (counts) batch_.finish();
+  if (counts) count();
+  for (const size_t i : collected_) {
+    tick(i);
+    slot(i).clock = entries_[i].member.clock;
+    slot(i).seed = entries_[i].member.seed;
+  }
 }
 
 void bind(py::module_& module) {
@@ -211,7 +255,12 @@ void bind(py::module_& module) {
                     const std::vector<std::vector<int64_t>>&>(),
            py::arg("groups"), py::arg("state"), py::arg("roles"), py::arg("fresh"))
       .def("configure", &StepPlan::configure, py::arg("average_weight"), py::arg("seed"))
-      .def("collect", &StepPlan::collect, py::arg("groups"), py::arg("state"))
+      .def(
+          "collect",
+          [](StepPlan& plan, const std::vector<Group>& groups, const py::dict& state) {
+            return plan.collect(groups, state);
+          },
+          py::arg("groups"), py::arg("state"))
       .def(
           "norm",
           [](StepPlan& plan, double max_norm, double scale, bool skip) {

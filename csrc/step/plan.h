@@ -33,6 +33,21 @@ class StepPlan {
   // Takes in every parameter that has a gradient. False where the groups or the state are not what they were
   // when the plan was made, or a gradient has come to a parameter without state: make another plan.
   bool collect(const std::vector<Group>& groups, const pybind11::dict& state);
+
+  // ---- for a caller that has gradients of its own, of the parameters that `takes_part` says, by position ----
+  bool collect(const std::vector<Group>& groups, const pybind11::dict& state, const std::vector<char>& takes_part);
+  size_t size() const { return entries_.size(); }
+  const at::Tensor& param(size_t i) const { return entries_[i].member.param; }
+  // Of a parameter that was collected, until settle(): the caller sets its gradient's address, and launches it.
+  optim::Slot& slot(size_t i) { return batch_.at(entries_[i].place); }
+  int rule(size_t i) const { return batch_.lane_of(entries_[i].place).rule; }
+  // After the launches. counts: whether the step took place.
+  void settle(bool counts);
+  // Instead of settle(), where one more step over the same parameters follows with nothing in between.
+  void advance(bool counts);
+  // Tells this plan from any other, also from one that had its address.
+  uint64_t id() const { return id_; }
+
   // Of the gradients just collected: a tensor of grad::Norm's three numbers, on their device.
   at::Tensor norm(double max_norm, double scale, bool skip_nonfinite);
   // Updates what was collected, as `norm` decides, if there is one. may_skip: whether it may decide to skip the
@@ -43,6 +58,7 @@ class StepPlan {
   struct Entry {
     optim::Member member;
     optim::Counts counts;
+    optim::Batch::Place place{};
     pybind11::object param_object, state_dict;
     std::vector<pybind11::object> state_objects;
     const void* last_grad = nullptr;  // where the next gradient may be, too; never followed
@@ -50,6 +66,10 @@ class StepPlan {
     int64_t version = -1;  // the parameter's after our last step, where it has a master
     bool ready = false;
   };
+  bool collect(const std::vector<Group>& groups, const pybind11::dict& state, const std::vector<char>* takes_part);
+  void tick(size_t i);
+  void count();
+  void forget();
   bool unchanged(const std::vector<Group>& groups, const pybind11::dict& state) const;
   bool unchanged(const Entry& entry) const;
   static void prefetch_tensors(const Entry& entry);
@@ -67,7 +87,8 @@ class StepPlan {
   pybind11::object state_object_;
   std::vector<pybind11::object> state_dicts_;
   optim::Batch batch_;
-  std::vector<Entry*> collected_;
+  std::vector<size_t> collected_;
+  uint64_t id_;
   double average_weight_ = 0;
   uint64_t seed_ = 0;
 };

@@ -212,30 +212,43 @@ class Fused(torch.optim.Optimizer):
         return loss
 
     def _step_now(self) -> None:
-        if any(map(_is_torchs, self.param_groups)):
+        if any(map(is_torchs, self.param_groups)):
             return self._step_torch()
+        created: list[tuple[torch.Tensor, list[str]]] = []
+        if _checkpoint.is_trial(self):
+            self._plan = self._make_plan(*self._groups(), created)
+            return
+        plan = self._collect(lambda plan, *arguments: plan.collect(*arguments), created)
+        norm = self._norm(plan.norm)
+        if not plan.run(norm, self._may_skip()):
+            self._undo(created)
+
+    def _groups(self) -> tuple[list[tuple[list, str, list[float]]], list[Update]]:
+        """What the groups are to a plan, and their update rules."""
         updates = [self._update(group) for group in self.param_groups]
         groups = [
             (group["params"], update.rule, _hyper(group, update))
             for group, update in zip(self.param_groups, updates, strict=True)
         ]
-        created: list[tuple[torch.Tensor, list[str]]] = []
-        if _checkpoint.is_trial(self):
-            self._plan = self._make_plan(groups, updates, created)
-            return
+        return groups, updates
+
+    def _collect(self, collect, created: list[tuple[torch.Tensor, list[str]]], takes_part=None):
+        """A plan that has taken this step's tensors in. ``collect(plan, groups, state)`` has it do so, and says whether
+        the plan still fits; created, takes_part: see :meth:`_make_plan`."""
+        groups, updates = self._groups()
         plan = self.__dict__.get("_plan")
         # A plan that no longer fits says so, and another is made; then it fits.
-        if plan is None or not plan.collect(groups, self.state):
-            self._plan = plan = self._make_plan(groups, updates, created)
-            if not plan.collect(groups, self.state):
+        if plan is None or not collect(plan, groups, self.state):
+            self._plan = plan = self._make_plan(groups, updates, created, takes_part)
+            if not collect(plan, groups, self.state):
                 raise RuntimeError(
                     f"{type(self).__name__}: a state is not the tensor it should be; expected what state_dict() "
                     "returned; clear optimizer.state or load a checkpoint"
                 )
-        norm = self._norm(plan.norm)
-        if plan.run(norm, self._may_skip()):
-            return
-        # The step was skipped, so that nothing has begun: a first step is still to come.
+        return plan
+
+    def _undo(self, created: list[tuple[torch.Tensor, list[str]]]) -> None:
+        """The step did not take place, so that nothing has begun: a first step is still to come."""
         for p, keys in created:
             for key in keys:
                 del self.state[p][key]
@@ -270,12 +283,16 @@ class Fused(torch.optim.Optimizer):
         return _compile.init_group(self, group, *lists) if fused else super()._init_group(group, *lists)
 
     @torch.no_grad()
-    def _make_plan(self, groups: list, updates: list[Update], created: list[tuple[torch.Tensor, list[str]]]):
+    def _make_plan(
+        self, groups: list, updates: list[Update], created: list[tuple[torch.Tensor, list[str]]], takes_part=None
+    ):
         """Creates the states that are missing and returns what will step the groups from now on.
 
         Args:
             created: takes in the parameters that got new states, and the keys of these.
+            takes_part: says of a parameter whether it will be stepped; default: whether it has a gradient.
         """
+        takes_part = takes_part or (lambda p: p.grad is not None)
         precision = self._precision
         roles, fresh = [], []
         for (params, _, _), update in zip(groups, updates, strict=True):
@@ -285,7 +302,7 @@ class Fused(torch.optim.Optimizer):
             roles.append(kept if update.states or not precision.is_default() else [])
             fresh.append([])
             for i, p in enumerate(params):
-                if p.grad is None or not roles[-1]:
+                if not roles[-1] or not takes_part(p):
                     continue
                 state = self.state[p]
                 known = set(state)
@@ -343,21 +360,22 @@ def _set_extras(group: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 def _hyper(group: dict[str, Any], update: Update) -> list[float]:
     """The group's hyper-parameters in the order of struct Hyper in csrc/optim/optim_math.h."""
-    clip = group["clip_value"]
+    # torch's own groups, which TrainStep steps as well, have none of our extras.
+    clip = group.get("clip_value")
     return [
         float(group["lr"]),
         float(group["weight_decay"]),
         float(update.decoupled),
         float(group["maximize"]),
-        float(group["l1"]),
-        float(group["l1_mode"] == "prox"),
+        float(group.get("l1", 0.0)),
+        float(group.get("l1_mode") == "prox"),
         float("inf") if clip is None else float(clip),
         1.0,
         *map(float, update.hyper),
     ]
 
 
-def _is_torchs(group: dict[str, Any]) -> bool:
+def is_torchs(group: dict[str, Any]) -> bool:
     """Whether torch's own class steps this group. On the CPU, where nothing can be captured, ``capturable`` is
     what a checkpoint of another device brought along."""
     captured = group.get("capturable") and any(p.device.type != "cpu" for p in group["params"])

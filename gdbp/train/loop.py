@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from gdbp.step import TrainStep
+
 from .data import Data, Pair
 from .errors import InputError
 from .history import History
@@ -75,27 +77,31 @@ def fit(
         raise InputError(f"clip is {clip}; expected a number above 0, or None for no clipping")
     if keep not in ("last", "best") or (keep == "best" and not isinstance(data, Data)):
         raise InputError(f"keep is {keep!r}; expected 'last', or 'best' for data with a validation set")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = -(-len(x) // size)
     make = schedule if callable(schedule) else lambda *of: make_schedule(schedule or "constant", *of)
     scheduler = make(optimizer, epochs * steps)
     generator = torch.Generator().manual_seed(seed)
     jitter = torch.Generator(x.device).manual_seed(seed)
+    step = TrainStep(model, loss, optimizer, strict=False, max_grad_norm=clip or math.inf, seed=seed)
+    at_once = not noise and schedule in (None, "constant")  # nothing happens between two steps
     best, best_loss = None, math.inf
     history, start = History(), time.perf_counter()
 
     with _Bar(epochs * steps, progress) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
+            rate = optimizer.param_groups[0]["lr"]
             norms = []
-            for xb, yb in _batches(x, y, size, generator):
+            if at_once:
+                step.many((x, y), size, generator=generator)
+                norms.append(step.grad_norms)
+                bar.advance(steps)
+            for xb, yb in () if at_once else _batches(x, y, size, generator):
                 if noise:
                     xb = xb + noise * torch.empty_like(xb).normal_(generator=jitter)
-                optimizer.zero_grad(set_to_none=True)
-                loss(model(xb), yb).backward()
-                norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+                step(xb, yb)
+                norms.append(step.grad_norms)
                 rate = optimizer.param_groups[0]["lr"]
-                optimizer.step()
                 scheduler.step()
                 bar.advance()
             row = {"epoch": epoch}
@@ -105,7 +111,7 @@ def fit(
             for name in measured["train"]:
                 row |= {f"{part}_{name}": figures[name] for part, figures in measured.items()}
             row |= {
-                "grad_norm": torch.stack(norms).mean().item(),
+                "grad_norm": torch.cat(norms).mean().item(),
                 "lr": float(rate),
                 "seconds": time.perf_counter() - start,
             }
@@ -181,9 +187,9 @@ class _Bar:
         if self.bar is not None:
             self.bar.close()
 
-    def advance(self) -> None:
+    def advance(self, steps: int = 1) -> None:
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(steps)
 
     def show(self, row: dict) -> None:
         if self.bar is None:

@@ -1,0 +1,215 @@
+#include "step/train.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+
+#include "common/binding.h"
+#include "common/python.h"
+#include "common/random.h"
+#include "step/gemm.h"
+
+namespace gdbp::step {
+
+namespace py = pybind11;
+
+namespace {
+
+// From (kind, name, ...), as gdbp/step/_model.py describes them.
+std::vector<std::unique_ptr<Layer>> make_layers(const py::list& descriptions) {
+  std::vector<std::unique_ptr<Layer>> layers;
+  for (const py::handle& handle : descriptions) {
+    const auto d = handle.cast<py::tuple>();
+    const auto kind = d[0].cast<std::string>(), name = d[1].cast<std::string>();
+    const auto activation = [&](int at) { return parse_activation(d[at].cast<std::string>(), "TrainStep"); };
+    if (kind == "linear") {
+      layers.push_back(make_linear(name, unwrap(d[2]), unwrap(d[3]), activation(4)));
+    } else if (kind == "batch_norm") {
+      layers.push_back(make_batch_norm(
+          name, d[2].cast<int64_t>(), {unwrap(d[3]), unwrap(d[4]), unwrap(d[5]), unwrap(d[6]), unwrap(d[7])},
+          {d[8].cast<double>(), d[9].cast<std::optional<double>>(), d[10].cast<bool>(), activation(11)}));
+    } else if (kind == "dropout") {
+      layers.push_back(make_dropout(name, d[2].cast<double>(), int(layers.size())));
+    } else {
+      layers.push_back(make_activation(name, activation(2)));
+    }
+  }
+  return layers;
+}
+
+Target describe(const at::Tensor& target, const void* data) {
+  return {data, target.scalar_type(), at::DimVector(target.sizes())};
+}
+
+at::Tensor tensor_of(const std::vector<grad::Norm>& norms) {
+  const auto rows = int64_t(norms.size());
+  const at::Tensor out = at::empty({rows, 3}, at::TensorOptions(at::kDouble));
+  static_assert(sizeof(grad::Norm) == 3 * sizeof(double));
+  std::memcpy(out.mutable_data_ptr(), norms.data(), norms.size() * sizeof(grad::Norm));
+  return out;
+}
+
+// Row `index[i]` of `from` to row i of `to`.
+void gather(const at::Tensor& from, const int64_t* index, int64_t count, at::Tensor& to) {
+  const int64_t bytes = from.size(0) ? int64_t(from.nbytes()) / from.size(0) : 0;
+  if (!to.defined() || int64_t(to.nbytes()) < count * bytes)
+    to = at::empty({count * bytes}, at::TensorOptions(at::kByte));
+  const char* const source = static_cast<const char*>(from.const_data_ptr());
+  char* const target = static_cast<char*>(to.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) std::memcpy(target + i * bytes, source + index[i] * bytes, size_t(bytes));
+}
+
+constexpr auto kSignalInterval = std::chrono::milliseconds(100);
+
+}  // namespace
+
+TrainPlan::TrainPlan(const py::list& layers, const py::tuple& objective, const py::list& watched,
+                     const py::list& counted, bool flattens, int output_dims)
+    : flattens_(flattens), output_dims_(output_dims), network_(make_layers(layers), make_objective(objective)) {
+  for (const py::handle& handle : watched) {
+    const auto triple = handle.cast<py::tuple>();
+    watched_.push_back({triple[0], triple[1], triple[2]});
+  }
+  for (const py::handle& handle : counted) {
+    const auto pair = handle.cast<py::tuple>();
+    counted_.emplace_back(pair[0], pair[1].cast<Py_ssize_t>());
+  }
+}
+
+// Identity is enough: the plan holds references, so no address can have been used again.
+bool TrainPlan::unchanged() const {
+  for (const Watched& w : watched_)
+    if (PyDict_GetItemWithError(w.dict.ptr(), w.key.ptr()) != w.value.ptr()) return false;
+  for (const auto& [dict, size] : counted_)
+    if (PyDict_Size(dict.ptr()) != size) return false;
+  return true;
+}
+
+bool TrainPlan::collect(StepPlan& plan, const std::vector<Group>& groups, const py::dict& state, bool keep, bool wait) {
+  const Updates::Outcome outcome = network_.updates.collect(plan, groups, state, keep, wait);
+  replan_ = replan_ || outcome == Updates::Outcome::replan;
+  return outcome != Updates::Outcome::stale;
+}
+
+void TrainPlan::ready(const at::Tensor& input, int64_t rows, const Target& target) {
+  TORCH_CHECK_VALUE(input.is_cpu() && (input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble),
+                    "TrainStep: input has dtype ", input.scalar_type(), " on ", input.device(),
+                    "; expected float32 or float64 on cpu; convert it with .to(), or use strict=False");
+  TORCH_CHECK_VALUE(input.dim() == 2 || (flattens_ && input.dim() > 2), "TrainStep: input has shape ", input.sizes(),
+                    "; expected (rows, features)", flattens_ ? " or more dimensions for Flatten" : "",
+                    "; reshape it, or use strict=False");
+  const int64_t cols = c10::multiply_integers(input.sizes().slice(1));
+  const Dtype dtype = input.scalar_type() == at::kDouble ? Dtype::float64 : Dtype::float32;
+  if (replan_ || !network_.is_planned_for(dtype, rows, cols)) {
+    replan_ = true;
+    network_.plan(dtype, rows, cols, output_dims_);
+    replan_ = false;
+  }
+  network_.check();
+  network_.objective().check(network_.output(), target);
+}
+
+bool TrainPlan::run(StepPlan& plan, const void* input, const Target& target, const Limit& limit, uint64_t seed,
+                    void* value, grad::Norm* norm) {
+  network_.run(input, target, seed, value);
+  bool counts = true;
+  if (limit) {
+    *norm = network_.updates.norm({limit->first, 1, double(limit->second)});
+    network_.updates.update_all(*norm);
+    counts = norm->skip == 0;
+  }
+  network_.finish();
+  return counts;
+}
+
+py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const Limit& limit,
+                          uint64_t seed, uint64_t number) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
+  const at::Tensor x = input.contiguous(), y = target.contiguous();
+  const Target described = describe(y, y.const_data_ptr());
+  ready(x, x.dim() ? x.size(0) : 0, described);
+  const at::Tensor loss = at::empty({}, x.options());
+  std::vector<grad::Norm> norms(limit ? 1 : 0);
+  bool counts = false;
+  {
+    const py::gil_scoped_release no_gil;
+    counts = run(plan, x.const_data_ptr(), described, limit, combine_seed(seed, number), loss.mutable_data_ptr(),
+                 norms.data());
+    plan.settle(counts);
+  }
+  return py::make_tuple(wrap(loss), limit ? wrap(tensor_of(norms)) : py::none(), counts);
+}
+
+py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& index,
+                          int64_t size, const Limit& limit, uint64_t seed, uint64_t first) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t total = index.defined() ? index.size(0) : inputs.size(0);
+  const int64_t steps = (total + size - 1) / size;
+  const at::Tensor losses = at::empty({steps}, inputs.options());
+  std::vector<grad::Norm> norms(limit ? steps : 0);
+  bool any = false;
+  {
+    const py::gil_scoped_release no_gil;
+    auto looked = std::chrono::steady_clock::now();
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t begin = step * size, rows = std::min(size, total - begin);
+      const void* data[2];
+      for (const int part : {0, 1}) {
+        const at::Tensor& all = part ? targets : inputs;
+        if (index.defined()) {
+          gather(all, index.const_data_ptr<int64_t>() + begin, rows, gathered_[part]);
+          data[part] = gathered_[part].const_data_ptr();
+        } else {
+          data[part] = static_cast<const char*>(all.const_data_ptr()) +
+                       (all.size(0) ? begin * (int64_t(all.nbytes()) / all.size(0)) : 0);
+        }
+      }
+      Target target = describe(targets, data[1]);
+      target.sizes[0] = rows;
+      ready(inputs, rows, target);
+      const bool counts = run(plan, data[0], target, limit, combine_seed(seed, first + step),
+                              static_cast<char*>(losses.mutable_data_ptr()) + step * losses.element_size(),
+                              limit ? &norms[step] : nullptr);
+      any = any || counts;
+      if (step + 1 < steps) {
+        plan.advance(counts);
+      } else {
+        plan.settle(counts);
+      }
+      if (std::chrono::steady_clock::now() - looked < kSignalInterval) continue;
+      looked = std::chrono::steady_clock::now();
+      const py::gil_scoped_acquire gil;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+  }
+  return py::make_tuple(wrap(losses), limit ? wrap(tensor_of(norms)) : py::none(), any);
+}
+
+std::tuple<int64_t, int64_t, int64_t> TrainPlan::memory() const {
+  return {network_.output().rows, network_.arena().size(), network_.arena().size_unshared()};
+}
+
+void bind_train(py::module_& module) {
+  module.def("gemm_name", &gemm_name, "What computes TrainStep's matrix products.");
+  py::class_<TrainPlan>(module, "TrainPlan", "A model, its loss and its optimizer, ready for whole training steps.")
+      .def(py::init<const py::list&, const py::tuple&, const py::list&, const py::list&, bool, int>(),
+           py::arg("layers"), py::arg("objective"), py::arg("watched"), py::arg("counted"), py::arg("flattens"),
+           py::arg("output_dims"))
+      .def("unchanged", &TrainPlan::unchanged)
+      .def("collect", &TrainPlan::collect)
+      .def("step", [](TrainPlan& self, StepPlan& plan, const py::object& input, const py::object& target,
+                      const TrainPlan::Limit& limit, uint64_t seed,
+                      uint64_t number) { return self.step(plan, unwrap(input), unwrap(target), limit, seed, number); })
+      .def("many",
+           [](TrainPlan& self, StepPlan& plan, const py::object& inputs, const py::object& targets,
+              const py::object& index, int64_t size, const TrainPlan::Limit& limit, uint64_t seed, uint64_t first) {
+             return self.many(plan, unwrap(inputs), unwrap(targets), unwrap(index), size, limit, seed, first);
+           })
+      .def("memory", &TrainPlan::memory);
+}
+
+}  // namespace gdbp::step

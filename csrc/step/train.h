@@ -1,0 +1,60 @@
+// A model, its loss and its optimizer as one call: what gdbp.TrainStep runs.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "step/network.h"
+#include "step/plan.h"
+
+namespace gdbp::step {
+
+class TrainPlan {
+ public:
+  // layers, objective: descriptions from gdbp/step. watched: (dict, key, value) that must stay as they are;
+  // counted: (dict or list, length), likewise. flattens: whether a first Flatten joins all dimensions but the first;
+  // output_dims: see Network::plan.
+  TrainPlan(const pybind11::list& layers, const pybind11::tuple& objective, const pybind11::list& watched,
+            const pybind11::list& counted, bool flattens, int output_dims);
+
+  // Whether the model is still the one that this was made of.
+  bool unchanged() const;
+  // Readies the optimizer's tensors; false where it needs another StepPlan. Raises an error where a tensor is not what
+  // the kernels take.
+  bool collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state, bool keep, bool wait);
+  // The step that was readied. limit: what the norm decides, where the updates wait. seed: of the run; number: of the
+  // step, for dropout. Returns the loss, the three numbers of grad::Norm or None, and whether parameters were updated.
+  using Limit = std::optional<std::pair<double, bool>>;  // max_norm, skip_nonfinite
+  pybind11::tuple step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const Limit& limit,
+                       uint64_t seed, uint64_t number);
+  // The same for steps of `size` rows each of a data set, the last with what is left, in the order of `index`, or as
+  // they lie where it is undefined. The results have one row for each step; first: the number of the first.
+  pybind11::tuple many(StepPlan& plan, const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& index,
+                       int64_t size, const Limit& limit, uint64_t seed, uint64_t first);
+
+  // (rows, bytes, bytes without sharing) of the memory in use, zeros before the first step.
+  std::tuple<int64_t, int64_t, int64_t> memory() const;
+
+ private:
+  // Checks what comes in, and lays out the memory if need be. rows: of the input, if not all of them.
+  void ready(const at::Tensor& input, int64_t rows, const Target& target);
+  bool run(StepPlan& plan, const void* input, const Target& target, const Limit& limit, uint64_t seed, void* value,
+           grad::Norm* norm);
+
+  struct Watched {
+    pybind11::object dict, key, value;
+  };
+  std::vector<Watched> watched_;
+  std::vector<std::pair<pybind11::object, Py_ssize_t>> counted_;
+  const bool flattens_;
+  const int output_dims_;
+  Network network_;
+  bool replan_ = true;
+  at::Tensor gathered_[2];  // rows of inputs and targets
+};
+
+void bind_train(pybind11::module_& module);
+
+}  // namespace gdbp::step

@@ -1,0 +1,147 @@
+#include "step/updates.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+
+#include <limits>
+
+#include "common/binding.h"
+#include "grad/grad_math.h"
+
+namespace gdbp::step {
+namespace {
+
+// Elements of a gradient that are formed and used at a time: they stay in a second-level cache.
+constexpr int64_t kTileElements = 1 << 18;
+
+// Whether parts of the parameter can be updated on their own: not where elements share a scale, or have random
+// numbers by their position.
+bool is_divisible(const optim::Slot& slot) {
+  return slot.seed == 0 && !slot.copy && !slot.average && slot.state_dtype != Dtype::blockwise8;
+}
+
+}  // namespace
+
+int Updates::add(const at::Tensor& parameter) {
+  if (!parameter.defined()) return -1;
+  parameters_.push_back(parameter);
+  return int(parameters_.size()) - 1;
+}
+
+void Updates::find(const StepPlan& plan) {
+  entries_.assign(parameters_.size(), -1);
+  for (size_t i = 0; i < plan.size(); ++i)
+    for (size_t k = 0; k < parameters_.size(); ++k)
+      if (plan.param(i).is_same(parameters_[k])) entries_[k] = int(i);
+  in_plan_.assign(plan.size(), 0);
+  found_in_ = plan.id();
+}
+
+Updates::Outcome Updates::collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state,
+                                  bool keep, bool wait) {
+  if (plan.id() != found_in_) find(plan);
+  std::vector<char> trained(parameters_.size()), divisible(parameters_.size());
+  for (size_t k = 0; k < parameters_.size(); ++k) {
+    if (entries_[k] < 0) continue;
+    trained[k] = in_plan_[entries_[k]] = parameters_[k].requires_grad();
+  }
+  if (!plan.collect(groups, state, in_plan_)) return Outcome::stale;
+  plan_ = &plan;
+  for (size_t k = 0; k < parameters_.size(); ++k) {
+    at::Tensor& grad = parameters_[k].mutable_grad();
+    if (!keep || !trained[k]) {
+      grad.reset();
+    } else if (!grad.defined() || !grad.is_contiguous() || grad.scalar_type() != parameters_[k].scalar_type() ||
+               grad.sizes() != parameters_[k].sizes() || grad.requires_grad()) {
+      grad = at::empty_like(parameters_[k], at::MemoryFormat::Contiguous).detach();
+    }
+    divisible[k] = trained[k] && is_divisible(plan.slot(entries_[k]));
+  }
+  const int threads = at::get_num_threads();
+  const bool same =
+      trained == trained_ && divisible == divisible_ && keep == keep_ && wait == wait_ && threads == threads_;
+  trained_ = std::move(trained);
+  divisible_ = std::move(divisible);
+  keep_ = keep;
+  wait_ = wait;
+  threads_ = threads;
+  return same ? Outcome::same : Outcome::replan;
+}
+
+void Updates::plan(int parameter, int64_t inner, Arena& arena, int time, int end) {
+  places_.resize(parameters_.size());
+  if (parameter < 0) return;
+  Place& p = places_[parameter] = {};
+  if (!trained_[parameter]) return;
+  const at::Tensor& tensor = parameters_[parameter];
+  const int64_t bytes = tensor.numel() * tensor.element_size();
+  if (tensor.dim() == 2) {
+    const int64_t rows = tensor.size(0), cols = tensor.size(1);
+    p.tiles = gemm_tiles(rows, cols, inner);
+    while (tensor.numel() / p.tiles > kTileElements && rows / p.tiles > 32) p.tiles *= 2;
+    p.by_tile = !wait_ && divisible_[parameter] && p.tiles > 1;
+    if (p.by_tile && !keep_) {
+      p.scratch = (gemm_tile_rows(rows, p.tiles) * cols * tensor.element_size() + 63) / 64 * 64;
+      if (p.scratch * threads_ < bytes) {
+        p.buffer = arena.request(p.scratch * threads_, time, time);
+        return;
+      }
+      p.scratch = 0;
+    }
+  }
+  if (!keep_) p.buffer = arena.request(bytes, time, wait_ ? end : time);
+}
+
+void Updates::begin(const Arena& arena) {
+  arena_ = &arena;
+  squares_ = 0;
+  for (size_t k = 0; keep_ && k < parameters_.size(); ++k)
+    if (trained_[k]) parameters_[k].grad().unsafeGetTensorImpl()->bump_version();
+}
+
+void* Updates::place(int parameter) const {
+  if (parameter < 0 || !trained_[parameter]) return nullptr;
+  return keep_ ? parameters_[parameter].grad().mutable_data_ptr() : arena_->at(places_[parameter].buffer);
+}
+
+void Updates::done(int parameter) {
+  void* const gradient = place(parameter);
+  if (!gradient) return;
+  if (!wait_) return update(parameter, 0, parameters_[parameter].size(0), gradient);
+  optim::Slot& slot = plan_->slot(entries_[parameter]);
+  slot.grad = gradient;
+  // Now, while it is in cache.
+  const grad::Source source{gradient, slot.numel, slot.grad_dtype};
+  grad::Norm norm;
+  grad::norm_cpu(&source, 1, {std::numeric_limits<double>::infinity(), 1, 0}, &norm, nullptr);
+  squares_ += norm.total * norm.total;
+}
+
+int64_t Updates::thread_number() { return at::get_thread_num(); }
+
+void Updates::update(int parameter, int64_t begin, int64_t end, const void* grad) const {
+  const int entry = entries_[parameter];
+  optim::Slot part = plan_->slot(entry);
+  part.grad = grad;
+  const int64_t rows = parameters_[parameter].size(0);
+  if (end - begin < rows) {
+    const int64_t cols = part.numel / rows;
+    const auto advance = [&](void* p, Dtype dtype) { return static_cast<char*>(p) + begin * cols * size_of(dtype); };
+    part.param = advance(part.param, part.param_dtype);
+    for (int k = 0; k < optim::rule_states(plan_->rule(entry)); ++k)
+      part.state[k] = advance(part.state[k], part.state_dtype);
+    part.numel = (end - begin) * cols;
+  }
+  optim::step_cpu(plan_->rule(entry), &part, 1, nullptr, nullptr);
+}
+
+grad::Norm Updates::norm(const grad::Limit& limit) const { return grad::decide(squares_, limit); }
+
+void Updates::update_all(const grad::Norm& norm) {
+  if (norm.skip != 0) return;
+  const optim::Control control{norm.coefficient, norm.skip};
+  for (size_t k = 0; k < parameters_.size(); ++k)
+    if (trained_[k]) optim::step_cpu(plan_->rule(entries_[k]), &plan_->slot(entries_[k]), 1, &control, nullptr);
+}
+
+}  // namespace gdbp::step

@@ -1,0 +1,93 @@
+// What becomes of the gradients of a step: each is used by the update while it is in cache and then forgotten, or
+// kept until the norm of all is known, or left in .grad.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "common/parallel.h"
+#include "grad/grad.h"
+#include "step/arena.h"
+#include "step/gemm.h"
+#include "step/plan.h"
+
+namespace gdbp::step {
+
+class Updates {
+ public:
+  // Each parameter of the network; -1 stands for none everywhere.
+  int add(const at::Tensor& parameter);
+  const std::vector<at::Tensor>& parameters() const { return parameters_; }
+  // Whether a parameter is updated in this step: it requires a gradient, and the optimizer has it.
+  const std::vector<char>& trained() const { return trained_; }
+
+  // Finds the parameters among the optimizer's, and takes in what this step does to them. keep: whether the gradients
+  // go to .grad; wait: whether no update may start before the last gradient is there.
+  enum class Outcome {
+    same,    // all that a plan of memory depends on is as it was
+    replan,  // it is not
+    stale,   // the optimizer needs another StepPlan; nothing was taken in
+  };
+  Outcome collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state, bool keep, bool wait);
+
+  // Requests the place of a parameter's gradient, which is formed at `time`; inner: the length of the sums in it.
+  void plan(int parameter, int64_t inner, Arena& arena, int time, int end);
+
+  // ---- during the backward pass ----
+
+  void begin(const Arena& arena);
+  // Where the gradient goes; null where none is wanted.
+  void* place(int parameter) const;
+  // The gradient is in its place.
+  void done(int parameter);
+  // compute(begin, end, out) leaves the rows [begin, end) of the gradient in `out`.
+  template <class Compute>
+  void matrix(int parameter, const Compute& compute) {
+    if (parameter < 0 || !trained_[parameter]) return;
+    const Place& p = places_[parameter];
+    const int64_t rows = parameters_[parameter].size(0);
+    const int64_t row_bytes = parameters_[parameter].size(1) * parameters_[parameter].element_size();
+    char* const base = static_cast<char*>(place(parameter));
+    parallel_for(0, p.tiles, 1, [&](int64_t lo, int64_t hi) {
+      for (int64_t tile = lo; tile < hi; ++tile) {
+        const int64_t begin = gemm_tile_start(rows, p.tiles, tile), end = gemm_tile_start(rows, p.tiles, tile + 1);
+        char* const out = base + (p.scratch ? thread_number() * p.scratch : begin * row_bytes);
+        compute(begin, end, out);
+        if (p.by_tile) update(parameter, begin, end, out);
+      }
+    });
+    if (!p.by_tile) done(parameter);
+  }
+
+  // ---- where the updates wait ----
+
+  bool waits() const { return wait_; }
+  // The norm of all gradients, and what it decides.
+  grad::Norm norm(const grad::Limit& limit) const;
+  void update_all(const grad::Norm& norm);
+
+ private:
+  struct Place {
+    Arena::Id buffer = Arena::kNone;
+    int64_t tiles = 1;
+    int64_t scratch = 0;   // bytes for each thread, where there is no place as large as the gradient
+    bool by_tile = false;  // whether each tile is updated as it comes
+  };
+  static int64_t thread_number();
+  void update(int parameter, int64_t begin, int64_t end, const void* grad) const;
+  void find(const StepPlan& plan);
+
+  std::vector<at::Tensor> parameters_;
+  std::vector<char> trained_, divisible_;
+  std::vector<Place> places_;
+  std::vector<int> entries_;   // in the StepPlan; -1: the optimizer does not have it
+  std::vector<char> in_plan_;  // by entry: whether it is trained
+  StepPlan* plan_ = nullptr;
+  uint64_t found_in_ = 0;
+  bool keep_ = false, wait_ = false;
+  int threads_ = 0;
+  const Arena* arena_ = nullptr;
+  double squares_ = 0;  // of the norms so far
+};
+
+}  // namespace gdbp::step

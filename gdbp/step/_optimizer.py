@@ -1,0 +1,60 @@
+"""An optimizer as the compiled step takes it: its rules and its states, which stay its own."""
+
+import inspect
+
+import torch
+
+from gdbp import optim
+from gdbp.ops._function import is_fused
+from gdbp.optim._base import Fused, is_torchs
+from gdbp.step._watch import CannotFuse
+
+_TWINS = {getattr(torch.optim, cls.__name__): cls for cls in (optim.SGD, optim.RMSprop, optim.Adam, optim.AdamW)}
+
+
+def fused_form(optimizer: torch.optim.Optimizer) -> Fused:
+    """The optimizer itself, or for torch's own a twin of our class that shares everything it holds.
+
+    Raises:
+        CannotFuse: an optimizer of another class.
+    """
+    # torch wraps the step of every class.
+    if isinstance(optimizer, Fused) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(Fused.step):
+        return optimizer
+    twin = _TWINS.get(type(optimizer))
+    if twin is None:
+        raise CannotFuse(
+            f"{type(optimizer).__name__} has no fused form; expected an optimizer of gdbp.optim, or torch's own "
+            f"{', '.join(cls.__name__ for cls in _TWINS)}; use strict=False to run others eagerly"
+        )
+    rules = object.__new__(twin)
+    rules.__dict__ = optimizer.__dict__
+    rules.__dict__.setdefault("_last", {"grad_norm": None})
+    return rules
+
+
+def check(optimizer: torch.optim.Optimizer) -> None:
+    """Of everything that may change from step to step.
+
+    Raises:
+        CannotFuse: something that a fused step does not do.
+    """
+    name = type(optimizer).__name__
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise CannotFuse(f"{name} has step hooks, which a fused step would not call; remove them, or use strict=False")
+    if any(map(is_torchs, optimizer.param_groups)):
+        raise CannotFuse(f"{name} has a group with capturable or differentiable, which torch's own step computes")
+
+
+def check_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Of the tensors, which do not change unnoticed.
+
+    Raises:
+        CannotFuse: tensors that C++ can't hold.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not all(map(is_fused, params)) or len(set(map(id, params))) != len(params):
+        raise CannotFuse(f"{type(optimizer).__name__} holds a parameter twice, or one that is no plain tensor")
+    for p in params:
+        if not p.is_cpu:
+            raise CannotFuse(f"a parameter is on {p.device}; expected cpu; use strict=False to run there eagerly")

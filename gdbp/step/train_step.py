@@ -1,0 +1,272 @@
+"""``gdbp.TrainStep``: forward, loss, backward, clipping and update in one call."""
+
+from collections.abc import Callable
+
+import torch
+
+from gdbp import _load
+from gdbp.step import _loss, _optimizer
+from gdbp.step._model import Layers
+from gdbp.step._watch import CannotFuse
+
+if _load.available:
+    from gdbp import _C
+
+
+class TrainStep:
+    """One training step of a dense network as one call, without autograd, dispatcher or allocations in between.
+
+    ``value = step(input, target)`` does what ::
+
+        optimizer.zero_grad()
+        value = loss(model(input), target)
+        value.backward()
+        optimizer.step()
+
+    does, to the same tensors: parameters, buffers and optimizer state stay the model's and the optimizer's own, so
+    that saving, loading, schedulers, freezing layers, ``model.eval()`` and going on in an eager loop work at any time.
+    Where no norm of all gradients is asked for, the gradient of a layer is used while it is in cache and never stored.
+
+    Args:
+        model: ``Sequential`` or :class:`gdbp.nn.MLP` (nested, too) of ``Linear`` and ``BatchNorm1d`` (ours or torch's),
+            the activations of :func:`gdbp.nn.functional.linear` as modules, ``Dropout``, ``Flatten``, ``Identity``.
+        loss: a loss module of :mod:`gdbp.nn` or torch's counterpart, with reduction "mean" or "sum"; or a loss function
+            of :mod:`gdbp.nn.functional`.
+        optimizer: of :mod:`gdbp.optim`, or torch's SGD, RMSprop, Adam or AdamW, whose state is used and kept.
+        strict: whether what has no fused form raises an error; else it runs eagerly, see :meth:`explain`.
+        keep_grads: leave the gradients in ``.grad``, which is None after a step otherwise.
+        max_grad_norm: largest 2-norm of all gradients together, beyond which they are scaled down; beside the
+            optimizer's own, where it has one. ``inf`` only measures, see :attr:`grad_norms`.
+        seed: of the dropout masks, which are a function of it, the layer, :attr:`steps` and the element. Default:
+            ``torch.initial_seed()``. The masks are others than torch's.
+
+    float32 and float64 on the CPU; input (rows, features), or (rows, ...) where the model begins with ``Flatten``.
+    Results do not depend on the number of threads. Step hooks of the optimizer and hooks of modules are refused.
+
+    Attributes:
+        steps: how many steps were made, which may be set: with ``seed`` it makes a continued run draw as an
+            unbroken one would.
+        grad_norms: 2-norms of all gradients, before clipping, at the last step or the steps of the last
+            :meth:`many`: (steps,), float64; None where nobody asked for them.
+
+    Raises:
+        ValueError, TypeError: a model, loss, optimizer or input without a fused form, in one sentence; not with
+            ``strict=False``.
+        IndexError: a label out of range. Nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: torch.nn.Module | Callable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        strict: bool = True,
+        keep_grads: bool = False,
+        max_grad_norm: float | None = None,
+        seed: int | None = None,
+    ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.strict, self.keep_grads, self.max_grad_norm = strict, keep_grads, max_grad_norm
+        self.grad_norms: torch.Tensor | None = None
+        self.seed = (torch.initial_seed() if seed is None else seed) % 2**64
+        self.steps = 0
+        self._plan = self._rules = self._layers = None
+        self._reason: str | None = None  # why the last step, or the next, is not fused
+        if not self._make_plan() and strict:
+            raise ValueError(self._reason)
+
+    def __call__(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """One step; returns the loss as a detached 0-dim tensor."""
+        if not self._is_fused():
+            return self._eager(input, target)
+        try:
+            value = self._run(self._plan.step, input, target)
+        except (ValueError, TypeError) as error:
+            if self.strict:
+                raise
+            self._reason = str(error)
+            return self._eager(input, target)
+        self.steps += 1
+        return value
+
+    def many(
+        self,
+        tensors: tuple[torch.Tensor, torch.Tensor],
+        batch_size: int | None = None,
+        steps: int | None = None,
+        *,
+        shuffle: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Many steps over a data set in one call.
+
+        Args:
+            tensors: inputs (n, ...) and targets (n, ...).
+            batch_size: rows of a step: None for all of them (batch gradient descent), 1 for stochastic, anything else
+                for mini-batch gradient descent. The last step of an epoch takes what is left.
+            steps: how many; default one epoch. Where they are more than an epoch has, the next one begins.
+            shuffle: whether each epoch takes the rows in a new order, ``torch.randperm(n, generator=generator)``;
+                else they are taken as they lie. Without effect where a step takes all rows.
+            generator: default torch's.
+
+        Returns the losses, (steps,).
+        """
+        inputs, targets = tensors
+        rows = len(inputs)
+        if len(targets) != rows:
+            raise ValueError(f"tensors have {rows} and {len(targets)} rows; expected as many targets as inputs")
+        size = rows if batch_size is None else batch_size
+        if not 1 <= size <= max(rows, 1) or not rows:
+            raise ValueError(f"batch_size is {batch_size}; expected None, or 1 to the {rows} rows there are")
+        epoch = -(-rows // size)
+        left = epoch if steps is None else steps
+        losses, norms = [], []
+        while left > 0:
+            index = torch.randperm(rows, generator=generator) if shuffle and size < rows else None
+            taken = min(left, epoch)
+            losses.append(self._epoch(inputs, targets, index, size, taken))
+            norms.append(self.grad_norms)
+            left -= taken
+        self.grad_norms = torch.cat(norms) if norms and norms[-1] is not None else None
+        return torch.cat(losses) if losses else inputs.new_empty(0)
+
+    def explain(self) -> str:
+        """What runs, and why: a line for each layer, the loss and the optimizer."""
+        if not self._is_fused():
+            return f"eager: {self._reason}"
+        updates = "after the norm of all gradients" if self._limit() else "right after its gradient"
+        lines = [f"fused: one call a step, products by {_C.gemm_name()}"]
+        for kind, label, *options in self._layers.found:
+            suffix = f" + {options[-1]}" if isinstance(options[-1], str) and options[-1] != "none" else ""
+            lines.append(f"  {label}: {kind if kind != 'activation' else 'on its own'}{suffix}")
+        lines.append(f"  {type(self.loss).__name__ if isinstance(self.loss, torch.nn.Module) else self.loss.__name__}")
+        lines.append(f"  {type(self.optimizer).__name__}: each parameter {updates}")
+        return "\n".join(lines)
+
+    def memory(self) -> dict[str, int]:
+        """Of the last step: its ``rows``, the ``bytes`` of its workspace (activations, gradients, sums), and the
+        ``unshared_bytes`` that these would take one beside the other. Zeros before the first."""
+        rows, used, unshared = self._plan.memory() if self._plan else (0, 0, 0)
+        return {"rows": rows, "bytes": used, "unshared_bytes": unshared}
+
+    # ---- inside ----
+
+    def _make_plan(self) -> bool:
+        """Reads the model anew; False, and the reason noted, where it has no fused form."""
+        self._plan = self._layers = None
+        layers = Layers()
+        try:
+            if not _load.available:
+                raise CannotFuse("TrainStep needs the compiled part, which is missing; build it, or use strict=False")
+            self._rules = _optimizer.fused_form(self.optimizer)
+            _optimizer.check_parameters(self.optimizer)
+            layers.add(self.model, "")
+            objective = _loss.describe(self.loss, layers)
+            _check_layers(layers)
+        except CannotFuse as error:
+            self._reason = str(error)
+            return False
+        watch = layers.watch
+        self._layers, self._reason = layers, None
+        self._plan = _C.TrainPlan(
+            layers.found, objective, watch.values, watch.lengths, layers.flattens, layers.output_dims
+        )
+        return True
+
+    def _is_fused(self) -> bool:
+        """Whether this step is; raises the reason where not and ``strict``."""
+        if (self._plan is not None and self._plan.unchanged()) or self._make_plan():
+            try:
+                _optimizer.check(self.optimizer)
+                if torch.is_autocast_enabled("cpu"):
+                    raise CannotFuse(
+                        "autocast is on, and a fused step computes in the parameters' dtype; switch it off"
+                    )
+                return True
+            except CannotFuse as error:
+                self._reason = str(error)
+        if self.strict:
+            raise ValueError(self._reason)
+        return False
+
+    def _limit(self) -> tuple[float, bool] | None:
+        """What the norm of all gradients decides, if anything asks for it."""
+        own, skip = self._rules.max_grad_norm, self._rules.skip_nonfinite
+        if own is None and self.max_grad_norm is None and not skip:
+            return None
+        return min(float("inf") if limit is None else float(limit) for limit in (own, self.max_grad_norm)), skip
+
+    def _collect(self, plan, groups, state) -> bool:
+        return self._plan.collect(plan, groups, state, self.keep_grads, self._limit() is not None)
+
+    def _run(self, run, *arguments) -> torch.Tensor:
+        """One of the plan's methods, with the optimizer readied before and settled after it."""
+        rules, created, updated = self._rules, [], False
+        try:
+            plan = rules._collect(self._collect, created, self._is_trained)
+            value, norms, updated = run(plan, *arguments, self._limit(), self.seed, self.steps)
+        finally:
+            if not updated:
+                rules._undo(created)
+        self.grad_norms = None if norms is None else norms[:, 0]
+        rules._last["grad_norm"] = None if norms is None else norms[-1, 0]
+        # What a scheduler asks an optimizer before its own first step.
+        self.optimizer._opt_called = True
+        return value
+
+    def _is_trained(self, p: torch.Tensor) -> bool:
+        return p.requires_grad and any(p is own for own in self._parameters())
+
+    def _parameters(self):
+        return (option for _, _, *options in self._layers.found for option in options if option is not None)
+
+    def _epoch(self, inputs, targets, index, size: int, steps: int) -> torch.Tensor:
+        rows = min(len(inputs), steps * size)
+        if self._is_fused():
+            x, y = inputs[:rows].contiguous(), targets[:rows].contiguous()
+            if index is not None:
+                x, y, index = inputs.contiguous(), targets.contiguous(), index[:rows]
+            try:
+                losses = self._run(self._plan.many, x, y, index, size)
+                self.steps += steps
+                return losses
+            except (ValueError, TypeError) as error:
+                if self.strict:
+                    raise
+                self._reason = str(error)
+        parts = [slice(at, at + size) for at in range(0, rows, size)]
+        if index is not None:
+            parts = index[:rows].to(inputs.device).split(size)
+        losses, norms = [], []
+        for part in parts:
+            losses.append(self._eager(inputs[part], targets[part]))
+            norms.append(self.grad_norms)
+        self.grad_norms = None if norms[-1] is None else torch.cat(norms)
+        return torch.stack(losses)
+
+    def _eager(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        value = self.loss(self.model(input), target)
+        value.backward()
+        if self.max_grad_norm is not None:
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+        self.optimizer.step()
+        if self.max_grad_norm is None:
+            norm = getattr(self.optimizer, "grad_norm", None)
+        self.grad_norms = None if norm is None else norm.detach().double().reshape(1)
+        self.steps += 1
+        return value.detach()
+
+
+def _check_layers(layers: Layers) -> None:
+    if not layers.found:
+        raise CannotFuse("the model has no layers; expected at least one Linear")
+    seen: dict[int, str] = {}
+    for _, label, *options in layers.found:
+        for option in options:
+            if isinstance(option, torch.nn.Parameter) and seen.setdefault(id(option), label) is not label:
+                raise CannotFuse(f"{label} shares a parameter with {seen[id(option)]}; expected parameters of its own")

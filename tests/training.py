@@ -1,0 +1,67 @@
+"""What the tests of TrainStep share: networks, data, the eager loop, and comparisons of whole trainings."""
+
+import copy
+from itertools import pairwise
+
+import torch
+
+import gdbp
+from gdbp import nn
+
+FEATURES, CLASSES = 12, 5
+
+
+def network(*hidden, inputs=FEATURES, outputs=CLASSES, activation="relu", dtype=torch.float32):
+    sizes = [inputs, *hidden]
+    layers = [nn.Linear(a, b, activation=activation, dtype=dtype) for a, b in pairwise(sizes)]
+    return torch.nn.Sequential(*layers, nn.Linear(sizes[-1], outputs, dtype=dtype))
+
+
+def data(rows=16, inputs=FEATURES, outputs=CLASSES, dtype=torch.float32, target="labels", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator, dtype=dtype)
+    if target == "labels":
+        return x, torch.randint(outputs, (rows,), generator=generator)
+    y = torch.rand(rows, outputs, generator=generator, dtype=dtype)
+    return x, y / y.sum(1, keepdim=True) if target == "probabilities" else y
+
+
+def eager(model, loss, optimizer, x, y):
+    optimizer.zero_grad()
+    value = loss(model(x), y)
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def close(ours, other, factor=1.0):
+    """Steps of both kinds do the same sums, some in another order: after a few of them float32 may differ by some
+    roundings of the largest value, and by more where a small gradient is normalised."""
+    scale = max(1.0, other.abs().max().item()) if other.numel() else 1.0
+    tolerance = factor * (2e-5 if other.dtype is torch.float32 else 1e-12)
+    torch.testing.assert_close(ours, other, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def same_training(model, loss, make, batches, factor=1.0, strict=True, **options):
+    """Trains two copies of the model, one in each way, and compares losses, parameters, buffers and states."""
+    twin = copy.deepcopy(model)
+    optimizer, other = make(model), make(twin)
+    step = gdbp.TrainStep(model, loss, optimizer, **options)
+    for x, y in batches:
+        close(step(x, y), eager(twin, loss, other, x, y), factor)
+    assert step.explain().startswith("fused")
+    same_state(model, optimizer, twin, other, factor)
+    return step
+
+
+def same_state(model, optimizer, twin, other, factor=1.0):
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert a.dtype is b.dtype, name
+        close(a, b, factor) if a.is_floating_point() else torch.testing.assert_close(a, b)
+    ours, theirs = optimizer.state_dict(), other.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, state in theirs["state"].items():
+        assert ours["state"][index].keys() == state.keys()
+        for key, value in state.items():
+            close(ours["state"][index][key], value, factor)
