@@ -9,6 +9,7 @@ from gdbp._version import __version__
 from gdbp import memory, nn, ops, optim  # isort: skip  (ops need the compiled part that _load brings in)
 from gdbp.fusion import explain, fuse, unfuse  # isort: skip
 from gdbp.memory import enable_cpu_cache as keep_heap
+
 from gdbp.step import TrainStep  # isort: skip
 
 __all__ = [
