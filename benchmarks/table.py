@@ -58,7 +58,7 @@ def rate(row: Row) -> str | None:
     seconds = row["contenders"][0]["median"]
     if row["flops"]:
         return f"{figure(row['flops'] / seconds * 1e-9)} GFLOP/s"
-    return f"{figure(row['bytes'] / seconds * 1e-9)} GB/s" if row["limit"] else None
+    return f"{figure(row['bytes'] / seconds * 1e-9)} GB/s" if row["limit"] and row["bytes"] else None
 
 
 def cells(row: Row) -> list[str]:
