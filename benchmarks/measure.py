@@ -71,6 +71,8 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
         return row
     finally:
         del work
+        if setup.compile or setup.optional:
+            torch.compiler.reset()  # else torch.compile counts this row's functions towards the next one's limit
         gc.collect()
         gc.unfreeze()
         if setup.device == "cuda":
