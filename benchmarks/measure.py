@@ -11,7 +11,7 @@ import torch
 from benchmarks import memory, optional
 from benchmarks.accuracy import ulp_error
 from benchmarks.timing import Timing, clock_for, take_turns
-from benchmarks.work import OURS, Case, Goal, Setup, Work
+from benchmarks.work import COMPILED, OURS, Case, Goal, Setup, Work
 
 # Names under which the limit takes its turn among the contenders.
 LIMIT = "limit"
@@ -109,6 +109,8 @@ def _memory_by_turns(work: Work, device: str) -> list[int | None]:
         peak = meter.growth(work.contenders[name].run)
         before = meter.held()
         del work.contenders[name]
+        if name == COMPILED:
+            torch.compiler.reset()  # which holds on to tensors too
         needed.append(peak + max(0, before - meter.held()))
     return needed
 
