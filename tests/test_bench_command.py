@@ -102,10 +102,15 @@ def test_an_installation_says_where_the_benchmarks_are(tmp_path, monkeypatch, ca
 def test_kept_heap_is_measured_in_a_process_that_keeps_it(tmp_path):
     file = tmp_path / "kept.json"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-m", "gdbp", "bench", "run", "--heap", "kept", "-k", "loss.mse", *SMOKE, "--json", str(file)]
+    arguments = ["run", "--heap", "kept", "-k", "loss.mse", *SMOKE, "--json", str(file)]
     done = subprocess.run(
-        command, cwd=environment.ROOT, env=variables, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-m", "gdbp", "bench", *arguments],
+        cwd=environment.ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "child process" in done.stdout
     assert json.loads(file.read_text())["environment"]["heap"] == "kept"
 
