@@ -30,6 +30,13 @@ def label(row: Row) -> str:
     return f"{row['family']}.{row['case']} {row['size']}{dtype}"
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis, some of them even where it is short."""
+    digits = (1, 2, 5) if high < 300 * low else (1,)
+    ticks = [float(f"{digit}e{power}") for power in range(-12, 12) for digit in digits]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
 def ratios(report: Report) -> "Figure | None":
     """The best peer's time over ours, a bar for each row, from the most lost to the most won."""
     rows = sorted((row for row in report["rows"] if row["ratio"]), key=lambda row: row["ratio"])
@@ -42,10 +49,7 @@ def ratios(report: Report) -> "Figure | None":
     axis.set_xscale("log")
     # Room for the labels, to the right of their bars.
     axis.set_xlim(min(0.5, *values) * 0.8, max(2.0, *values) * 3)
-    low, high = axis.get_xlim()
-    digits = (1, 2, 5) if high < 300 * low else (1,)
-    ticks = [digit * 10.0**power for power in range(-6, 10) for digit in digits]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = _ticks(*axis.get_xlim())
     axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axis.minorticks_off()
     axis.axvline(1, color="black", linewidth=0.8)
@@ -111,8 +115,9 @@ def growth(report: Report) -> "Figure | None":
         axis.set_yscale("log")
         sizes = [row["scaling"]["size"] for row in rows]
         axis.set_xticks(sizes, [row["size"].rsplit(" ", 1)[0] for row in rows])
+        ticks = _ticks(*axis.get_ylim())
+        axis.set_yticks(ticks, [duration(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(lambda value, _: duration(value))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(rows[0]["scaling"]["of"])
         axis.legend(fontsize=7, frameon=False)

@@ -49,6 +49,7 @@ def _report(report: Report, pictures: list[Picture]) -> str:
                 for p in pictures
             ),
             _series(report.get("series", [])),
+            *(f"<p>Absent: {escape(sentence)}</p>" for sentence in table.absent(rows)),
             _environment(report),
         ]
     )

@@ -11,7 +11,7 @@ import torch
 from benchmarks import memory, optional
 from benchmarks.accuracy import ulp_error
 from benchmarks.timing import Timing, clock_for, take_turns
-from benchmarks.work import OURS, Case, Goal, Setup, Work
+from benchmarks.work import COMPILED, OURS, Case, Goal, Setup, Work
 
 # Names under which the limit takes its turn among the contenders.
 LIMIT = "limit"
@@ -39,42 +39,47 @@ def measure(case: Case, setup: Setup, budget: float, heap: str = "default") -> d
     """
     setup = replace(setup, dtype=case.dtype or setup.dtype, absent={})
     gc.freeze()  # what is here already need not be looked at again
-    work = case.build(setup)
     try:
-        errors = _check(work, setup)
-        runs: dict[str, Callable[[], object]] = {name: c.run for name, c in work.contenders.items()}
-        if work.limit is not None:
-            runs[LIMIT] = work.limit.run
-        timings = take_turns(runs, budget, clock_for(setup.device, work.hot))
-        contenders = [_contender(name, timings[name], errors[name], work.tolerance) for name in work.contenders]
-        del runs
-        for contender, needed in zip(contenders, _memory_by_turns(work, setup.device)):
-            contender["memory"] = needed
-        limit = None
-        if work.limit is not None:
-            limit = {"what": work.limit.what, "seconds": timings[LIMIT].median * work.limit.scale}
-        row = {
-            "family": case.family,
-            "case": case.name,
-            "size": case.size,
-            "dtype": str(setup.dtype).removeprefix("torch."),
-            "device": setup.device,
-            "contenders": contenders,
-            **compare(contenders),
-            "limit": limit,
-            "bytes": work.bytes,
-            "flops": work.flops,
-            "absent": setup.absent,
-        }
-        applies = setup.device == "cpu" and setup.dtype in (torch.float32, case.dtype)
-        row["goal"] = judge(case.goal, row, heap) if case.goal and applies else None
-        return row
+        return _row(case, setup, budget, heap)
     finally:
-        del work
+        if setup.compile or setup.optional:
+            torch.compiler.reset()  # else torch.compile counts this row's functions towards the next one's limit
         gc.collect()
         gc.unfreeze()
         if setup.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _row(case: Case, setup: Setup, budget: float, heap: str) -> dict[str, Any]:
+    work = case.build(setup)
+    errors = _check(work, setup)
+    runs: dict[str, Callable[[], object]] = {name: c.run for name, c in work.contenders.items()}
+    if work.limit is not None:
+        runs[LIMIT] = work.limit.run
+    timings = take_turns(runs, budget, clock_for(setup.device, work.hot))
+    contenders = [_contender(name, timings[name], errors[name], work.tolerance) for name in work.contenders]
+    del runs
+    for contender, needed in zip(contenders, _memory_by_turns(work, setup.device)):
+        contender["memory"] = needed
+    limit = None
+    if work.limit is not None:
+        limit = {"what": work.limit.what, "seconds": timings[LIMIT].median * work.limit.scale}
+    row = {
+        "family": case.family,
+        "case": case.name,
+        "size": case.size,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "device": setup.device,
+        "contenders": contenders,
+        **compare(contenders),
+        "limit": limit,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "absent": setup.absent,
+    }
+    applies = setup.device == "cpu" and setup.dtype in (torch.float32, case.dtype)
+    row["goal"] = judge(case.goal, row, heap) if case.goal and applies else None
+    return row
 
 
 def _check(work: Work, setup: Setup) -> dict[str, float]:
@@ -107,6 +112,8 @@ def _memory_by_turns(work: Work, device: str) -> list[int | None]:
         peak = meter.growth(work.contenders[name].run)
         before = meter.held()
         del work.contenders[name]
+        if name == COMPILED:
+            torch.compiler.reset()  # which holds on to tensors too
         needed.append(peak + max(0, before - meter.held()))
     return needed
 

@@ -130,7 +130,8 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     """A report without rows yet; its environment is printed."""
     env = environment.describe(options.device)
     print(table.caption(env))
-    print("ratio: the best correct peer's time over ours; limit: the limit's; ulp: our largest error\n")
+    print("ratio: the best correct peer's time over ours; goal: what is to be reached, and whether it is;")
+    print("limit: the hardware's time over ours; ulp: our largest error against float64\n")
     if env["load"] > 0.25 * env["cpus"]:
         print(f"WARNING: load {env['load']:.1f} on {env['cpus']} CPUs at the start; figures will be noisy.\n")
     print(table.header())

@@ -19,7 +19,7 @@ SMOKE = ("--size", "smoke", "--budget", "0.002")
 
 def test_run_writes_json_and_csv_that_report_reads(tmp_path, capsys):
     file, table = tmp_path / "results" / "cpu.json", tmp_path / "tables" / "cpu.csv"
-    assert bench("run", "-k", "mse", *SMOKE, "--dtype", "f32,float64", "--json", file, "--csv", table) == 0
+    assert bench("run", "-k", "loss.mse", *SMOKE, "--dtype", "f32,float64", "--json", file, "--csv", table) == 0
     printed = capsys.readouterr().out
     assert "best peer" in printed and "2 rows: " in printed
     written = json.loads(file.read_text())
@@ -39,7 +39,7 @@ def test_run_saves_under_the_machine(tmp_path, monkeypatch, capsys):
     gpu = example_report(gpu="NVIDIA H100 80GB HBM3", commit=COMMIT + "+")
     assert files.place(gpu) == folder / "nvidia-h100-80gb-hbm3" / "2030-01-02-0123456789ab-changed.json"
     monkeypatch.setattr(files, "place", lambda report: tmp_path / "cpu" / "x.json")
-    assert bench("run", "-k", "huber", *SMOKE, "--save") == 0
+    assert bench("run", "-k", "loss.huber", *SMOKE, "--save") == 0
     assert files.load(tmp_path / "cpu" / "x.json")["rows"]
 
 
@@ -102,10 +102,15 @@ def test_an_installation_says_where_the_benchmarks_are(tmp_path, monkeypatch, ca
 def test_kept_heap_is_measured_in_a_process_that_keeps_it(tmp_path):
     file = tmp_path / "kept.json"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-m", "gdbp", "bench", "run", "--heap", "kept", "-k", "mse", *SMOKE, "--json", str(file)]
+    arguments = ["run", "--heap", "kept", "-k", "loss.mse", *SMOKE, "--json", str(file)]
     done = subprocess.run(
-        command, cwd=environment.ROOT, env=variables, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-m", "gdbp", "bench", *arguments],
+        cwd=environment.ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "child process" in done.stdout
     assert json.loads(file.read_text())["environment"]["heap"] == "kept"
 

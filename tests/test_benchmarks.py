@@ -2,9 +2,12 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import memory, optional, run, scaling, table
 from benchmarks.accuracy import ulp_error
@@ -237,6 +240,20 @@ def test_peers_of_optimizers_take_the_options_of_the_rule(monkeypatch):
     for title in ("optim.adamw 3 x 17", "optim.sgd_momentum 3 x 17"):
         row = measure(SMOKE[title], Setup(optional=frozenset(["bitsandbytes"])), BUDGET)
         assert [c["correct"] for c in row["contenders"] if c["name"] == "bitsandbytes"] == [True]
+
+
+def test_liger_takes_part_where_labels_are_numbers(monkeypatch):
+    """With torch's own in its place, which runs here."""
+    ours = types.SimpleNamespace(
+        LigerCrossEntropyLoss=torch.nn.CrossEntropyLoss,
+        LigerFusedLinearCrossEntropyLoss=lambda: lambda weight, x, labels: F.cross_entropy(x @ weight.t(), labels),
+    )
+    monkeypatch.setitem(sys.modules, "liger", ours)
+    monkeypatch.setitem(optional.PEERS, "liger", optional.Package("liger", "liger-kernel"))
+    for title in ("loss.cross_entropy 3x10", "linear_cross_entropy.labels 5x3x7", "loss.mse 1 K"):
+        row = measure(SMOKE[title], Setup(optional=frozenset(["liger"])), BUDGET)
+        taking_part = [c["correct"] for c in row["contenders"] if c["name"] == "liger"]
+        assert taking_part == [True] * ("mse" not in title), title
 
 
 def test_series_grow():

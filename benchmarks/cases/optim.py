@@ -13,10 +13,9 @@ from benchmarks.work import COMPILED, OURS, Case, Contender, Series, Setup, Tens
 
 # Of a large tensor so many elements, evenly spread, are checked; the rules act on each element alone.
 CHECK_ELEMENTS = 2**16
-# Relative error of torch.compile's first steps of Adam, whose bias corrections 1 - beta**t it forms in float32.
-COMPILED_LOSS = 2**-17
-# The same of DeepSpeed's, which forms the powers of beta in float32 too.
-DEEPSPEED_LOSS = 2**-15
+# Relative error of the first steps of Adam and its kin where 1 - beta**t is formed in float32.
+FLOAT_CLOCK_LOSS = 2**-15
+FLOAT_CLOCKS = (COMPILED, "deepspeed")
 
 SIZES = {
     LARGE: [(2**26,)],
@@ -97,15 +96,13 @@ def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
         contenders[COMPILED] = torchs(compiled=True, foreach=True)
     for package, (name, options) in rule.others.items():
         setup.add(contenders, package, partial(another, name, options))
-    loss = max(rule.loss, COMPILED_LOSS) if setup.compile else rule.loss
-    if "deepspeed" in contenders:
-        loss = max(loss, DEEPSPEED_LOSS)
+    loss = max(rule.loss, FLOAT_CLOCK_LOSS) if contenders.keys() & FLOAT_CLOCKS else rule.loss
     per_parameter = rule.bytes_per_parameter(setup.dtype.itemsize)
     traffic = round(per_parameter * count)
     return Work(
         contenders,
         reference,
-        tolerance=16 + loss / torch.finfo(setup.dtype).eps,
+        tolerance=16 + loss / torch.finfo(torch.float32 if rule.peer is peers.mastered else setup.dtype).eps,
         limit=setup.copy_limit(traffic, f"{per_parameter:.4g} B a parameter"),
         bytes=traffic,
     )
