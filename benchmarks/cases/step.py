@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gdbp
+from benchmarks import peers_jax
 from benchmarks.work import (
     COMPILED,
     COPY_MINIMUM,
@@ -134,6 +135,8 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
     contenders = {OURS: ours, "torch": torchs(x, target), "torch fused": torchs(x, target, fused=True)}
     if setup.compile:
         contenders[COMPILED] = torchs(x, target, compiled=True, fused=True)
+    if optimizer_name == "adam":
+        setup.add(contenders, "jax", lambda optax: peers_jax.training(optax, weights, x, target, batch))
     wide = (t.double() if t.is_floating_point() else t for t in (x, target))
     return Work(
         contenders,
