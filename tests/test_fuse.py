@@ -344,6 +344,7 @@ class Odd(nn.Module):
     def __init__(self, forward):
         super().__init__()
         self.fc, self.act, self.calls, self.seen = nn.Linear(4, 4), nn.ReLU(), 0, []
+        self.child = nn.Identity()
         self.plain = torch.ones(4)
         self.register_buffer("count", torch.zeros(()))
         self.__class__ = type("Odd", (Odd,), {"forward": forward})
@@ -376,6 +377,11 @@ def keeps(self, x):
     return self.act(self.hidden)
 
 
+def keeps_elsewhere(self, x):
+    self.child.hidden = x
+    return self.act(self.fc(x))
+
+
 def writes(self, x):
     self.plain.mul_(2)
     return self.act(self.fc(x)) + self.plain
@@ -392,6 +398,7 @@ FORWARDS = {
     counts: "the forward of Odd changes self.calls",
     remembers: "the forward of Odd changes self.seen",
     keeps: "the forward of Odd changes self.hidden",
+    keeps_elsewhere: "the forward of Odd changes Identity.hidden",
     writes: "the forward of Odd changes self.plain",
     draws: "the forward of Odd makes a tensor (_tensor_constant0), which would become a constant",
 }
@@ -407,6 +414,7 @@ def test_forwards_that_do_more_than_their_graph(forward):
     assert not report.fused and reasons(report)["fc"].startswith(FORWARDS[forward])
     assert type(model) is cls and torch.equal(torch.get_rng_state(), state) and torch.equal(model.plain, plain)
     assert vars(model).keys() == kept.keys() and model.calls == 0 and model.seen == []
+    assert not hasattr(model.child, "hidden")
 
 
 def test_buffers_that_forward_changes_in_place_still_change():
