@@ -46,7 +46,7 @@ def trained(model, x, steps=2):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_same_training(name, dtype):
     build, shape, expected = MODELS[name]
     plain = build().to(dtype)
@@ -59,8 +59,22 @@ def test_same_training(name, dtype):
     assert [n for n, _ in before] == [n for n, _ in after] and all(a is b for (_, a), (_, b) in zip(before, after))
     assert list(model.state_dict()) == keys
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
-    tolerance = {} if dtype.itemsize > 2 else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(trained(model, x), trained(plain, x), **tolerance)
+    torch.testing.assert_close(trained(model, x), trained(plain, x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types(name, dtype):
+    """Outputs alone: in a training of a few rows each rounding is felt, and torch's are others."""
+    build, shape, _ = MODELS[name]
+    exact = build().double()
+    plain = copy.deepcopy(exact).to(dtype)
+    model, x = gdbp.fuse(copy.deepcopy(plain)), torch.randn(64, *shape[1:], dtype=torch.float64)
+    for training in (True, False):
+        y, other, right = (m.train(training)(x.to(next(m.parameters()).dtype)) for m in (model, plain, exact))
+        assert y.dtype is other.dtype is dtype
+        off, torchs_off = ((t.double() - right).abs().max() for t in (y, other))
+        assert off <= 2 * torchs_off + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", MODELS)
