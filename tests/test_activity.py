@@ -169,6 +169,19 @@ def test_training_is_not_changed():
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters()))
 
 
+def test_compiled():
+    torch._dynamo.reset()
+    model = gdbp.fuse(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)))
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(32, 4)
+    compiled(x)
+    with collect_activation_stats(model) as activity:
+        for _ in range(3):
+            compiled(x).sum().backward()
+    compiled(x)
+    (layer,) = activity.stats().layers
+    assert layer.name == "0 + 1 + 2" and layer.rows == 96 and layer.mean.isfinite().all()
+
+
 def test_refusal():
     with pytest.raises(TypeError, match=r"model is a list; expected a torch\.nn\.Module"):
         collect_activation_stats([])

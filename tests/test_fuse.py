@@ -46,7 +46,7 @@ def trained(model, x, steps=2):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_same_training(name, dtype):
     build, shape, expected = MODELS[name]
     plain = build().to(dtype)
@@ -59,8 +59,22 @@ def test_same_training(name, dtype):
     assert [n for n, _ in before] == [n for n, _ in after] and all(a is b for (_, a), (_, b) in zip(before, after))
     assert list(model.state_dict()) == keys
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
-    tolerance = {} if dtype.itemsize > 2 else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(trained(model, x), trained(plain, x), **tolerance)
+    torch.testing.assert_close(trained(model, x), trained(plain, x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types(name, dtype):
+    """Outputs alone: in a training of a few rows each rounding is felt, and torch's are others."""
+    build, shape, _ = MODELS[name]
+    exact = build().double()
+    plain = copy.deepcopy(exact).to(dtype)
+    model, x = gdbp.fuse(copy.deepcopy(plain)), torch.randn(64, *shape[1:], dtype=torch.float64)
+    for training in (True, False):
+        y, other, right = (m.train(training)(x.to(next(m.parameters()).dtype)) for m in (model, plain, exact))
+        assert y.dtype is other.dtype is dtype
+        off, torchs_off = ((t.double() - right).abs().max() for t in (y, other))
+        assert off <= 2 * torchs_off + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -344,6 +358,7 @@ class Odd(nn.Module):
     def __init__(self, forward):
         super().__init__()
         self.fc, self.act, self.calls, self.seen = nn.Linear(4, 4), nn.ReLU(), 0, []
+        self.child = nn.Identity()
         self.plain = torch.ones(4)
         self.register_buffer("count", torch.zeros(()))
         self.__class__ = type("Odd", (Odd,), {"forward": forward})
@@ -376,6 +391,11 @@ def keeps(self, x):
     return self.act(self.hidden)
 
 
+def keeps_elsewhere(self, x):
+    self.child.hidden = x
+    return self.act(self.fc(x))
+
+
 def writes(self, x):
     self.plain.mul_(2)
     return self.act(self.fc(x)) + self.plain
@@ -392,6 +412,7 @@ FORWARDS = {
     counts: "the forward of Odd changes self.calls",
     remembers: "the forward of Odd changes self.seen",
     keeps: "the forward of Odd changes self.hidden",
+    keeps_elsewhere: "the forward of Odd changes Identity.hidden",
     writes: "the forward of Odd changes self.plain",
     draws: "the forward of Odd makes a tensor (_tensor_constant0), which would become a constant",
 }
@@ -407,6 +428,7 @@ def test_forwards_that_do_more_than_their_graph(forward):
     assert not report.fused and reasons(report)["fc"].startswith(FORWARDS[forward])
     assert type(model) is cls and torch.equal(torch.get_rng_state(), state) and torch.equal(model.plain, plain)
     assert vars(model).keys() == kept.keys() and model.calls == 0 and model.seen == []
+    assert not hasattr(model.child, "hidden")
 
 
 def test_buffers_that_forward_changes_in_place_still_change():

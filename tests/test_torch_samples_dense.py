@@ -49,7 +49,7 @@ def test_activation_functions(name, dtype):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_with_activations(activation, dtype):
     matrix = lambda input, args, kwargs: args[0].dim() == 2  # noqa: E731
     act = gdbp.reference.ACTIVATIONS[activation or "none"][0]
@@ -63,7 +63,7 @@ def test_linear_with_activations(activation, dtype):
     assert count >= 8
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
 def test_batch_norm_with_activations(activation):
     act = gdbp.reference.ACTIVATIONS[activation][0]
 

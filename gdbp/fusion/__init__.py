@@ -47,8 +47,9 @@ def fuse(
     """
     unfuse(model)
     changes, found = plan(model, trace)
-    for module, code in changes:
-        module.__class__ = fused_class(type(module), code)
+    # All classes are made before any is given: what goes wrong leaves the model as it is.
+    for module, cls in [(module, fused_class(type(module), code)) for module, code in changes]:
+        module.__class__ = cls
     if report is not None:
         report(found)
     return model

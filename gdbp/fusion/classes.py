@@ -68,7 +68,7 @@ def fused_class(base: type[torch.nn.Module], code: Code | None) -> type[torch.nn
 
     def extra_repr(self):
         runs = _runs_of_sequential(self) if sequential else code.runs
-        return "\n".join(filter(None, (base.extra_repr(self), f"fused: {', '.join(runs)}")))
+        return "\n".join(filter(None, (base.extra_repr(self), f"fused: {', '.join(runs)}" if runs else "")))
 
     def reduce_ex(self, protocol):
         # The class is made here, so what goes into a file is what it was made of.

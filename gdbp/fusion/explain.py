@@ -80,10 +80,10 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
 @dataclass
 class _Call:
-    frame: FrameType  # kept: another frame could get its id
     layers: Sequence[torch.nn.Module | str]
     operators: list[torch._ops.OpOverload] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
+    device: str = "cpu"
+    why: str = ""  # what keeps our kernels from its tensors, which are not kept themselves
 
 
 class _Recorder(TorchDispatchMode):
@@ -94,16 +94,20 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.until = until
         self.calls: list[_Call] = []
+        self.frame: FrameType | None = None  # of the last call: a frame keeps what is in it, so no others
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         found = None if func.is_view else next(self._callers(sys._getframe(1)), None)
         if found is not None:
             frame, layers = found
-            if not self.calls or self.calls[-1].frame is not frame:
-                self.calls.append(_Call(frame, layers))
-            self.calls[-1].operators.append(func)
-            self.calls[-1].tensors += [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            if frame is not self.frame:
+                self.frame = frame
+                self.calls.append(_Call(layers))
+            call, tensors = self.calls[-1], [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            call.device = tensors[0].device.type if tensors else call.device
+            call.why = call.why or why_not_fused(*tensors)
+            call.operators.append(func)
         return result
 
     def _callers(self, frame: FrameType | None) -> Iterator[tuple[FrameType, Sequence[torch.nn.Module | str]]]:
@@ -120,20 +124,17 @@ class _Recorder(TorchDispatchMode):
 def _row(call: _Call, module: torch.nn.Module, names: dict[torch.nn.Module, str], report: FuseReport) -> Explained:
     layers = tuple(f"{each}()" if isinstance(each, str) else names.get(each, "?") or "(itself)" for each in call.layers)
     kind = " + ".join(each if isinstance(each, str) else type(each).__name__ for each in call.layers)
-    device = next((t.device.type for t in call.tensors), "cpu")
     ours = [str(op).removesuffix(".default") for op in call.operators if op.namespace == "gdbp"]
     used = list(dict.fromkeys(ours or [op.__name__.partition(".")[0] for op in call.operators]))
     shown = ", ".join(used[:_SHOWN]) + (", ..." if len(used) > _SHOWN else "")
-    kernel = f"{shown} ({device})" if ours else f"ATen {shown} ({device})"
+    kernel = f"{shown} ({call.device})" if ours else f"ATen {shown} ({call.device})"
     return Explained(layers, kind, kernel, "" if ours else _why(call, module, layers[0], report))
 
 
 def _why(call: _Call, module: torch.nn.Module, name: str, report: FuseReport) -> str:
     layer = call.layers[0]
     if len(call.layers) > 1 or type(layer).__module__.startswith("gdbp."):
-        parameters = (p for each in call.layers if not isinstance(each, str) for p in each.parameters())
-        why = "" if _load.available else str(_load.reason)
-        return why or why_not_fused(*parameters, *call.tensors) or "no kernel for these arguments"
+        return call.why or ("no kernel for these arguments" if _load.available else str(_load.reason))
     for left in report.left:
         if left.layer == name:
             return left.reason

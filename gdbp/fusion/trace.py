@@ -82,21 +82,32 @@ def _trace(module: torch.nn.Module) -> fx.Graph:
 
 
 def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
-    # What forward writes goes to a twin, which has the module's children and nothing else of it.
+    # What forward writes goes to a twin, of it and of all below it, which shares parameters and buffers alone.
+    twins: dict[torch.nn.Module, torch.nn.Module] = {}
     try:
-        twin = object.__new__(class_of(module))
-        twin.__dict__.update({name: _copied(value) for name, value in vars(module).items()}, training=training)
-        before = {name: (_kept(value), _version(value)) for name, value in vars(twin).items()}
+        twin = _twin(module, twins)
+        twin.training = training
+        before = [(each, {name: _kept(value) for name, value in vars(each).items()}) for each in twins.values()]
         with torch.random.fork_rng(devices=[]):
             graph = _Tracer().trace(twin)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise Untraceable(f"torch.fx cannot follow {_of(module)}: {first or type(error).__name__}") from error
-    for name, value in vars(twin).items():
-        known, version = before.get(name, (None, 0))
-        if not name.startswith("_tensor_constant") and not (_same(known, value) and version == _version(value)):
-            raise Untraceable(f"{_of(module)} changes self.{name}")
+    for each, kept in before:
+        owner = "self" if each is twin else type(each).__name__
+        for name, value in vars(each).items():
+            known = kept.get(name, (None, 0))
+            if not name.startswith("_tensor_constant") and not _same(known, _kept(value)):
+                raise Untraceable(f"{_of(module)} changes {owner}.{name}")
     return graph
+
+
+def _twin(module: torch.nn.Module, twins: dict[torch.nn.Module, torch.nn.Module]) -> torch.nn.Module:
+    if module not in twins:
+        twins[module] = twin = object.__new__(class_of(module))
+        twin.__dict__.update({name: _copied(value) for name, value in vars(module).items()})
+        twin._modules = {key: None if child is None else _twin(child, twins) for key, child in module._modules.items()}
+    return twins[module]
 
 
 def _of(module: torch.nn.Module) -> str:
@@ -109,12 +120,9 @@ def _copied(value: Any) -> Any:
     return value.copy() if type(value) in (list, dict, set) else value
 
 
-def _kept(value: Any) -> Any:
-    return value if isinstance(value, torch.Tensor) else _copied(value)
-
-
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) else 0
+def _kept(value: Any) -> tuple[Any, int]:
+    """What to compare a value with later: tensors are changed in place, and count how often."""
+    return (value, value._version) if isinstance(value, torch.Tensor) else (_copied(value), 0)
 
 
 def _same(a: Any, b: Any) -> bool:
