@@ -30,6 +30,8 @@ def cases(smoke: bool) -> Iterator[Case]:
     yield _case("linear_gelu", "x".join(map(str, shape)), partial(_linear_gelu, *shape), 1.0)
     yield _case("empty", "64 B", partial(_empty, 64), 1.0)
     yield _case("empty", "1 MiB", partial(_empty, 2**20), 5.0)
+    count, size = (2, 2**15) if smoke else (16, 2**20)
+    yield _case("fill", f"{count} x {size >> 10} KiB", partial(_fill, count, size), 5.0)
 
 
 def _case(name: str, size: str, job: Job, goal: float) -> Case:
@@ -137,3 +139,13 @@ def _empty(size: int, setup: Setup):
             empty(numel, dtype=setup.dtype)
 
     return run, lambda: [empty(numel, dtype=setup.dtype).zero_()]
+
+
+def _fill(count: int, size: int, setup: Setup):
+    """Together there at once, and written: beyond its threshold malloc gives the end of its heap back."""
+    numel = size // setup.dtype.itemsize
+
+    def run() -> Tensors:
+        return [torch.full((numel,), float(i), dtype=setup.dtype) for i in range(count)]
+
+    return run, run
