@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import environment, report, run, table
+from benchmarks import environment, heaps, report, run, table
 from benchmarks.accuracy import ulp_error
 from benchmarks.cases import select
 from benchmarks.measure import LIMIT, compare, judge, measure
@@ -289,3 +289,17 @@ def test_kept_heap_is_measured_in_a_process_that_keeps_it(tmp_path):
     )
     assert "child process" in done.stdout
     assert json.loads(file.read_text())["environment"]["heap"] == "kept"
+
+
+def test_heaps_are_measured_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(heaps, "heaps", lambda: {name: heaps.HEAPS[name] for name in (heaps.COLD, "gdbp")})
+    file = tmp_path / "heaps" / "cpu.json"
+    assert heaps.main(["--smoke", "--rounds", "1", "-k", "empty 64 B", "--json", str(file)]) == 0
+    assert "| empty 64 B |" in capsys.readouterr().out
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["heaps"].keys() == {heaps.COLD, "gdbp"}
+    assert all(of["ms"] > 0 and of["faults"] > 0 for of in row["heaps"].values())
+    assert heaps.main(["-k", "nothing of that name"]) == 2
+    assert "training" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="ended with status 3"):
+        heaps.measure(["-c", "raise SystemExit(3)"], {}, 1)
