@@ -16,24 +16,31 @@ from gdbp import _load, memory
 ALLOCATIONS = 100
 CHECK_STEPS = 3
 
+# Puts the data in place, and gives one repetition and what it computes.
 Job = Callable[[Setup], tuple[Callable[[], object], Callable[[], Tensors]]]
 
 
 def cases(smoke: bool) -> Iterator[Case]:
     """Against a heap that is kept, the goal is to lose nothing."""
+    for (name, size), (job, goal) in jobs(smoke).items():
+        yield Case("memory", name, size, partial(_build, job), Goal(goal, kept=1.0))
+
+
+def jobs(smoke: bool) -> dict[tuple[str, str], tuple[Job, float]]:
+    """By name and size: what to do, and how many times as fast it is to be with the cache."""
+    found: dict[tuple[str, str], tuple[Job, float]] = {}
     for rows, classes in [(4, 5)] if smoke else [(4096, 1000), (1024, 32000)]:
-        yield _case("cross_entropy", f"{rows}x{classes}", partial(_cross_entropy, rows, classes), 5.0)
-    yield _case("mse_loss", "1 K" if smoke else "16 M", partial(_mse_loss, 2**10 if smoke else 2**24), 4.0)
+        found["cross_entropy", f"{rows}x{classes}"] = partial(_cross_entropy, rows, classes), 5.0
+    found["mse_loss", "1 K" if smoke else "16 M"] = partial(_mse_loss, 2**10 if smoke else 2**24), 4.0
     sizes, batch = ((7, 5, 5, 3), 4) if smoke else ((784, 512, 512, 10), 128)
-    yield _case("step", f"batch {batch}", partial(_step, sizes, batch), 1.3)
+    found["step", f"batch {batch}"] = partial(_step, sizes, batch), 1.3
     shape = (3, 5, 7) if smoke else (1024, 1024, 4096)
-    yield _case("linear_gelu", "x".join(map(str, shape)), partial(_linear_gelu, *shape), 1.0)
-    yield _case("empty", "64 B", partial(_empty, 64), 1.0)
-    yield _case("empty", "1 MiB", partial(_empty, 2**20), 5.0)
-
-
-def _case(name: str, size: str, job: Job, goal: float) -> Case:
-    return Case("memory", name, size, partial(_build, job), Goal(goal, kept=1.0))
+    found["linear_gelu", "x".join(map(str, shape))] = partial(_linear_gelu, *shape), 1.0
+    found["empty", "64 B"] = partial(_empty, 64), 1.0
+    found["empty", "1 MiB"] = partial(_empty, 2**20), 5.0
+    count, size = (2, 2**15) if smoke else (16, 2**20)
+    found["fill", f"{count} x {size >> 10} KiB"] = partial(_fill, count, size), 5.0
+    return found
 
 
 class _Switch:
@@ -137,3 +144,13 @@ def _empty(size: int, setup: Setup):
             empty(numel, dtype=setup.dtype)
 
     return run, lambda: [empty(numel, dtype=setup.dtype).zero_()]
+
+
+def _fill(count: int, size: int, setup: Setup):
+    """Together there at once, and written: beyond its threshold malloc gives the end of its heap back."""
+    numel = size // setup.dtype.itemsize
+
+    def run() -> Tensors:
+        return [torch.full((numel,), float(i), dtype=setup.dtype) for i in range(count)]
+
+    return run, run

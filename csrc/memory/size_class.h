@@ -6,8 +6,8 @@
 
 namespace gdbp::memory {
 
-// Below this malloc is left alone: it keeps such blocks itself, and they are too few pages to matter.
-inline constexpr size_t kSmallest = size_t(64) << 10;
+// Below this malloc is left alone: the classes would be less than a page apart, and the blocks are few pages each.
+inline constexpr size_t kSmallest = size_t(32) << 10;
 // Far beyond any machine's memory: whatever asks for more is a mistake for malloc to refuse.
 inline constexpr size_t kLargest = size_t(1) << 40;
 inline constexpr int kSteps = 8;
