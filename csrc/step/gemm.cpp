@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common/parallel.h"
-
 // MKL, which torch's library for x86 exports. At 64 x 64 x 32 a call through at::mm_out costs as much again as the
 // product itself. Weak: another build of torch may lack them.
 extern "C" {
@@ -55,9 +53,10 @@ at::Tensor view(const Operand& x, int64_t rows, int64_t cols, at::ScalarType typ
 // Below this a piece costs more to hand to a thread than to compute: 4 million multiplications and additions are some
 // 40 us, a fork and join of two threads some 5.
 constexpr int64_t kTileWork = 4'000'000;
-// From here on the pieces only have to be as many as there may be threads: each of them packs its operands again.
-constexpr int64_t kLargeTileWork = 64'000'000;
-constexpr int64_t kSmallTiles = 8;
+// Each piece packs the other operand again, an element of which costs as much as some 50 of the product's operations:
+// one more piece for each so many rows is 10 % of the time at worst.
+constexpr int64_t kRowsForAPiece = 400;
+constexpr int64_t kLeastTiles = 2;
 // Pieces begin at multiples of it, so that the kernels inside see whole blocks.
 constexpr int64_t kTileStep = 16;
 
@@ -82,8 +81,7 @@ void gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& a, const 
 }
 
 int64_t gemm_tiles(int64_t m, int64_t n, int64_t k) {
-  const int64_t work = 2 * m * n * k;
-  const int64_t wanted = std::min(work / kTileWork, std::max(kSmallTiles, work / kLargeTileWork));
+  const int64_t wanted = std::min(2 * m * n * k / kTileWork, std::max(kLeastTiles, 1 + m / kRowsForAPiece));
   const int64_t possible = m / kTileStep;
   int64_t tiles = 1;
   while (2 * tiles <= std::min(wanted, possible)) tiles *= 2;
@@ -98,27 +96,6 @@ int64_t gemm_tile_start(int64_t m, int64_t tiles, int64_t tile) {
 int64_t gemm_tile_rows(int64_t m, int64_t tiles) {
   const int64_t steps = (m + kTileStep - 1) / kTileStep;
   return (steps + tiles - 1) / tiles * kTileStep;
-}
-
-void parallel_gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, void* out,
-                   int64_t out_stride) {
-  // Cut along the longer side: the other operand is read, and packed, once for each piece.
-  const bool by_rows = m >= n;
-  const int64_t length = by_rows ? m : n;
-  const int64_t tiles = gemm_tiles(length, by_rows ? n : m, k);
-  parallel_for(0, tiles, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t tile = lo; tile < hi; ++tile) {
-      const int64_t begin = gemm_tile_start(length, tiles, tile), end = gemm_tile_start(length, tiles, tile + 1);
-      const auto to = static_cast<char*>(out) + begin * (by_rows ? out_stride : 1) * size_of(dtype);
-      if (by_rows) {
-        gemm(dtype, end - begin, n, k, a.from_row(begin, dtype), b, to, out_stride);
-      } else {
-        const Operand columns{static_cast<const char*>(b.data) + begin * (b.transposed ? b.stride : 1) * size_of(dtype),
-                              b.stride, b.transposed};
-        gemm(dtype, m, end - begin, k, a, columns, to, out_stride);
-      }
-    }
-  });
 }
 
 const char* gemm_name() { return has_blas() ? "sgemm" : "at::mm"; }

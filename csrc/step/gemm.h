@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/parallel.h"
 
 namespace gdbp::step {
 
@@ -13,9 +14,13 @@ struct Operand {
   int64_t stride;
   bool transposed = false;
 
-  // From row `row` (of the transpose, where it is one) on.
-  Operand from_row(int64_t row, Dtype dtype) const {
-    return {static_cast<const char*>(data) + row * (transposed ? 1 : stride) * size_of(dtype), stride, transposed};
+  // From a row, or a column, on; of the transpose, where it is one.
+  Operand from_row(int64_t row, Dtype dtype) const { return from(transposed ? row : row * stride, dtype); }
+  Operand from_col(int64_t col, Dtype dtype) const { return from(transposed ? col * stride : col, dtype); }
+
+ private:
+  Operand from(int64_t element, Dtype dtype) const {
+    return {static_cast<const char*>(data) + element * size_of(dtype), stride, transposed};
   }
 };
 
@@ -23,16 +28,39 @@ struct Operand {
 void gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, void* out,
           int64_t out_stride);
 
-// The same on all threads, where that pays.
-void parallel_gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, void* out,
-                   int64_t out_stride);
-
 // Into how many pieces a product of m rows is cut: a function of its size alone, which makes the results so, too.
 int64_t gemm_tiles(int64_t m, int64_t n, int64_t k);
 // The first row of a piece; for piece == pieces: the number of rows.
 int64_t gemm_tile_start(int64_t m, int64_t tiles, int64_t tile);
 // No piece has more rows.
 int64_t gemm_tile_rows(int64_t m, int64_t tiles);
+
+// gemm() on all threads, where that pays; after(first, last) is called for each piece of finished rows.
+template <class After>
+void parallel_gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, void* out,
+                   int64_t out_stride, const After& after) {
+  const auto at = [&](int64_t elements) { return static_cast<char*>(out) + elements * size_of(dtype); };
+  // Cut along the longer side: the other operand is read, and packed, once for each piece.
+  if (m >= n) {
+    const int64_t tiles = gemm_tiles(m, n, k);
+    parallel_for(0, tiles, 1, [&](int64_t lo, int64_t hi) {
+      for (int64_t tile = lo; tile < hi; ++tile) {
+        const int64_t begin = gemm_tile_start(m, tiles, tile), end = gemm_tile_start(m, tiles, tile + 1);
+        gemm(dtype, end - begin, n, k, a.from_row(begin, dtype), b, at(begin * out_stride), out_stride);
+        after(begin, end);
+      }
+    });
+    return;
+  }
+  const int64_t tiles = gemm_tiles(n, m, k);
+  parallel_for(0, tiles, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t tile = lo; tile < hi; ++tile) {
+      const int64_t begin = gemm_tile_start(n, tiles, tile), end = gemm_tile_start(n, tiles, tile + 1);
+      gemm(dtype, m, end - begin, k, a, b.from_col(begin, dtype), at(begin), out_stride);
+    }
+  });
+  after(int64_t(0), m);
+}
 
 // "sgemm" where the BLAS in torch's library can be called directly, else "at::mm".
 const char* gemm_name();

@@ -36,10 +36,17 @@ class Linear final : public Layer {
 
   void forward(const Pass& pass, const Slabs& s) override {
     void* const pre = pre_ == Arena::kNone ? s.output : pass.arena->at(pre_);
+    const bool finished = !bias_.defined() && activation_ == Activation::none;
+    // Bias and activation while the piece is in cache.
+    const auto finish = [&](int64_t begin, int64_t end) {
+      const int64_t offset = begin * outputs * size_of(pass.dtype);
+      if (!finished)
+        linear::forward_cpu({pass.dtype, activation_, end - begin, outputs, static_cast<char*>(pre) + offset,
+                             data_of(bias_), static_cast<char*>(s.output) + offset},
+                            nullptr);
+    };
     parallel_gemm(pass.dtype, pass.rows, outputs, inputs, {s.input, inputs}, {weight_.const_data_ptr(), inputs, true},
-                  pre, outputs);
-    if (bias_.defined() || activation_ != Activation::none)
-      linear::forward_cpu({pass.dtype, activation_, pass.rows, outputs, pre, data_of(bias_), s.output}, nullptr);
+                  pre, outputs, finish);
   }
 
   void backward(const Pass& pass, const Slabs& s, Updates& updates) override {
@@ -55,7 +62,7 @@ class Linear final : public Layer {
     // Before the update: this is the gradient through the weights that were used.
     if (s.grad_input)
       parallel_gemm(pass.dtype, pass.rows, inputs, outputs, {s.grad_output, outputs},
-                    {weight_.const_data_ptr(), inputs}, s.grad_input, inputs);
+                    {weight_.const_data_ptr(), inputs}, s.grad_input, inputs, [](int64_t, int64_t) {});
     const Operand grad_pre{s.grad_output, outputs, true}, input{s.input, inputs};
     updates.matrix(weight, [&](int64_t begin, int64_t end, void* out) {
       gemm(pass.dtype, end - begin, inputs, pass.rows, grad_pre.from_row(begin, pass.dtype), input, out, inputs);

@@ -88,8 +88,9 @@ bool TrainPlan::unchanged() const {
   return true;
 }
 
-bool TrainPlan::collect(StepPlan& plan, const std::vector<Group>& groups, const py::dict& state, bool keep, bool wait) {
-  const Updates::Outcome outcome = network_.updates.collect(plan, groups, state, keep, wait);
+bool TrainPlan::collect(StepPlan& plan, const std::vector<Group>& groups, const py::dict& state,
+                        const Updates::Options& options) {
+  const Updates::Outcome outcome = network_.updates.collect(plan, groups, state, options);
   replan_ = replan_ || outcome == Updates::Outcome::replan;
   return outcome != Updates::Outcome::stale;
 }
@@ -112,17 +113,12 @@ void TrainPlan::ready(const at::Tensor& input, int64_t rows, const Target& targe
   network_.objective().check(network_.output(), target);
 }
 
-bool TrainPlan::run(StepPlan& plan, const void* input, const Target& target, const Limit& limit, uint64_t seed,
-                    void* value, grad::Norm* norm) {
-  network_.run(input, target, seed, value);
-  bool counts = true;
-  if (limit) {
-    *norm = network_.updates.norm({limit->first, 1, double(limit->second)});
-    network_.updates.update_all(*norm);
-    counts = norm->skip == 0;
-  }
+bool TrainPlan::finish(bool waits, const Limit& limit, grad::Norm* norm) {
+  grad::Norm decided{0, 1, 0};
+  if (limit) *norm = decided = network_.updates.norm({limit->first, 1, double(limit->second)});
+  if (waits) network_.updates.update_all(decided);
   network_.finish();
-  return counts;
+  return decided.skip == 0;
 }
 
 py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const Limit& limit,
@@ -137,11 +133,32 @@ py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Ten
   bool counts = false;
   {
     const py::gil_scoped_release no_gil;
-    counts = run(plan, x.const_data_ptr(), described, limit, combine_seed(seed, number), loss.mutable_data_ptr(),
-                 norms.data());
+    network_.run(x.const_data_ptr(), described, combine_seed(seed, number), loss.mutable_data_ptr());
+    counts = finish(limit.has_value(), limit, norms.data());
     plan.settle(counts);
   }
   return py::make_tuple(wrap(loss), limit ? wrap(tensor_of(norms)) : py::none(), counts);
+}
+
+std::pair<at::Tensor, at::Tensor> TrainPlan::backward(const at::Tensor& input, const at::Tensor& target, uint64_t seed,
+                                                      uint64_t number) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
+  const at::Tensor x = input.contiguous(), y = target.contiguous();
+  const Target described = describe(y, y.const_data_ptr());
+  ready(x, x.dim() ? x.size(0) : 0, described);
+  const at::Tensor loss = at::empty({}, x.options());
+  const py::gil_scoped_release no_gil;
+  network_.run(x.const_data_ptr(), described, combine_seed(seed, number), loss.mutable_data_ptr());
+  return {loss, network_.updates.flat()};
+}
+
+py::tuple TrainPlan::update(StepPlan& plan, const Limit& limit) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  std::vector<grad::Norm> norms(limit ? 1 : 0);
+  const bool counts = finish(true, limit, norms.data());
+  plan.settle(counts);
+  return py::make_tuple(limit ? wrap(tensor_of(norms)) : py::none(), counts);
 }
 
 py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& index,
@@ -171,9 +188,9 @@ py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& inputs, const at::Te
       Target target = describe(targets, data[1]);
       target.sizes[0] = rows;
       ready(inputs, rows, target);
-      const bool counts = run(plan, data[0], target, limit, combine_seed(seed, first + step),
-                              static_cast<char*>(losses.mutable_data_ptr()) + step * losses.element_size(),
-                              limit ? &norms[step] : nullptr);
+      network_.run(data[0], target, combine_seed(seed, first + step),
+                   static_cast<char*>(losses.mutable_data_ptr()) + step * losses.element_size());
+      const bool counts = finish(limit.has_value(), limit, limit ? &norms[step] : nullptr);
       any = any || counts;
       if (step + 1 < steps) {
         plan.advance(counts);
@@ -200,10 +217,18 @@ void bind_train(py::module_& module) {
            py::arg("layers"), py::arg("objective"), py::arg("watched"), py::arg("counted"), py::arg("flattens"),
            py::arg("output_dims"))
       .def("unchanged", &TrainPlan::unchanged)
-      .def("collect", &TrainPlan::collect)
+      .def("collect",
+           [](TrainPlan& self, StepPlan& plan, const std::vector<Group>& groups, const py::dict& state, bool keep,
+              bool wait, bool flat) { return self.collect(plan, groups, state, {keep, wait, flat}); })
       .def("step", [](TrainPlan& self, StepPlan& plan, const py::object& input, const py::object& target,
                       const TrainPlan::Limit& limit, uint64_t seed,
                       uint64_t number) { return self.step(plan, unwrap(input), unwrap(target), limit, seed, number); })
+      .def("backward",
+           [](TrainPlan& self, const py::object& input, const py::object& target, uint64_t seed, uint64_t number) {
+             const auto [loss, gradients] = self.backward(unwrap(input), unwrap(target), seed, number);
+             return py::make_tuple(wrap(loss), wrap(gradients));
+           })
+      .def("update", &TrainPlan::update)
       .def("many",
            [](TrainPlan& self, StepPlan& plan, const py::object& inputs, const py::object& targets,
               const py::object& index, int64_t size, const TrainPlan::Limit& limit, uint64_t seed, uint64_t first) {

@@ -23,7 +23,8 @@ class TrainPlan {
   bool unchanged() const;
   // Readies the optimizer's tensors; false where it needs another StepPlan. Raises an error where a tensor is not what
   // the kernels take.
-  bool collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state, bool keep, bool wait);
+  bool collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state,
+               const Updates::Options& options);
   // The step that was readied. limit: what the norm decides, where the updates wait. seed: of the run; number: of the
   // step, for dropout. Returns the loss, the three numbers of grad::Norm or None, and whether parameters were updated.
   using Limit = std::optional<std::pair<double, bool>>;  // max_norm, skip_nonfinite
@@ -34,14 +35,20 @@ class TrainPlan {
   pybind11::tuple many(StepPlan& plan, const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& index,
                        int64_t size, const Limit& limit, uint64_t seed, uint64_t first);
 
+  // step() in two parts, between which the gradients, in one piece, may be reduced: returns the loss and the gradients;
+  // then what step() returns after the loss. collect() has to be told so.
+  std::pair<at::Tensor, at::Tensor> backward(const at::Tensor& input, const at::Tensor& target, uint64_t seed,
+                                             uint64_t number);
+  pybind11::tuple update(StepPlan& plan, const Limit& limit);
+
   // (rows, bytes, bytes without sharing) of the memory in use, zeros before the first step.
   std::tuple<int64_t, int64_t, int64_t> memory() const;
 
  private:
   // Checks what comes in, and lays out the memory if need be. rows: of the input, if not all of them.
   void ready(const at::Tensor& input, int64_t rows, const Target& target);
-  bool run(StepPlan& plan, const void* input, const Target& target, const Limit& limit, uint64_t seed, void* value,
-           grad::Norm* norm);
+  // The updates that had to wait, if there are any; false where the step does not count.
+  bool finish(bool waits, const Limit& limit, grad::Norm* norm);
 
   struct Watched {
     pybind11::object dict, key, value;

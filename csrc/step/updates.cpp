@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <limits>
 
@@ -38,7 +39,7 @@ void Updates::find(const StepPlan& plan) {
 }
 
 Updates::Outcome Updates::collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state,
-                                  bool keep, bool wait) {
+                                  const Options& options) {
   if (plan.id() != found_in_) find(plan);
   std::vector<char> trained(parameters_.size()), divisible(parameters_.size());
   for (size_t k = 0; k < parameters_.size(); ++k) {
@@ -47,40 +48,60 @@ Updates::Outcome Updates::collect(StepPlan& plan, const std::vector<Group>& grou
   }
   if (!plan.collect(groups, state, in_plan_)) return Outcome::stale;
   plan_ = &plan;
+  for (size_t k = 0; k < parameters_.size(); ++k) divisible[k] = trained[k] && is_divisible(plan.slot(entries_[k]));
+  const int threads = at::get_num_threads();
+  const bool same = trained == trained_ && divisible == divisible_ && options == options_ && threads == threads_;
+  trained_ = std::move(trained);
+  divisible_ = std::move(divisible);
+  options_ = options;
+  threads_ = threads;
+  if (!same) lay_flat();
   for (size_t k = 0; k < parameters_.size(); ++k) {
     at::Tensor& grad = parameters_[k].mutable_grad();
-    if (!keep || !trained[k]) {
+    if (entries_[k] < 0) continue;
+    if (!options.keep || !trained_[k]) {
       grad.reset();
+    } else if (options.flat) {
+      const int64_t start =
+          (static_cast<char*>(places_[k].fixed) - static_cast<char*>(flat_.mutable_data_ptr())) / flat_.element_size();
+      grad = flat_.slice(0, start, start + parameters_[k].numel()).view(parameters_[k].sizes());
     } else if (!grad.defined() || !grad.is_contiguous() || grad.scalar_type() != parameters_[k].scalar_type() ||
                grad.sizes() != parameters_[k].sizes() || grad.requires_grad()) {
       grad = at::empty_like(parameters_[k], at::MemoryFormat::Contiguous).detach();
     }
-    divisible[k] = trained[k] && is_divisible(plan.slot(entries_[k]));
   }
-  const int threads = at::get_num_threads();
-  const bool same =
-      trained == trained_ && divisible == divisible_ && keep == keep_ && wait == wait_ && threads == threads_;
-  trained_ = std::move(trained);
-  divisible_ = std::move(divisible);
-  keep_ = keep;
-  wait_ = wait;
-  threads_ = threads;
   return same ? Outcome::same : Outcome::replan;
 }
 
+void Updates::lay_flat() {
+  places_.assign(parameters_.size(), {});
+  flat_.reset();
+  if (!options_.flat) return;
+  constexpr int64_t step = 16;  // elements: each begins at a line of the cache
+  std::vector<int64_t> starts;
+  int64_t total = 0;
+  for (size_t k = 0; k < parameters_.size(); ++k) {
+    starts.push_back(total);
+    if (trained_[k]) total += (parameters_[k].numel() + step - 1) / step * step;
+  }
+  // Zeros, as the gaps are reduced as well.
+  flat_ = at::zeros({total}, parameters_.empty() ? at::TensorOptions() : parameters_[0].options().requires_grad(false));
+  for (size_t k = 0; k < parameters_.size(); ++k)
+    if (trained_[k]) places_[k].fixed = static_cast<char*>(flat_.mutable_data_ptr()) + starts[k] * flat_.element_size();
+}
+
 void Updates::plan(int parameter, int64_t inner, Arena& arena, int time, int end) {
-  places_.resize(parameters_.size());
-  if (parameter < 0) return;
-  Place& p = places_[parameter] = {};
-  if (!trained_[parameter]) return;
+  if (parameter < 0 || !trained_[parameter]) return;
+  Place& p = places_[parameter];
+  p = {Arena::kNone, p.fixed};
   const at::Tensor& tensor = parameters_[parameter];
   const int64_t bytes = tensor.numel() * tensor.element_size();
   if (tensor.dim() == 2) {
     const int64_t rows = tensor.size(0), cols = tensor.size(1);
     p.tiles = gemm_tiles(rows, cols, inner);
     while (tensor.numel() / p.tiles > kTileElements && rows / p.tiles > 32) p.tiles *= 2;
-    p.by_tile = !wait_ && divisible_[parameter] && p.tiles > 1;
-    if (p.by_tile && !keep_) {
+    p.by_tile = !options_.wait && divisible_[parameter] && p.tiles > 1;
+    if (p.by_tile && !options_.keep) {
       p.scratch = (gemm_tile_rows(rows, p.tiles) * cols * tensor.element_size() + 63) / 64 * 64;
       if (p.scratch * threads_ < bytes) {
         p.buffer = arena.request(p.scratch * threads_, time, time);
@@ -89,29 +110,34 @@ void Updates::plan(int parameter, int64_t inner, Arena& arena, int time, int end
       p.scratch = 0;
     }
   }
-  if (!keep_) p.buffer = arena.request(bytes, time, wait_ ? end : time);
+  if (!options_.keep && !p.fixed) p.buffer = arena.request(bytes, time, options_.wait ? end : time);
 }
 
 void Updates::begin(const Arena& arena) {
   arena_ = &arena;
   squares_ = 0;
-  for (size_t k = 0; keep_ && k < parameters_.size(); ++k)
+  for (size_t k = 0; options_.keep && k < parameters_.size(); ++k)
     if (trained_[k]) parameters_[k].grad().unsafeGetTensorImpl()->bump_version();
 }
 
 void* Updates::place(int parameter) const {
   if (parameter < 0 || !trained_[parameter]) return nullptr;
-  return keep_ ? parameters_[parameter].grad().mutable_data_ptr() : arena_->at(places_[parameter].buffer);
+  if (places_[parameter].fixed) return places_[parameter].fixed;
+  return options_.keep ? parameters_[parameter].grad().mutable_data_ptr() : arena_->at(places_[parameter].buffer);
 }
 
 void Updates::done(int parameter) {
   void* const gradient = place(parameter);
   if (!gradient) return;
-  if (!wait_) return update(parameter, 0, parameters_[parameter].size(0), gradient);
-  optim::Slot& slot = plan_->slot(entries_[parameter]);
-  slot.grad = gradient;
+  if (!options_.wait) return update(parameter, 0, parameters_[parameter].size(0), gradient);
+  plan_->slot(entries_[parameter]).grad = gradient;
   // Now, while it is in cache.
-  const grad::Source source{gradient, slot.numel, slot.grad_dtype};
+  if (!options_.flat) add_square(parameter);
+}
+
+void Updates::add_square(int parameter) {
+  const optim::Slot& slot = plan_->slot(entries_[parameter]);
+  const grad::Source source{slot.grad, slot.numel, slot.grad_dtype};
   grad::Norm norm;
   grad::norm_cpu(&source, 1, {std::numeric_limits<double>::infinity(), 1, 0}, &norm, nullptr);
   squares_ += norm.total * norm.total;
@@ -135,7 +161,11 @@ void Updates::update(int parameter, int64_t begin, int64_t end, const void* grad
   optim::step_cpu(plan_->rule(entry), &part, 1, nullptr, nullptr);
 }
 
-grad::Norm Updates::norm(const grad::Limit& limit) const { return grad::decide(squares_, limit); }
+grad::Norm Updates::norm(const grad::Limit& limit) {
+  for (size_t k = 0; options_.flat && k < parameters_.size(); ++k)
+    if (trained_[k]) add_square(int(k));
+  return grad::decide(squares_, limit);
+}
 
 void Updates::update_all(const grad::Norm& norm) {
   if (norm.skip != 0) return;

@@ -21,14 +21,20 @@ class Updates {
   // Whether a parameter is updated in this step: it requires a gradient, and the optimizer has it.
   const std::vector<char>& trained() const { return trained_; }
 
-  // Finds the parameters among the optimizer's, and takes in what this step does to them. keep: whether the gradients
-  // go to .grad; wait: whether no update may start before the last gradient is there.
+  struct Options {
+    bool keep;  // whether the gradients go to .grad
+    bool wait;  // whether no update may start before the last gradient is there
+    bool flat;  // whether all gradients lie in one piece, to be reduced over ranks before their norm is asked for
+    bool operator==(const Options&) const = default;
+  };
+  // Finds the parameters among the optimizer's, and takes in what this step does to them.
   enum class Outcome {
     same,    // all that a plan of memory depends on is as it was
     replan,  // it is not
     stale,   // the optimizer needs another StepPlan; nothing was taken in
   };
-  Outcome collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state, bool keep, bool wait);
+  Outcome collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state,
+                  const Options& options);
 
   // Requests the place of a parameter's gradient, which is formed at `time`; inner: the length of the sums in it.
   void plan(int parameter, int64_t inner, Arena& arena, int time, int end);
@@ -61,14 +67,16 @@ class Updates {
 
   // ---- where the updates wait ----
 
-  bool waits() const { return wait_; }
+  // The gradients in one piece; undefined where nobody asked for it.
+  const at::Tensor& flat() const { return flat_; }
   // The norm of all gradients, and what it decides.
-  grad::Norm norm(const grad::Limit& limit) const;
+  grad::Norm norm(const grad::Limit& limit);
   void update_all(const grad::Norm& norm);
 
  private:
   struct Place {
     Arena::Id buffer = Arena::kNone;
+    void* fixed = nullptr;  // outside the arena
     int64_t tiles = 1;
     int64_t scratch = 0;   // bytes for each thread, where there is no place as large as the gradient
     bool by_tile = false;  // whether each tile is updated as it comes
@@ -76,6 +84,8 @@ class Updates {
   static int64_t thread_number();
   void update(int parameter, int64_t begin, int64_t end, const void* grad) const;
   void find(const StepPlan& plan);
+  void lay_flat();
+  void add_square(int parameter);
 
   std::vector<at::Tensor> parameters_;
   std::vector<char> trained_, divisible_;
@@ -84,7 +94,8 @@ class Updates {
   std::vector<char> in_plan_;  // by entry: whether it is trained
   StepPlan* plan_ = nullptr;
   uint64_t found_in_ = 0;
-  bool keep_ = false, wait_ = false;
+  Options options_{};
+  at::Tensor flat_;
   int threads_ = 0;
   const Arena* arena_ = nullptr;
   double squares_ = 0;  // of the norms so far

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from gdbp import _load
-from gdbp.step import _loss, _optimizer
+from gdbp.step import _loss, _optimizer, _ranks
 from gdbp.step._model import Layers
 from gdbp.step._watch import CannotFuse
 
@@ -37,6 +37,11 @@ class TrainStep:
         keep_grads: leave the gradients in ``.grad``, which is None after a step otherwise.
         max_grad_norm: largest 2-norm of all gradients together, beyond which they are scaled down; beside the
             optimizer's own, where it has one. ``inf`` only measures, see :attr:`grad_norms`.
+        process_group: a ``torch.distributed`` group (``dist.group.WORLD``, say) over which the gradients are averaged,
+            in one ``all_reduce`` of one buffer between backward and update. Every rank makes as many steps, each with
+            rows of its own. Parameters and buffers are those of the group's first rank from the start; the loss
+            that is returned, dropout and the statistics of a batch norm are each rank's own. As with
+            ``DistributedDataParallel``, of which ``model.module`` is what to pass.
         seed: of the dropout masks, which are a function of it, the layer, :attr:`steps` and the element. Default:
             ``torch.initial_seed()``. The masks are others than torch's.
 
@@ -64,12 +69,14 @@ class TrainStep:
         strict: bool = True,
         keep_grads: bool = False,
         max_grad_norm: float | None = None,
+        process_group=None,
         seed: int | None = None,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.strict, self.keep_grads, self.max_grad_norm = strict, keep_grads, max_grad_norm
+        self.process_group = process_group
         self.grad_norms: torch.Tensor | None = None
         self.seed = (torch.initial_seed() if seed is None else seed) % 2**64
         self.steps = 0
@@ -77,13 +84,15 @@ class TrainStep:
         self._reason: str | None = None  # why the last step, or the next, is not fused
         if not self._make_plan() and strict:
             raise ValueError(self._reason)
+        if process_group is not None:
+            _ranks.share(process_group, [*model.parameters(), *model.buffers()])
 
     def __call__(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """One step; returns the loss as a detached 0-dim tensor."""
         if not self._is_fused():
             return self._eager(input, target)
         try:
-            value = self._run(self._plan.step, input, target)
+            value = self._run(self._plan.step if self.process_group is None else self._reduced, input, target)
         except (ValueError, TypeError) as error:
             if self.strict:
                 raise
@@ -200,7 +209,14 @@ class TrainStep:
         return min(float("inf") if limit is None else float(limit) for limit in (own, self.max_grad_norm)), skip
 
     def _collect(self, plan, groups, state) -> bool:
-        return self._plan.collect(plan, groups, state, self.keep_grads, self._limit() is not None)
+        distributed = self.process_group is not None
+        waits = distributed or self._limit() is not None
+        return self._plan.collect(plan, groups, state, self.keep_grads, waits, distributed)
+
+    def _reduced(self, plan, input, target, limit, seed, number) -> tuple:
+        value, gradients = self._plan.backward(input, target, seed, number)
+        _ranks.average(self.process_group, gradients)
+        return value, *self._plan.update(plan, limit)
 
     def _run(self, run, *arguments) -> torch.Tensor:
         """One of the plan's methods, with the optimizer readied before and settled after it."""
@@ -225,7 +241,7 @@ class TrainStep:
 
     def _epoch(self, inputs, targets, index, size: int, steps: int) -> torch.Tensor:
         rows = min(len(inputs), steps * size)
-        if self._is_fused():
+        if self._is_fused() and self.process_group is None:
             x, y = inputs[:rows].contiguous(), targets[:rows].contiguous()
             if index is not None:
                 x, y, index = inputs.contiguous(), targets.contiguous(), index[:rows]
@@ -242,7 +258,7 @@ class TrainStep:
             parts = index[:rows].to(inputs.device).split(size)
         losses, norms = [], []
         for part in parts:
-            losses.append(self._eager(inputs[part], targets[part]))
+            losses.append(self(inputs[part], targets[part]))
             norms.append(self.grad_norms)
         self.grad_norms = None if norms[-1] is None else torch.cat(norms)
         return torch.stack(losses)
@@ -251,6 +267,8 @@ class TrainStep:
         self.optimizer.zero_grad()
         value = self.loss(self.model(input), target)
         value.backward()
+        if self.process_group is not None:
+            _ranks.average_all(self.process_group, self.optimizer)
         if self.max_grad_norm is not None:
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)

@@ -1,0 +1,111 @@
+"""TrainStep in two processes does the training of one that sees all rows."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import gdbp
+from gdbp import nn, optim
+from tests.training import close, data, eager, network, same_state
+
+WORLD = 2
+
+
+def halves(x, y):
+    rank, rows = dist.get_rank(), len(x) // WORLD
+    return x[rank * rows : (rank + 1) * rows], y[rank * rows : (rank + 1) * rows]
+
+
+def train_in_two(**options):
+    """Each rank with a half of the rows, beside an eager loop over all of them."""
+    torch.manual_seed(dist.get_rank())  # other parameters, until TrainStep shares those of rank 0
+    model = network(16, 8)
+    make = lambda model: optim.AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5)  # noqa: E731
+    optimizer = make(model)
+    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer, process_group=dist.group.WORLD, **options)
+    torch.manual_seed(0)
+    twin = network(16, 8)
+    other = make(twin)
+    for i in range(4):
+        batch = data(seed=i)
+        losses = [torch.zeros(()) for _ in range(WORLD)]
+        dist.all_gather(losses, step(*halves(*batch)))
+        close(sum(losses) / WORLD, eager(twin, nn.CrossEntropyLoss(), other, *batch))
+        close(optimizer.grad_norm, other.grad_norm, 1e6)
+    same_state(model, optimizer, twin, other)
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    others = [torch.empty_like(flat) for _ in range(WORLD)]
+    dist.all_gather(others, flat)
+    assert all(torch.equal(flat, each) for each in others)
+    return step, model
+
+
+def fused():
+    step, model = train_in_two(keep_grads=True)
+    assert step.explain().startswith("fused")
+    gradients = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    close(gradients.norm().double(), step.grad_norms[0], 1e6)
+    x, y = halves(*data(32))
+    assert step.many((x, y), 4, 6).shape == (6,) and step.steps == 10
+
+
+def not_fused():
+    train_in_two(strict=False)
+    model = torch.nn.Sequential(network(4), torch.nn.LogSoftmax(1))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    step = gdbp.TrainStep(model, torch.nn.NLLLoss(), optimizer, strict=False, process_group=dist.group.WORLD)
+    assert step.explain().startswith("eager: LogSoftmax '1' has no fused form")
+    before = [p.detach().clone() for p in model.parameters()]
+    step(*halves(*data()))
+    gathered = [torch.empty_like(model[0][0].weight) for _ in range(WORLD)]
+    dist.all_gather(gathered, model[0][0].weight.detach())
+    assert torch.equal(*gathered) and not torch.equal(before[0], gathered[0])
+
+
+def wrapped():
+    model = DistributedDataParallel(network(4))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"pass its \.module, and process_group="):
+        gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer, strict=False)
+    step(*halves(*data()))
+
+
+CHECKS = {check.__name__: check for check in (fused, not_fused, wrapped)}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(name, tmp_path):
+    path = os.pathsep.join([str(Path(gdbp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, name, str(tmp_path / "store"), str(rank)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+
+
+if __name__ == "__main__":
+    check, store, rank = sys.argv[1:]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    CHECKS[check]()
+    dist.destroy_process_group()
