@@ -115,7 +115,7 @@ class Forward {
       labels(row, x);
   }
 
-  // Rows of labels that lie across memory.
+  // Rows side by side.
   void columns(int64_t lo, int64_t hi) const {
     Columns<T> columns(in_);
     while (lo < hi) {
@@ -204,7 +204,7 @@ class Backward {
                     SoftGradient<C>(softmax, kept[2], kept[3], in_.z, scale), in_.classes);
   }
 
-  // Rows of labels that lie across memory.
+  // Rows side by side.
   void columns(int64_t lo, int64_t hi, T* grad) const {
     Columns<T> columns(in_);
     C ones[2 * Columns<T>::kLanes];
