@@ -35,10 +35,12 @@ def rows() -> list[Row]:
         for i, result in enumerate(entry.results):
             errors = [error(run()[i], exact[i]) for run in entry.run]
             gdbps, torchs = (e if math.isfinite(e) else str(e) for e in errors)
-            rounding = error(torch.as_tensor(exact[i], dtype=torch.float64).to(entry.dtype), exact[i])
+            # More than half a unit where the exact result is among the dtype's smallest numbers.
+            rounded = error(torch.as_tensor(exact[i], dtype=torch.float64).to(entry.dtype), exact[i])
+            rounding = max(torch.finfo(entry.dtype).eps / 2, rounded if math.isfinite(rounded) else 0)
             made.append({
                 "case": entry.case, "dtype": str(entry.dtype).removeprefix("torch."), "result": result,
-                "gdbp": gdbps, "torch": torchs, "rounding": max(torch.finfo(entry.dtype).eps / 2, rounding),
+                "gdbp": gdbps, "torch": torchs, "rounding": rounding,
             })  # fmt: skip
     return made
 

@@ -49,13 +49,16 @@ def layers_and_losses(device: str, dtype: torch.dtype) -> None:
 
 def optimizers(device: str, dtype: torch.dtype) -> None:
     for make in OPTIMIZERS:
-        params = [torch.randn(n, device=device, dtype=dtype, requires_grad=True) for n in (1, 7, 1025, 70001)]
+        params = [torch.randn(n, device=device, dtype=dtype, requires_grad=True) for n in (1, 7, (3, 33), 1025, 70001)]
         optimizer = make(params)
         for _ in range(2):
             for p in params:
                 p.grad = torch.randn_like(p)
             nn.utils.clip_grad_norm_(params, 1.0)
             nn.utils.clip_grad_value_(params, 0.1)
+            nn.utils.clip_grad_norm_by_group_([params[:2], params[2:]], 1.0)
+            nn.utils.adaptive_clip_grad_(params, 0.1)
+            nn.utils.penalty(params, l1=1e-3, l2=1e-3).backward()
             optimizer.step()
         str(nn.utils.gradient_health(enumerate(params)))
         assert all(torch.isfinite(p).all() for p in params)

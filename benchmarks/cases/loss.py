@@ -62,7 +62,8 @@ def _cross_entropy(rows: int, classes: int, setup: Setup) -> Work:
 
 def _soft_targets(rows: int, classes: int, setup: Setup) -> Work:
     logits, target = setup.normal(rows, classes, std=2.0), setup.normal(rows, classes).float().softmax(1)
-    return _work(ours.cross_entropy, F.cross_entropy, logits, target.to(setup.dtype), 3, setup)
+    # A gradient is the difference of two probabilities.
+    return _work(ours.cross_entropy, F.cross_entropy, logits, target.to(setup.dtype), 3, setup, floor="rms")
 
 
 def _in_place(rows: int, classes: int, setup: Setup) -> Work:
@@ -92,11 +93,13 @@ def _in_place(rows: int, classes: int, setup: Setup) -> Work:
 def _pointwise(our_loss, torch_loss, size: int, setup: Setup) -> Work:
     prediction, target = setup.normal(size), setup.normal(size)
     if our_loss is ours.binary_cross_entropy_with_logits:
-        target = target.sigmoid()
+        return _work(our_loss, torch_loss, prediction, target.sigmoid(), 3, setup, floor="rms")
     return _work(our_loss, torch_loss, prediction, target, 3, setup)
 
 
-def _work(our_loss: Callable, torch_loss: Callable, input, target, accesses: int, setup: Setup) -> Work:
+def _work(
+    our_loss: Callable, torch_loss: Callable, input, target, accesses: int, setup: Setup, floor: str = "none"
+) -> Work:
     """`accesses`: to each element; every input is read once and the gradient written once."""
     traffic = accesses * input.nbytes
 
@@ -116,7 +119,7 @@ def _work(our_loss: Callable, torch_loss: Callable, input, target, accesses: int
         setup.add(contenders, "liger", lambda liger: contender(liger.LigerCrossEntropyLoss()))
     limit = setup.copy_limit(traffic, f"{accesses * input.itemsize} B an element")
     # Wide, for torch rounds log-probabilities to the input's dtype, which costs half types some bits.
-    return Work(contenders, reference, tolerance=256, limit=limit, bytes=traffic)
+    return Work(contenders, reference, tolerance=256, floor=floor, limit=limit, bytes=traffic)
 
 
 def _run(loss, input, target) -> Tensors:

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include <array>
+#include <vector>
 
 #include "common/binding.h"
 #include "loss/label_watch.h"
@@ -126,8 +127,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const Tensor& logits, const T
   const Tensor stats = at::empty({rows, stats_per_row(!labels)}, x.options().dtype(compute_type(x)));
   const Tensor output = empty_loss(x, args.reduction, shape);
   const Tensor divisor = at::empty({}, x.options().dtype(at::kDouble));
-  const Tensor workspace = at::empty({2 * rows}, x.options().dtype(at::kDouble));
-  const Tensor bad = at::empty({2}, x.options().dtype(at::kLong));
+  // On the CPU nothing outlives the call, and a tensor costs as much as a few rows.
+  static thread_local std::vector<double> host_workspace;
+  int64_t host_bad[2];
+  Tensor workspace, bad;
+  if (x.is_cpu()) {
+    host_workspace.resize(2 * rows);
+    args.workspace = host_workspace.data();
+    args.bad = host_bad;
+  } else {
+    workspace = at::empty({2 * rows}, x.options().dtype(at::kDouble));
+    bad = at::empty({2}, x.options().dtype(at::kLong));
+    args.workspace = workspace.mutable_data_ptr<double>();
+    args.bad = bad.mutable_data_ptr<int64_t>();
+  }
   const Tensor grad_logits = with_gradient ? on_huge_pages(at::empty_like(x)) : Tensor();
   if (with_gradient) args.grad_logits = grad_logits.mutable_data_ptr();
   args.stats = stats.mutable_data_ptr();
@@ -135,8 +148,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const Tensor& logits, const T
   args.divisor = divisor.mutable_data_ptr<double>();
   args.normalizer = normalizer ? normalizer->const_data_ptr<double>() : nullptr;
   args.empty_is_zero = empty_is_zero;
-  args.bad = bad.mutable_data_ptr<int64_t>();
-  args.workspace = workspace.mutable_data_ptr<double>();
   run_on(x.device(), op, cross_entropy_forward_cpu, GDBP_CUDA_LAUNCHER(cross_entropy_forward_cuda), args);
   if (labels && !x.is_cpu()) LabelWatch::instance().follow(bad);
   if (x.is_cpu() && args.bad[0] >= 0)

@@ -115,7 +115,7 @@ class Forward {
       labels(row, x);
   }
 
-  // Rows of labels that lie across memory.
+  // Rows side by side.
   void columns(int64_t lo, int64_t hi) const {
     Columns<T> columns(in_);
     while (lo < hi) {
@@ -204,7 +204,7 @@ class Backward {
                     SoftGradient<C>(softmax, kept[2], kept[3], in_.z, scale), in_.classes);
   }
 
-  // Rows of labels that lie across memory.
+  // Rows side by side.
   void columns(int64_t lo, int64_t hi, T* grad) const {
     Columns<T> columns(in_);
     C ones[2 * Columns<T>::kLanes];
@@ -316,7 +316,7 @@ template <class T>
 void columns_with_gradient(const Forward<T>& forward, const Backward<T>& backward, int64_t classes, int64_t lo,
                            int64_t hi, T* grad) {
   constexpr int64_t kLanes = Columns<T>::kLanes;
-  const int64_t block = std::max<int64_t>(1, (int64_t(1) << 15) / (classes * kLanes)) * kLanes;
+  const int64_t block = std::max<int64_t>(1, (int64_t(1) << 15) / std::max<int64_t>(1, classes * kLanes)) * kLanes;
   for (; lo < hi; lo += block) {
     forward.columns(lo, std::min(hi, lo + block));
     backward.columns(lo, std::min(hi, lo + block), grad);

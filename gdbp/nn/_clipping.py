@@ -32,7 +32,8 @@ def clip_grad_norm_by_group_(
         norm_type: above 0, or ``inf`` for the largest absolute value.
         error_if_nonfinite: raise, before any change, where a norm is NaN or infinite; on CUDA this waits for it.
 
-    Returns float64 of shape (groups,), on the gradients' device; 0 for a group without gradients.
+    Returns float64 of shape (groups,), on the gradients' device; 0 for a group without gradients. DTensors count with
+    what all ranks have of them, and every rank must call this.
 
     Raises:
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; says in which groups and gradients.

@@ -10,10 +10,26 @@ from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, n
 from gdbp.ops.loss import cross_entropy
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of half types in float32, as the loss is computed and its gradient kept."""
-    logits = torch.nn.functional.linear(x, weight, bias)
-    return logits.float() if logits.element_size() < 4 else logits
+class _Logits:
+    """Those of one chunk after the other, in the same memory: fresh pages would cost more than the loss. Of half types
+    in float32, as the loss is computed and its gradient kept."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int):
+        self.weight, self.bias = weight, bias
+        shape = (min(rows, x.shape[0]), weight.shape[0])
+        self.memory = None if _is_traced() else x.new_empty(shape)
+        self.wide = x.new_empty(shape, dtype=torch.float32) if x.element_size() < 4 and not _is_traced() else None
+
+    def of(self, x: Tensor) -> Tensor:
+        if self.memory is None:
+            logits = torch.nn.functional.linear(x, self.weight, self.bias)
+            return logits.float() if logits.element_size() < 4 else logits
+        logits = self.memory[: x.shape[0]]
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=logits)
+        return logits if self.wide is None else self.wide[: x.shape[0]].copy_(logits)
 
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -43,9 +59,10 @@ def _run(
     grads = [x.new_zeros(s, dtype=d) if m else None for s, d, m in zip(shapes, dtypes, mask)]
     losses, divisor = [], x.new_zeros((), dtype=torch.float64)
     ones = x.new_ones((), dtype=wide)
+    chunk = _Logits(x, weight, bias, rows)
     for first in range(0, x.shape[0], rows):
         at = slice(first, first + rows)
-        logits = _logits(x[at], weight, bias)
+        logits = chunk.of(x[at])
         labels = [None if t is None else t[at].to(wide) if t is target and t.is_floating_point() else t[at]
                   for t in (target, second, share)]  # fmt: skip
         each = "none" if upstream is None or upstream.dim() else "sum"
