@@ -1,8 +1,11 @@
 """``python -m gdbp bench report``: results as Markdown tables, printed or kept in a document."""
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import files
 from benchmarks.files import Report
@@ -16,29 +19,45 @@ NOT_MEASURED = {
 }
 
 
-def tables(reports: list[Report]) -> str:
-    return "\n\n".join(f"{caption(r['environment'])}\n\n{markdown(r['rows'])}" for r in reports)
+# Where a document has the tables of a device: of the rows in whose titles one of the words occurs, or of all.
+PLACE = re.compile(
+    r"<!-- benchmarks:(?P<what>(?P<device>cpu|cuda)(?P<words>( [^ >]+)*)) -->\n.*?<!-- /benchmarks:(?P=what) -->", re.S
+)
 
 
-def markers(device: str) -> tuple[str, str]:
-    return f"<!-- benchmarks:{device} -->", f"<!-- /benchmarks:{device} -->"
+def tables(reports: list[Report], words: Sequence[str] = ()) -> str:
+    found = []
+    for report in reports:
+        rows = [row for row in report["rows"] if not words or any(word in title(row) for word in words)]
+        if rows:
+            found.append(f"{caption(report['environment'])}\n\n{markdown(rows)}")
+    return "\n\n".join(found)
+
+
+def title(row: dict[str, Any]) -> str:
+    return f"{row['family']}.{row['case']} {row['size']}"
 
 
 def updated(document: str, reports: list[Report], devices: list[str]) -> str:
-    """The document with each device's tables, or that it was not measured, between its two markers.
+    """The document with each device's tables, or that it was not measured, in its places.
 
     Raises:
-        InputError: where a marker is missing.
+        InputError: where a device has no place.
     """
-    for device in devices:
-        start, end = markers(device)
-        before, opened, rest = document.partition(start)
-        _, closed, after = rest.partition(end)
-        if not (opened and closed):
-            raise InputError(f"the document has no place for the table; expected the lines {start} and {end}")
+    places = {match["device"] for match in PLACE.finditer(document)}
+    if missing := [device for device in devices if device not in places]:
+        start, end = (f"<!-- {slash}benchmarks:{missing[0]} -->" for slash in ("", "/"))
+        raise InputError(f"the document has no place for the table; expected the lines {start} and {end}")
+
+    def fill(match: re.Match[str]) -> str:
+        device, what = match["device"], match["what"]
+        if device not in devices:
+            return match[0]
         chosen = [report for report in reports if report["environment"]["device"] == device]
-        document = f"{before}{start}\n{tables(chosen) or NOT_MEASURED[device]}\n{end}{after}"
-    return document
+        text = tables(chosen, match["words"].split()) or NOT_MEASURED[device]
+        return f"<!-- benchmarks:{what} -->\n{text}\n<!-- /benchmarks:{what} -->"
+
+    return PLACE.sub(fill, document)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +73,8 @@ def _chosen(options: argparse.Namespace, document: str) -> tuple[list[Report], l
     if options.files:
         reports = [files.load(path) for path in options.files]
         return reports, sorted({report["environment"]["device"] for report in reports})
-    places = [device for device in DEVICES if markers(device)[0] in document]
-    return files.committed(), places or list(DEVICES[:1])
+    places = {match["device"] for match in PLACE.finditer(document)}
+    return files.committed(), sorted(places) or list(DEVICES[:1])
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from benchmarks import compare, environment, figures, files, html, report
 from benchmarks.work import OURS
 from tests.bench_rows import bench, contender, example_report, example_row
 
-README = environment.ROOT / "README.md"
+DOCUMENTS = [environment.ROOT / "README.md", environment.ROOT / "benchmarks" / "results" / "README.md"]
 
 
 @pytest.fixture
@@ -27,9 +27,19 @@ def save(tmp_path):
     return write
 
 
-def test_readme_holds_what_is_measured():
-    """Whoever commits results also runs: python -m gdbp bench report --update README.md"""
-    assert bench("report", "--update", README, "--check") == 0
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(environment.ROOT)))
+def test_documents_hold_what_is_measured(document):
+    """Whoever commits results also runs: python -m gdbp bench report --update, for each of them."""
+    assert bench("report", "--update", document, "--check") == 0
+
+
+def test_a_document_may_show_some_rows(save):
+    rows = [example_row(case=case) for case in ("first", "second", "third")]
+    file = save("cpu.json", example_report(*rows))
+    document = save("README.md", "<!-- benchmarks:cpu first loss.th -->\n<!-- /benchmarks:cpu first loss.th -->\n")
+    assert bench("report", "--update", document, file) == 0
+    text = document.read_text()
+    assert "loss.first" in text and "loss.third" in text and "loss.second" not in text
 
 
 def test_report_keeps_a_document_up_to_date(save, capsys):
@@ -49,7 +59,7 @@ def test_report_keeps_a_document_up_to_date(save, capsys):
 
 
 def test_document_shows_the_newest_gpu_or_that_there_is_none(save, tmp_path, monkeypatch):
-    empty = "".join("{}\n{}\n".format(*report.markers(device)) for device in report.DEVICES)
+    empty = "".join(f"<!-- benchmarks:{device} -->\n<!-- /benchmarks:{device} -->\n" for device in report.DEVICES)
     document = save("README.md", empty)
     monkeypatch.setattr(files, "committed", lambda folder=tmp_path / "results", real=files.committed: real(folder))
     save("results/accuracy/x.json", {"environment": {"cpu": "any"}, "rows": []})  # something else
