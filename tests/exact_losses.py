@@ -88,7 +88,6 @@ def bce_with_logits(
 # ---- cross-entropy ----
 
 
-@dataclass
 class Softmax:
     """Of rows of logits (rows, classes), capped before."""
 
@@ -98,6 +97,7 @@ class Softmax:
     p: Exact
     rest: Tensor  # 1 - p
     log_sum_exp: Exact  # (rows, 1)
+    doubt: Tensor  # (rows, 1): roundings in the sum over the other classes
 
     def __init__(self, x: Tensor, softcap: float, compute: torch.dtype, blur: Tensor | float = 0.0):
         """``blur``: what the logits themselves may be off, in ulp at 1."""

@@ -344,3 +344,18 @@ def test_random(name, chunk):
             assert worst <= LIMITS[name], f"{worst:.3g} ulp; repeat with: {how}; {case}"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_bound_is_not_blind():
+    # torch's loss of a confident row has no digits left, and ours has them.
+    x, label, one = torch.tensor([[0.5, 16.0, -1.0]]), torch.tensor([1]), torch.ones(3, dtype=torch.float64)
+    rows = exact_losses.rows_of_labels([(label, one[0])], -100, one, 0.0)
+    loss, gradient, _ = exact_losses.cross_entropy(x.double(), rows, 0.0, 0.0, torch.float32)
+    limit = LIMITS["cross_entropy"]
+    for function, good in ((F.cross_entropy, True), (torch.nn.functional.cross_entropy, False)):
+        leaf = x.clone().requires_grad_()
+        value = function(leaf, label, reduction="none")
+        (grad,) = torch.autograd.grad(value.sum(), leaf)
+        assert (loss.distance(value.detach()) <= limit) is good
+        assert (gradient.distance(grad) <= limit) is good
+    assert not loss.distance(torch.tensor([math.nan])) <= limit and not loss.distance(torch.zeros(1)) <= limit
