@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +98,6 @@ def test_waste_is_bounded_and_every_byte_usable(cache, size):
     assert size <= in_use() - before <= size * 9 / 8
     assert tensor.data_ptr() % 64 == 0
     assert tensor.view(torch.uint8).sum(dtype=torch.int64).item() == 3 * size
-    lent = tensor.data_ptr()
-    del tensor
-    smaller = block(max(SMALLEST, size * 7 // 8))
-    assert in_use() - before <= 1.25 * smaller.nbytes
-    assert smaller.data_ptr() == lent or size == SMALLEST or smaller.nbytes * 9 / 8 < size
 
 
 def test_statistics_of_a_step(cache):
@@ -389,6 +385,32 @@ def test_a_step_in_its_stride_finds_everything_warm(cache):
     for _ in range(5):
         step()
     assert stat("num_misses") == misses
+
+
+def test_many_sizes_are_served_from_a_quarter_more(cache):
+    """What is free has other sizes than what is wanted: blocks are lent rather than given back for fresh ones."""
+    features = [3, 32, 64, 64, 128]
+    layers = [
+        layer
+        for shape in pairwise(features)
+        for layer in (torch.nn.Conv2d(*shape, 3, padding=1), torch.nn.BatchNorm2d(shape[1]), torch.nn.ReLU())
+    ]
+    net = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+    x, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+
+    def step():
+        net.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+
+    for _ in range(4):
+        step()
+    before = memory.cpu_memory_stats()
+    for _ in range(4):
+        step()
+    after = memory.cpu_memory_stats()
+    hits, misses = (after[name] - before[name] for name in ("num_hits", "num_misses"))
+    assert misses <= 0.1 * (hits + misses)
+    assert after["reserved_bytes.all.peak"] <= 1.25 * after["allocated_bytes.all.peak"]
 
 
 def profiled():
