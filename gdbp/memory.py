@@ -7,9 +7,10 @@ tensor of about their size, as they do on CUDA::
     gdbp.memory.enable_cpu_cache()      # or GDBP_CPU_CACHE=1 in the environment
 
 Only tensors of 32 KiB and more are concerned; smaller ones are left to malloc. A block is at most an eighth larger
-than what was asked for, at most a quarter where one of the next size was free. Off unless asked for: it costs up to
-a quarter more memory than the tensors need at their peak, which stays with the process until
-:func:`empty_cpu_cache`. Safe with threads, fork, ``DataLoader`` workers, NumPy, DLPack and shared memory.
+than what was asked for, at most a quarter where one of the next size was free; and where keeping more would break the
+limit below, a free block of up to twice the size serves. Off unless asked for: it costs up to a quarter more memory
+than the blocks in use at their peak, which stays with the process until :func:`empty_cpu_cache`.
+Safe with threads, fork, ``DataLoader`` workers, NumPy, DLPack and shared memory.
 """
 
 import os

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import gdbp
 from gdbp.__main__ import main
 from gdbp.train import InputError, load_data, load_run
 from gdbp.train.options import OPTIMIZERS
@@ -379,3 +380,13 @@ def test_swap_optimizer(capsys):
     result = runpy.run_path(str(EXAMPLES / "swap_optimizer.py"))
     assert result["after"] == pytest.approx(result["before"], rel=1e-2) and result["after"] < 1e-3
     assert "gdbp.optim.AdamW" in capsys.readouterr().out
+
+
+def test_warm_memory(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["warm_memory.py", "--width", "64", "--steps", "8"])
+    try:
+        runpy.run_path(str(EXAMPLES / "warm_memory.py"))
+    finally:
+        gdbp.memory.disable_cpu_cache()
+    first, last = capsys.readouterr().out.splitlines()
+    assert not first.endswith(" 0 MiB in the cache's hands") and last.endswith("ms a step")

@@ -79,7 +79,12 @@ void* Cache::allocate(size_t bytes) noexcept {
   const int wanted = size_class(bytes);
   int index = wanted;
   void* block = take(index, End::kNewest);
-  if (!block && wanted + 1 < kClasses) block = take(++index, End::kNewest);
+  if (!block) {
+    // Rather than cold memory in the place of warm one, a block of up to twice the size.
+    const bool full = cached_.load(std::memory_order_relaxed) > room_beside(wanted);
+    const int last = std::min(wanted + (full ? kSteps : 1), kClasses - 1);
+    while (!block && index < last) block = take(++index, End::kNewest);
+  }
   (block ? hits_ : misses_).fetch_add(1, std::memory_order_relaxed);
   if (!block && !(block = map(index = wanted))) return nullptr;
   in_use_.add(class_bytes(index));
@@ -146,12 +151,16 @@ void Cache::trim(int64_t bytes) noexcept {
   }
 }
 
+// How much may be kept beside one more block of the class in use.
+int64_t Cache::room_beside(int index) const noexcept {
+  if (max_bytes_.load(std::memory_order_relaxed) != kByUse) return INT64_MAX;
+  const int64_t use = in_use_.current() + int64_t(class_bytes(index)), most = std::max(use, most_in_use_.load());
+  return most + most / 4 - use;
+}
+
 void* Cache::map(int index) noexcept {
   const size_t bytes = class_bytes(index);
-  if (max_bytes_.load(std::memory_order_relaxed) == kByUse) {
-    const int64_t use = in_use_.current() + int64_t(bytes), most = std::max(use, most_in_use_.load());
-    trim(most + most / 4 - use);
-  }
+  trim(room_beside(index));
   void* block = map_pages(bytes, huge_pages_);
   if (!block) {
     retries_.fetch_add(1, std::memory_order_relaxed);

@@ -88,6 +88,7 @@ class Cache {
   void* take(int index, End end) noexcept;
   bool keep(int index, void* block) noexcept;
   void trim(int64_t bytes) noexcept;
+  int64_t room_beside(int index) const noexcept;
   void* map(int index) noexcept;
   void unmap(int index, void* block) noexcept;
 

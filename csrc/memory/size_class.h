@@ -1,5 +1,6 @@
 // The sizes that blocks come in: eight between one power of two and the next, so that a block is at most an eighth
-// larger than what it was asked for, and at most a quarter where the next class lends one.
+// larger than what it was asked for, and at most a quarter where the next class lends one. Once all that may be kept
+// is kept, any of the next eight does.
 #pragma once
 #include <bit>
 #include <cstddef>

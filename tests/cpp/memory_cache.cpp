@@ -94,18 +94,30 @@ void test_reuse() {
 }
 
 void test_the_next_class_lends_a_block() {
-  restart();
+  restart(int64_t(64 * kMiB));
   void* larger = cache().allocate(9 * kMiB);
-  void* other = cache().allocate(16 * kMiB);
+  void* other = cache().allocate(10 * kMiB);
   cache().release(larger);
   cache().release(other);
   EXPECT(cache().allocate(8 * kMiB) == larger);
-  void* fresh = cache().allocate(8 * kMiB);  // 16 MiB are too many
+  void* fresh = cache().allocate(8 * kMiB);  // 10 MiB are too many
   EXPECT(fresh != other);
   EXPECT(cache().stats().allocated.current == int64_t(17 * kMiB));
   cache().release(larger);
   EXPECT(cache().allocate(9 * kMiB) == larger);  // it kept its class
   cache().release(larger);
+  cache().release(fresh);
+}
+
+void test_a_full_cache_lends_up_to_twice_the_size() {
+  restart();
+  void* large = cache().allocate(16 * kMiB);
+  cache().release(large);
+  void* fresh = cache().allocate(8 * kMiB - 1);  // 16 MiB are its double
+  EXPECT(fresh == large);
+  cache().release(fresh);
+  fresh = cache().allocate(7 * kMiB);  // and are more than this one's, so they make room
+  EXPECT(fresh != large && cache().stats().reserved.current == int64_t(7 * kMiB));
   cache().release(fresh);
 }
 
@@ -126,6 +138,7 @@ void test_counts() {
   cache().empty();
   now = cache().stats();
   EXPECT(now.reserved.current == int64_t(2 * kMiB) && now.cached == 0);
+  EXPECT(!cache().release(a));  // the address may be anybody's now
   cache().release(b);
   cache().empty();
   EXPECT(cache().stats().reserved.current == 0);
@@ -310,6 +323,7 @@ int main() {
   test_what_is_left_to_malloc();
   test_reuse();
   test_the_next_class_lends_a_block();
+  test_a_full_cache_lends_up_to_twice_the_size();
   test_counts();
   test_limit_gives_up_the_least_recently_used();
   test_all_that_is_held_stays_within_five_quarters_of_use();
