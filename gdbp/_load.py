@@ -1,7 +1,7 @@
 """Loads the compiled part, gdbp._C, or explains in one warning why gdbp goes on without it.
 
 Loading registers the operators with torch's dispatcher. Where `available` is False, every public name
-works on plain PyTorch (gdbp/reference.py), and `reason` says why.
+works on plain PyTorch (gdbp/reference/), and `reason` says why.
 """
 
 import importlib
