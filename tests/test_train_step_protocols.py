@@ -245,6 +245,20 @@ def test_large_layers(norm):
     assert (memory["bytes"] < weights) == (norm is None)
 
 
+def test_without_the_blas_of_torchs_library():
+    """As on builds of torch that export none: products by ``at::mm``, in pieces and whole."""
+    gdbp._C.allow_blas(False)
+    try:
+        for model, batch in ((wide(), data(190, 300, 9)), (network(8), data(3))):
+            pair = Pair(model)
+            assert "at::mm" in pair.step.explain()
+            for _ in range(2):
+                close(pair.step(*batch), eager(pair.twin, pair.loss, pair.other, *batch))
+            same_state(pair.model, pair.optimizer, pair.twin, pair.other, 5)
+    finally:
+        gdbp._C.allow_blas(True)
+
+
 def test_dropout():
     """Kept elements are scaled, as many are dropped as should be, the gradient sees the same mask, and a run can be
     continued."""

@@ -212,6 +212,7 @@ std::tuple<int64_t, int64_t, int64_t> TrainPlan::memory() const {
 
 void bind_train(py::module_& module) {
   module.def("gemm_name", &gemm_name, "What computes TrainStep's matrix products.");
+  module.def("allow_blas", &allow_blas, "For tests: false computes them by at::mm, as other builds of torch do.");
   py::class_<TrainPlan>(module, "TrainPlan", "A model, its loss and its optimizer, ready for whole training steps.")
       .def(py::init<const py::list&, const py::tuple&, const py::list&, const py::list&, bool, int>(),
            py::arg("layers"), py::arg("objective"), py::arg("watched"), py::arg("counted"), py::arg("flattens"),
