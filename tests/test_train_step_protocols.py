@@ -460,7 +460,22 @@ def test_many_refuses():
         pair.step.many((x, y), 17)
     with pytest.raises(IndexError, match="Target 9 is out of bounds"):
         pair.step.many((x, torch.cat([y[:12], torch.tensor([9] * 4)])), 4, shuffle=False)
-    pair.step.many((x, y), 4)
+    # The three steps before that one took place.
+    for i in range(0, 12, 4):
+        eager(pair.twin, pair.loss, pair.other, x[i : i + 4], y[i : i + 4])
+    assert pair.step.steps == 3
+    same_state(pair.model, pair.optimizer, pair.twin, pair.other)
+
+
+def test_many_looks_at_the_last_step_first():
+    """A rest of one row is too few for a batch norm."""
+    model = torch.nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    before = copy.deepcopy(model.state_dict())
+    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        step.many(data(9), 4, shuffle=False)
+    assert step.steps == 0 and not step.optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
 
 @pytest.mark.parametrize("norm", [None, 0.1])

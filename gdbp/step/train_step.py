@@ -93,14 +93,12 @@ class TrainStep:
         if not self._is_fused():
             return self._eager(input, target)
         try:
-            value = self._run(self._plan.step if self.process_group is None else self._reduced, input, target)
+            return self._run(self._plan.step if self.process_group is None else self._reduced, input, target)
         except (ValueError, TypeError) as error:
             if self.strict:
                 raise
             self._reason = str(error)
             return self._eager(input, target)
-        self.steps += 1
-        return value
 
     def many(
         self,
@@ -222,14 +220,17 @@ class TrainStep:
 
     def _run(self, run, *arguments) -> torch.Tensor:
         """One of the plan's methods, with the optimizer readied before and settled after it."""
-        rules, created, updated = self._rules, [], False
+        rules, created, updated = self._rules, [], None
         limit = self._limit()
         self._waits = limit is not None
         try:
             plan = rules._collect(self._collect, created, self._is_trained)
             value, norms, updated = run(plan, *arguments, limit, self.seed, self.steps)
         finally:
-            if not updated:
+            # Of many steps some may have come before an error.
+            completed = self._plan.completed()
+            self.steps += completed
+            if not (completed if updated is None else updated):
                 rules._undo(created)
         self.grad_norms = None if norms is None else norms[:, 0]
         rules._last["grad_norm"] = None if norms is None else norms[-1, 0]
@@ -250,9 +251,7 @@ class TrainStep:
             if index is not None:
                 x, y, index = inputs.contiguous(), targets.contiguous(), index[:rows]
             try:
-                losses = self._run(self._plan.many, x, y, index, size)
-                self.steps += steps
-                return losses
+                return self._run(self._plan.many, x, y, index, size)
             except (ValueError, TypeError) as error:
                 if self.strict:
                     raise
