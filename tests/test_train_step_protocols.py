@@ -1,4 +1,4 @@
-"""What a user may do between two calls of ``gdbp.TrainStep``, and what it says where it can't help."""
+"""What a user may do between two calls of ``gdbp.TrainStep``."""
 
 import copy
 import warnings
@@ -8,29 +8,7 @@ import torch
 
 import gdbp
 from gdbp import nn, optim
-from tests.training import CLASSES, FEATURES, close, data, eager, network, same_state
-
-
-class Pair:
-    """A model that TrainStep trains, and its twin that the eager loop does."""
-
-    def __init__(self, model=None, loss=None, make=None, **options):
-        self.model = network(16, 8) if model is None else model
-        self.twin = copy.deepcopy(self.model)
-        self.loss = nn.CrossEntropyLoss() if loss is None else loss
-        make = make or (lambda model: optim.AdamW(model.parameters(), lr=1e-2))
-        self.optimizer, self.other = make(self.model), make(self.twin)
-        self.step = gdbp.TrainStep(self.model, self.loss, self.optimizer, **options)
-
-    def both(self, change):
-        change(self.model, self.optimizer)
-        change(self.twin, self.other)
-
-    def train(self, steps=2, rows=16):
-        for i in range(steps):
-            batch = data(rows, seed=i)
-            close(self.step(*batch), eager(self.twin, self.loss, self.other, *batch))
-        same_state(self.model, self.optimizer, self.twin, self.other)
+from tests.training import CLASSES, FEATURES, Pair, close, data, eager, network, same_state
 
 
 def freeze(model, optimizer):
@@ -245,6 +223,20 @@ def test_large_layers(norm):
     assert (memory["bytes"] < weights) == (norm is None)
 
 
+def test_without_the_blas_of_torchs_library():
+    """As on builds of torch that export none: products by ``at::mm``, in pieces and whole."""
+    gdbp._C.allow_blas(False)
+    try:
+        for model, batch in ((wide(), data(190, 300, 9)), (network(8), data(3))):
+            pair = Pair(model)
+            assert "at::mm" in pair.step.explain()
+            for _ in range(2):
+                close(pair.step(*batch), eager(pair.twin, pair.loss, pair.other, *batch))
+            same_state(pair.model, pair.optimizer, pair.twin, pair.other, 5)
+    finally:
+        gdbp._C.allow_blas(True)
+
+
 def test_dropout():
     """Kept elements are scaled, as many are dropped as should be, the gradient sees the same mask, and a run can be
     continued."""
@@ -316,174 +308,3 @@ def test_no_rows():
     pair.train(2)
     pair.train(1, rows=0)
     pair.train(1)
-
-
-# ---- what is refused ----
-
-
-class Residual(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(FEATURES, FEATURES)
-
-    def forward(self, x):
-        return x + self.linear(x)
-
-
-def hooked():
-    model = network(4)
-    model[0].register_forward_hook(lambda *_: None)
-    return model
-
-
-def tied():
-    model = network(FEATURES, FEATURES)
-    model[1].weight = model[0].weight
-    return model
-
-
-REFUSED_MODELS = [
-    (lambda: torch.nn.Sequential(Residual(), network(4)), "Residual '0' has no fused form; expected Sequential"),
-    (hooked, "Linear '0' has hooks"),
-    (tied, "Linear '1' shares a parameter with Linear '0'"),
-    (lambda: torch.nn.Sequential(torch.nn.ELU(alpha=0.5), network(4)), "ELU '0' has alpha=0.5; expected 1.0"),
-    (lambda: torch.nn.Sequential(network(4), torch.nn.Softmax(1)), "Softmax '1' has no fused form"),
-    (lambda: torch.nn.Sequential(torch.nn.Flatten(2), network(4)), "Flatten '0' flattens dimensions 2 to -1"),
-    (lambda: torch.nn.Sequential(torch.nn.Flatten(0), network(4)), "comes after a Flatten that joins rows"),
-    (lambda: torch.nn.Sequential(), "no layers"),
-    (lambda: torch.compile(network(4)), "pass the model that torch.compile was given"),
-    (lambda: torch.nn.utils.parametrizations.weight_norm(network(4)[0]), "weight of .* is computed"),
-]
-
-
-@pytest.mark.parametrize("make, sentence", REFUSED_MODELS)
-def test_refused_models(make, sentence):
-    model = make()
-    optimizer = optim.SGD([*model.parameters()] or [torch.zeros(1)], lr=0.1)
-    with pytest.raises(ValueError, match=sentence):
-        gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
-    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer, strict=False)
-    assert step.explain().startswith("eager: ")
-
-
-@pytest.mark.parametrize(
-    "loss, sentence",
-    [
-        (nn.CrossEntropyLoss(reduction="none"), "CrossEntropyLoss has reduction='none'"),
-        (torch.nn.NLLLoss(), "NLLLoss is no loss with a fused form"),
-        (lambda a, b: (a - b).sum(), "is no loss with a fused form"),
-        (nn.CrossEntropyLoss(label_smoothing=2.0), "label_smoothing=2.0"),
-        (nn.HuberLoss(delta=-1.0), "delta=-1.0; expected a number above 0"),
-    ],
-)
-def test_refused_losses(loss, sentence):
-    model = network(4)
-    with pytest.raises(ValueError, match=sentence):
-        gdbp.TrainStep(model, loss, optim.SGD(model.parameters(), lr=0.1))
-
-
-def test_refused_optimizers():
-    model = network(4)
-    loss = nn.CrossEntropyLoss()
-    with pytest.raises(ValueError, match="Adamax has no fused form; expected an optimizer of"):
-        gdbp.TrainStep(model, loss, torch.optim.Adamax(model.parameters()))
-    with pytest.raises(ValueError, match="max_grad_norm is 0"):
-        gdbp.TrainStep(model, loss, optim.SGD(model.parameters(), lr=0.1), max_grad_norm=0)
-    optimizer = optim.SGD(model.parameters(), lr=0.1)
-    step = gdbp.TrainStep(model, loss, optimizer)
-    handle = optimizer.register_step_post_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="SGD has step hooks"):
-        step(*data())
-    handle.remove()
-    optimizer.param_groups[0]["differentiable"] = True
-    with pytest.raises(ValueError, match="differentiable"):
-        step(*data())
-
-
-REFUSED_INPUTS = [
-    (lambda x, y: (x.bfloat16(), y), ValueError, "input has dtype BFloat16"),
-    (lambda x, y: (x.double(), y), ValueError, "weight of Linear '0' .*expected .* of the input's dtype Double"),
-    (lambda x, y: (x[:, :5], y), ValueError, "Linear '0' gets 5 features; expected 12"),
-    (lambda x, y: (x[None], y), ValueError, "input has shape .*; expected .rows, features."),
-    (lambda x, y: (x.to("meta"), y), ValueError, "on meta; expected float32 or float64 on cpu"),
-    (lambda x, y: (x, y.to("meta")), ValueError, "target is on meta"),
-    (lambda x, y: (x, y[:3]), ValueError, "target has shape .3.; expected .16,., a label for each row"),
-    (lambda x, y: (x, y.int()), TypeError, "target has dtype Int; expected int64 labels"),
-    (lambda x, y: (x, torch.full_like(y, 7)), IndexError, "Target 7 is out of bounds"),
-    (lambda x, y: (x, torch.rand(16, 3)), ValueError, "target has shape .16, 3. and the model's output .16, 5."),
-]
-
-
-@pytest.mark.parametrize("change, error, sentence", REFUSED_INPUTS)
-def test_refused_inputs_change_nothing(change, error, sentence):
-    model = torch.nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
-    optimizer = optim.Adam(model.parameters())
-    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
-    before = copy.deepcopy(model.state_dict())
-    for _ in range(2):
-        with pytest.raises(error, match=sentence):
-            step(*change(*data()))
-        assert not optimizer.state and step.steps == 0
-        assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
-    step(*data())
-
-
-def test_batch_norm_wants_two_rows():
-    model = torch.nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
-    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        step(*data(1))
-    model.eval()
-    step(*data(1))
-
-
-def test_many_refuses():
-    pair = Pair()
-    x, y = data()
-    with pytest.raises(ValueError, match="tensors have 16 and 3 rows"):
-        pair.step.many((x, y[:3]))
-    with pytest.raises(ValueError, match="batch_size is 17; expected None, or 1 to the 16 rows"):
-        pair.step.many((x, y), 17)
-    with pytest.raises(IndexError, match="Target 9 is out of bounds"):
-        pair.step.many((x, torch.cat([y[:12], torch.tensor([9] * 4)])), 4, shuffle=False)
-    pair.step.many((x, y), 4)
-
-
-@pytest.mark.parametrize("norm", [None, 0.1])
-def test_eager_where_not_strict(norm):
-    model = torch.nn.Sequential(Residual(), network(4))
-    pair = Pair(model, strict=False, max_grad_norm=norm)
-    if norm is None:
-        pair.train(3)
-    x, y = data(20)
-    losses = pair.step.many((x, y), 8, 5, generator=torch.Generator().manual_seed(0))
-    assert losses.shape == (5,) and not losses.requires_grad
-    assert pair.step.grad_norms is None if norm is None else pair.step.grad_norms.shape == (5,)
-    assert pair.step.memory() == {"rows": 0, "bytes": 0, "unshared_bytes": 0}
-
-
-def test_eager_for_one_input():
-    """What only one input can't have is no reason for the next."""
-    pair = Pair(network(4), nn.MSELoss(), strict=False)
-    x, y = data(target="values")
-    batch = x.reshape(4, 4, FEATURES), y.reshape(4, 4, CLASSES)
-    close(pair.step(*batch), eager(pair.twin, pair.loss, pair.other, *batch))
-    assert pair.step.explain().startswith("fused")
-    close(pair.step(x, y), eager(pair.twin, pair.loss, pair.other, x, y))
-    same_state(pair.model, pair.optimizer, pair.twin, pair.other)
-
-
-def test_autocast_is_refused():
-    pair = Pair()
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="autocast is on"):
-        pair.step(*data())
-
-
-def test_explains():
-    model = torch.nn.Sequential(nn.Linear(FEATURES, 8), torch.nn.GELU(), torch.nn.Dropout(0.1), nn.Linear(8, CLASSES))
-    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optim.AdamW(model.parameters()))
-    text = step.explain()
-    for part in ("fused", "Linear '0': linear + gelu", "Dropout '2'", "CrossEntropyLoss", "right after its gradient"):
-        assert part in text
-    step.max_grad_norm = 1.0
-    assert "after the norm of all gradients" in step.explain()

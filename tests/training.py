@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 
 import gdbp
-from gdbp import nn
+from gdbp import nn, optim
 
 FEATURES, CLASSES = 12, 5
 
@@ -65,3 +65,25 @@ def same_state(model, optimizer, twin, other, factor=1.0):
         assert ours["state"][index].keys() == state.keys()
         for key, value in state.items():
             close(ours["state"][index][key], value, factor)
+
+
+class Pair:
+    """A model that TrainStep trains, and its twin that the eager loop does."""
+
+    def __init__(self, model=None, loss=None, make=None, **options):
+        self.model = network(16, 8) if model is None else model
+        self.twin = copy.deepcopy(self.model)
+        self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        make = make or (lambda model: optim.AdamW(model.parameters(), lr=1e-2))
+        self.optimizer, self.other = make(self.model), make(self.twin)
+        self.step = gdbp.TrainStep(self.model, self.loss, self.optimizer, **options)
+
+    def both(self, change):
+        change(self.model, self.optimizer)
+        change(self.twin, self.other)
+
+    def train(self, steps=2, rows=16):
+        for i in range(steps):
+            batch = data(rows, seed=i)
+            close(self.step(*batch), eager(self.twin, self.loss, self.other, *batch))
+        same_state(self.model, self.optimizer, self.twin, self.other)

@@ -22,7 +22,9 @@ __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 namespace gdbp::step {
 namespace {
 
-bool has_blas() { return sgemm_ && dgemm_ && MKL_Set_Num_Threads_Local; }
+bool blas_allowed = true;
+
+bool has_blas() { return blas_allowed && sgemm_ && dgemm_ && MKL_Set_Num_Threads_Local; }
 
 class OneThread {
  public:
@@ -97,6 +99,8 @@ int64_t gemm_tile_rows(int64_t m, int64_t tiles) {
   const int64_t steps = (m + kTileStep - 1) / kTileStep;
   return (steps + tiles - 1) / tiles * kTileStep;
 }
+
+void allow_blas(bool allowed) { blas_allowed = allowed; }
 
 const char* gemm_name() { return has_blas() ? "sgemm" : "at::mm"; }
 

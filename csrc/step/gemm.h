@@ -64,5 +64,7 @@ void parallel_gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& 
 
 // "sgemm" where the BLAS in torch's library can be called directly, else "at::mm".
 const char* gemm_name();
+// For tests of what runs where it can't.
+void allow_blas(bool allowed);
 
 }  // namespace gdbp::step

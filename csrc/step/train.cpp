@@ -137,6 +137,7 @@ py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Ten
     counts = finish(limit.has_value(), limit, norms.data());
     plan.settle(counts);
   }
+  ++completed_;
   return py::make_tuple(wrap(loss), limit ? wrap(tensor_of(norms)) : py::none(), counts);
 }
 
@@ -158,6 +159,7 @@ py::tuple TrainPlan::update(StepPlan& plan, const Limit& limit) {
   std::vector<grad::Norm> norms(limit ? 1 : 0);
   const bool counts = finish(true, limit, norms.data());
   plan.settle(counts);
+  ++completed_;
   return py::make_tuple(limit ? wrap(tensor_of(norms)) : py::none(), counts);
 }
 
@@ -169,6 +171,12 @@ py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& inputs, const at::Te
   const at::Tensor losses = at::empty({steps}, inputs.options());
   std::vector<grad::Norm> norms(limit ? steps : 0);
   bool any = false;
+  // The last step has fewer rows, perhaps too few: better said before the first one.
+  if (const int64_t rest = total % size; rest != 0 && steps > 1) {
+    Target target = describe(targets, nullptr);
+    target.sizes[0] = rest;
+    ready(inputs, rest, target);
+  }
   {
     const py::gil_scoped_release no_gil;
     auto looked = std::chrono::steady_clock::now();
@@ -197,6 +205,7 @@ py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& inputs, const at::Te
       } else {
         plan.settle(counts);
       }
+      ++completed_;
       if (std::chrono::steady_clock::now() - looked < kSignalInterval) continue;
       looked = std::chrono::steady_clock::now();
       const py::gil_scoped_acquire gil;
@@ -212,6 +221,7 @@ std::tuple<int64_t, int64_t, int64_t> TrainPlan::memory() const {
 
 void bind_train(py::module_& module) {
   module.def("gemm_name", &gemm_name, "What computes TrainStep's matrix products.");
+  module.def("allow_blas", &allow_blas, "For tests: false computes them by at::mm, as other builds of torch do.");
   py::class_<TrainPlan>(module, "TrainPlan", "A model, its loss and its optimizer, ready for whole training steps.")
       .def(py::init<const py::list&, const py::tuple&, const py::list&, const py::list&, bool, int>(),
            py::arg("layers"), py::arg("objective"), py::arg("watched"), py::arg("counted"), py::arg("flattens"),
@@ -234,6 +244,7 @@ void bind_train(py::module_& module) {
               const py::object& index, int64_t size, const TrainPlan::Limit& limit, uint64_t seed, uint64_t first) {
              return self.many(plan, unwrap(inputs), unwrap(targets), unwrap(index), size, limit, seed, first);
            })
+      .def("completed", &TrainPlan::completed)
       .def("memory", &TrainPlan::memory);
 }
 

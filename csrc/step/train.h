@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "step/network.h"
@@ -41,6 +42,9 @@ class TrainPlan {
                                              uint64_t number);
   pybind11::tuple update(StepPlan& plan, const Limit& limit);
 
+  // How many steps were completed since this was last asked, also where an error came after them.
+  int64_t completed() { return std::exchange(completed_, 0); }
+
   // (rows, bytes, bytes without sharing) of the memory in use, zeros before the first step.
   std::tuple<int64_t, int64_t, int64_t> memory() const;
 
@@ -59,6 +63,7 @@ class TrainPlan {
   const int output_dims_;
   Network network_;
   bool replan_ = true;
+  int64_t completed_ = 0;
   at::Tensor gathered_[2];  // rows of inputs and targets
 };
 

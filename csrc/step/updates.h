@@ -17,7 +17,6 @@ class Updates {
  public:
   // Each parameter of the network; -1 stands for none everywhere.
   int add(const at::Tensor& parameter);
-  const std::vector<at::Tensor>& parameters() const { return parameters_; }
   // Whether a parameter is updated in this step: it requires a gradient, and the optimizer has it.
   const std::vector<char>& trained() const { return trained_; }
 

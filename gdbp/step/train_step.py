@@ -81,6 +81,7 @@ class TrainStep:
         self.seed = (torch.initial_seed() if seed is None else seed) % 2**64
         self.steps = 0
         self._plan = self._rules = self._layers = None
+        self._waits = False  # whether the updates of this step wait for the norm of all gradients
         self._reason: str | None = None  # why the last step, or the next, is not fused
         if not self._make_plan() and strict:
             raise ValueError(self._reason)
@@ -92,14 +93,12 @@ class TrainStep:
         if not self._is_fused():
             return self._eager(input, target)
         try:
-            value = self._run(self._plan.step if self.process_group is None else self._reduced, input, target)
+            return self._run(self._plan.step if self.process_group is None else self._reduced, input, target)
         except (ValueError, TypeError) as error:
             if self.strict:
                 raise
             self._reason = str(error)
             return self._eager(input, target)
-        self.steps += 1
-        return value
 
     def many(
         self,
@@ -203,14 +202,15 @@ class TrainStep:
 
     def _limit(self) -> tuple[float, bool] | None:
         """What the norm of all gradients decides, if anything asks for it."""
-        own, skip = self._rules.max_grad_norm, self._rules.skip_nonfinite
+        defaults = self._rules.defaults  # of torch's own, too, which have none of ours
+        own, skip = defaults.get("max_grad_norm"), defaults.get("skip_nonfinite", False)
         if own is None and self.max_grad_norm is None and not skip:
             return None
         return min(float("inf") if limit is None else float(limit) for limit in (own, self.max_grad_norm)), skip
 
     def _collect(self, plan, groups, state) -> bool:
         distributed = self.process_group is not None
-        waits = distributed or self._limit() is not None
+        waits = distributed or self._waits
         return self._plan.collect(plan, groups, state, self.keep_grads, waits, distributed)
 
     def _reduced(self, plan, input, target, limit, seed, number) -> tuple:
@@ -220,12 +220,17 @@ class TrainStep:
 
     def _run(self, run, *arguments) -> torch.Tensor:
         """One of the plan's methods, with the optimizer readied before and settled after it."""
-        rules, created, updated = self._rules, [], False
+        rules, created, updated = self._rules, [], None
+        limit = self._limit()
+        self._waits = limit is not None
         try:
             plan = rules._collect(self._collect, created, self._is_trained)
-            value, norms, updated = run(plan, *arguments, self._limit(), self.seed, self.steps)
+            value, norms, updated = run(plan, *arguments, limit, self.seed, self.steps)
         finally:
-            if not updated:
+            # Of many steps some may have come before an error.
+            completed = self._plan.completed()
+            self.steps += completed
+            if not (completed if updated is None else updated):
                 rules._undo(created)
         self.grad_norms = None if norms is None else norms[:, 0]
         rules._last["grad_norm"] = None if norms is None else norms[-1, 0]
@@ -246,9 +251,7 @@ class TrainStep:
             if index is not None:
                 x, y, index = inputs.contiguous(), targets.contiguous(), index[:rows]
             try:
-                losses = self._run(self._plan.many, x, y, index, size)
-                self.steps += steps
-                return losses
+                return self._run(self._plan.many, x, y, index, size)
             except (ValueError, TypeError) as error:
                 if self.strict:
                     raise
