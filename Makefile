@@ -24,7 +24,7 @@ ifneq ($(file <$(BUILT)),$(BUILT_FOR))
 .PHONY: $(BUILT)
 endif
 
-.PHONY: help train test gpu-check gpu-run bench lint format build clean
+.PHONY: help train test gpu-compile gpu-check gpu-run bench lint format build clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -38,8 +38,10 @@ train: $(BUILT)  ## train a first network on handwritten digits; ARGS="--data FI
 test: $(BUILT)  ## run the tests
 	$(PY) -m pytest $(ARGS)
 
-gpu-check: $(CUDA_OBJECTS) $(BUILT)  ## compile all CUDA sources, run the kernels on a CPU, and on a GPU where there is one
-	@echo "gpu-check: $(words $(CUDA_OBJECTS)) CUDA files compile for sm_80 and sm_90 without a warning"
+gpu-compile: $(CUDA_OBJECTS)  ## compile the CUDA sources for sm_80 and sm_90
+	@echo "gpu-compile: $(words $(CUDA_OBJECTS)) CUDA files compile for sm_80 and sm_90 without a warning"
+
+gpu-check: gpu-compile $(BUILT)  ## the same, the kernels on a CPU, and all on a GPU where there is one
 	$(PY) -m pytest tests/cudasim
 	@if ! nvidia-smi -L 2>/dev/null; then echo "gpu-check: no GPU here, so nothing was run on one"; \
 	elif ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
@@ -86,7 +88,7 @@ $(BUILT): $(INSTALLED) setup.py pyproject.toml $(HEADERS) $(CUDA_SOURCES) $(CPP_
 	@printf '%s' '$(BUILT_FOR)' > $@
 
 build/gpu-check/%.o: %.cu $(HEADERS)
-	@test -n "$(NVCC)" || { echo "gpu-check: no nvcc in CUDA_HOME, PATH or /usr/local/cuda; install the CUDA toolkit" >&2; exit 1; }
+	@test -n "$(NVCC)" || { echo "gpu-compile: no nvcc in CUDA_HOME, PATH or /usr/local/cuda; install the CUDA toolkit" >&2; exit 1; }
 	@mkdir -p $(@D)
 	$(NVCC) -O3 -std=c++17 --expt-relaxed-constexpr --extended-lambda $(WARNINGS) -I csrc -c $< -o $@ \
 	  -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90
