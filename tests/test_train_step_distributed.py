@@ -1,10 +1,6 @@
 """TrainStep in two processes does the training of one that sees all rows."""
 
-import os
-import subprocess
 import sys
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gdbp
 from gdbp import nn, optim
+from tests.processes import main, spawn
 from tests.training import close, data, eager, network, same_state
 
 WORLD = 2
@@ -47,7 +44,7 @@ def train_in_two(**options):
     return step, model
 
 
-def fused():
+def fused(_folder):
     step, model = train_in_two(keep_grads=True)
     assert step.explain().startswith("fused")
     gradients = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
@@ -56,7 +53,7 @@ def fused():
     assert step.many((x, y), 4, 6).shape == (6,) and step.steps == 10
 
 
-def not_fused():
+def not_fused(_folder):
     train_in_two(strict=False)
     model = torch.nn.Sequential(network(4), torch.nn.LogSoftmax(1))
     optimizer = optim.SGD(model.parameters(), lr=0.1)
@@ -69,7 +66,7 @@ def not_fused():
     assert torch.equal(*gathered) and not torch.equal(before[0], gathered[0])
 
 
-def wrapped():
+def wrapped(_folder):
     model = DistributedDataParallel(network(4))
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"pass its \.module, and process_group="):
@@ -78,34 +75,10 @@ def wrapped():
     step(*halves(*data()))
 
 
-CHECKS = {check.__name__: check for check in (fused, not_fused, wrapped)}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name, tmp_path):
-    path = os.pathsep.join([str(Path(gdbp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, name, str(tmp_path / "store"), str(rank)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+@pytest.mark.parametrize("check", [fused, not_fused, wrapped])
+def test_two_processes(check, tmp_path):
+    spawn(check, tmp_path, WORLD)
 
 
 if __name__ == "__main__":
-    check, store, rank = sys.argv[1:]
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    CHECKS[check]()
-    dist.destroy_process_group()
+    main(globals(), *sys.argv[1:])
