@@ -77,7 +77,7 @@ def _row(case: Case, setup: Setup, budget: float, heap: str) -> dict[str, Any]:
         "flops": work.flops,
         "absent": setup.absent,
     }
-    applies = setup.device == "cpu" and setup.dtype in (torch.float32, case.dtype)
+    applies = setup.device == (case.device or "cpu") and setup.dtype in (torch.float32, case.dtype)
     row["goal"] = judge(case.goal, row, heap) if case.goal and applies else None
     return row
 

@@ -24,7 +24,7 @@ class Rule:
         extras: options of gdbp's alone, and
         peer: what torch's users write for them.
         others: by package of :data:`benchmarks.optional.PEERS`, its class for the same, and further options of it.
-        fused: whether torch has a fused form.
+        fused: the devices for which torch has a fused form.
         steps: how many are compared with the reference.
         loss: relative error that is no mistake, beyond that of rounding the results.
         compare_states: False where they are no numbers to compare.
@@ -39,7 +39,7 @@ class Rule:
     extras: dict[str, Any] = field(default_factory=dict)
     peer: Callable[[peers.Make, peers.Parameters], peers.Peer] = peers.plain
     others: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
-    fused: bool = True
+    fused: tuple[str, ...] = ("cpu", "cuda")
     steps: int = 2
     loss: float = 0.0
     compare_states: bool = True
@@ -108,13 +108,13 @@ RULES = {
     "sgd_momentum": Rule(
         "SGD", (5, 0), {"lr": 0.05, "momentum": 0.9}, others={"bitsandbytes": ("SGD", {})}, sizes=_ALL
     ),
-    "adagrad": Rule("Adagrad", (5, 0), {"lr": 0.05}, others={"bitsandbytes": ("Adagrad", {})}),
+    "adagrad": Rule("Adagrad", (5, 0), {"lr": 0.05}, others={"bitsandbytes": ("Adagrad", {})}, fused=("cpu",)),
     "rmsprop": Rule(
         "RMSprop",
         (5, 0),
         {"lr": 0.01},
         others={"bitsandbytes": ("RMSprop", {})},
-        fused=False,
+        fused=(),
         sizes=_ALL,
         goals={LARGE: Goal(4.0)},
     ),
@@ -122,15 +122,15 @@ RULES = {
         "RMSprop",
         (9, 0),
         {"lr": 0.01, "momentum": 0.9, "centered": True},
-        fused=False,
+        fused=(),
         sizes=_ALL,
         goals={LARGE: Goal(5.0)},
     ),
-    "lion": Rule("Lion", (5, 0), _ADAMW, others={"bitsandbytes": ("Lion", {})}, fused=False, goals={LARGE: Goal(3.0)}),
-    "adamax": Rule("Adamax", (7, 0), {"lr": 0.05}, fused=False, goals={LARGE: Goal(3.0)}),
-    "nadam": Rule("NAdam", (7, 0), {"lr": 0.05}, fused=False, goals={LARGE: Goal(3.0)}),
+    "lion": Rule("Lion", (5, 0), _ADAMW, others={"bitsandbytes": ("Lion", {})}, fused=(), goals={LARGE: Goal(3.0)}),
+    "adamax": Rule("Adamax", (7, 0), {"lr": 0.05}, fused=(), goals={LARGE: Goal(3.0)}),
+    "nadam": Rule("NAdam", (7, 0), {"lr": 0.05}, fused=(), goals={LARGE: Goal(3.0)}),
     # Its first five steps are momentum's alone.
-    "radam": Rule("RAdam", (7, 0), {"lr": 0.02}, fused=False, steps=6, goals={LARGE: Goal(3.0)}),
+    "radam": Rule("RAdam", (7, 0), {"lr": 0.02}, fused=(), steps=6, goals={LARGE: Goal(3.0)}),
     # With torch's eps of 1e-6 the first steps would be too small to be seen.
-    "adadelta": Rule("Adadelta", (7, 0), {"lr": 0.5, "eps": 1e-2}, fused=False, goals={LARGE: Goal(3.0)}),
+    "adadelta": Rule("Adadelta", (7, 0), {"lr": 0.5, "eps": 1e-2}, fused=(), goals={LARGE: Goal(3.0)}),
 }

@@ -165,6 +165,8 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     family = None
     for case in cases:
+        if case.device not in (None, options.device):
+            continue
         if case.family != family:
             print(family := case.family)
         for dtype in dtypes(case, cases, options.dtype):

@@ -36,7 +36,7 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """What gdbp is to reach, on the CPU, in float32 or the case's own dtype.
+    """What gdbp is to reach, on the CPU or the case's own device, in float32 or the case's own dtype.
 
     Args:
         ratio: the peer's time over ours, at least.
@@ -137,7 +137,7 @@ class Setup:
 class Case:
     """A measurement that can be made: a name, a size, how to put its data in place.
 
-    `dtype` is the only one to measure, where the case is about one.
+    `dtype` is the only one to measure, where the case is about one; likewise `device`.
     """
 
     family: str
@@ -146,6 +146,7 @@ class Case:
     build: Callable[[Setup], Work]
     goal: Goal | None = None
     dtype: torch.dtype | None = None
+    device: str | None = None
 
     @property
     def title(self) -> str:

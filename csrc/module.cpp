@@ -5,6 +5,7 @@
 #include "grad/gradients.h"
 #include "memory/memory.h"
 #include "step/plan.h"
+#include "step/device_train.h"
 #include "step/train.h"
 
 namespace py = pybind11;
@@ -57,4 +58,5 @@ PYBIND11_MODULE(_C, module) {
   gdbp::memory::bind(module);
   gdbp::step::bind(module);
   gdbp::step::bind_train(module);
+  gdbp::step::bind_device_train(module);
 }

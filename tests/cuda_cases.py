@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from gdbp import nn, optim
+from gdbp import TrainStep, nn, optim
 from gdbp._load import available, reason
 from gdbp.ops.linear import ACTIVATIONS
 
@@ -64,6 +64,24 @@ def optimizers(device: str, dtype: torch.dtype) -> None:
         assert all(torch.isfinite(p).all() for p in params)
 
 
+def whole_networks(device: str, dtype: torch.dtype) -> None:
+    """In one kernel, which takes 16-bit types: sums in shared memory and beside it, one tile and several."""
+    for sizes, rows in (((3, 2), 1), ((33, 20, 17, 5), 300), ((64, 64, 64, 10), 129), ((128, 128, 128, 128, 7), 200)):
+        for activation in ("relu", "silu"):
+            model = nn.MLP(sizes, activation, device=device, dtype=dtype)
+            x = torch.randn(rows, sizes[0], device=device, dtype=dtype)
+            with torch.no_grad():
+                assert torch.isfinite(model(x)).all()
+            labels, values = (
+                torch.randint(sizes[-1], (rows,), device=device),
+                torch.rand(rows, sizes[-1], device=device),
+            )
+            for loss, target in ((nn.CrossEntropyLoss(), labels), (nn.MSELoss(), values.to(dtype))):
+                for options in ({}, {"max_grad_norm": 1.0}):
+                    step = TrainStep(model, loss, optim.AdamW(model.parameters()), **options)
+                    assert all(torch.isfinite(step(x, target)) for _ in range(2))
+
+
 def main(device: str = "cuda") -> None:
     if not available:
         raise SystemExit(f"cuda_cases: {reason}; there is no kernel to check")
@@ -71,6 +89,8 @@ def main(device: str = "cuda") -> None:
     for dtype in DTYPES:
         layers_and_losses(device, dtype)
         optimizers(device, dtype)
+        if dtype in (torch.bfloat16, torch.float16) and device != "cpu":
+            whole_networks(device, dtype)
     print(f"cuda_cases: all cases ran on {device}")
 
 

@@ -61,7 +61,10 @@ def _build(count: int, numel: int, clips: bool, setup: Setup) -> Work:
 
     def reference() -> list[torch.Tensor]:
         factor = min(1.0, maximum / (exact + 1e-6))
-        return [torch.tensor(exact, dtype=torch.float64), *(g[::stride].double() * factor for g in grads)]
+        return [
+            torch.tensor(exact, dtype=torch.float64, device=grads[0].device),
+            *(g[::stride].double() * factor for g in grads),
+        ]
 
     contenders = {OURS: contender(gdbp.nn.utils), "torch": contender(torch.nn.utils)}
     accesses = 3 if clips else 1

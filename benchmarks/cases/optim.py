@@ -90,7 +90,7 @@ def _build(rule: Rule, shapes: list[tuple[int, ...]], setup: Setup) -> Work:
         "torch for-loop": torchs(foreach=False),
         "torch foreach": torchs(foreach=True),
     }
-    if rule.fused:
+    if torch.device(setup.device).type in rule.fused:
         contenders["torch fused"] = torchs(fused=True)
     if setup.compile:
         contenders[COMPILED] = torchs(compiled=True, foreach=True)

@@ -53,12 +53,30 @@ ROWS = (
 )
 
 
+# On CUDA, in one kernel; there torch.compile captures CUDA graphs.
+NARROW_ROWS = (
+    Row((64,) * 5 + (10,), 2**16, Goal(ratio=4, peer=COMPILED)),
+    Row((128,) * 4 + (10,), 2**16, Goal(ratio=2.5, peer=COMPILED)),
+    Row((64,) * 5 + (10,), 256, Goal(ratio=4, peer=COMPILED)),
+)
+INFERENCE_ROWS = (
+    Row((64,) * 5 + (64,), 2**20, Goal(limit=0.5)),
+    Row((128,) * 3 + (128,), 2**20, Goal(limit=0.5)),
+)
+
+
 def cases(smoke: bool) -> Iterator[Case]:
     for row in ROWS:
-        if smoke:
-            row = Row(tuple(min(size, 12) for size in row.sizes[-4:]), min(row.batch, 4), row.goal, min(row.steps, 4))
+        row = _smoke(row) if smoke else row
         name = "train" if row.steps == 1 else "train_many"
         yield Case("step", name, _title(row), partial(_build, row, "adam", True), row.goal)
+    for row in NARROW_ROWS[:1] if smoke else NARROW_ROWS:
+        row = _smoke(row) if smoke else row
+        build = partial(_build, row, "sgd" if smoke else "adam", True)
+        yield Case("step", "train_narrow", _title(row), build, row.goal, torch.bfloat16, "cuda")
+    for row in INFERENCE_ROWS[:1] if smoke else INFERENCE_ROWS:
+        row = _smoke(row) if smoke else row
+        yield Case("step", "infer", _title(row), partial(_infer, row), row.goal, torch.bfloat16, "cuda")
     for name in ("sgd", "adamw"):
         row = Row(SMALL, 4 if smoke else 32, Goal())
         yield Case("step", f"modules_{name}", _title(row), partial(_build, row, name, False))
@@ -69,6 +87,14 @@ def series(smoke: bool) -> Iterator[Series]:
         return _build(Row(SMALL, batch, Goal()), "adamw", False, setup)
 
     yield Series("step", "modules_adamw", "batch", build, powers(1, 16 if smoke else 4**6, 4))
+
+
+def _smoke(row: Row) -> Row:
+    return Row(tuple(min(size, 12) for size in row.sizes[-4:]), min(row.batch, 4), row.goal, min(row.steps, 4))
+
+
+def _compile(network: nn.Module, device: str) -> Callable:
+    return torch.compile(network, mode="reduce-overhead" if device == "cuda" else None)
 
 
 def _title(row: Row) -> str:
@@ -96,7 +122,9 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
                 p.copy_(value)
         optimizer = getattr(optim, class_name)(network.parameters(), **options, **implementation)
         loss = library.CrossEntropyLoss() if classes else library.MSELoss()
-        run, keep_grads = make_loop(torch.compile(network) if compiled else network, loss, optimizer, x, target)
+        run, keep_grads = make_loop(
+            _compile(network, setup.device) if compiled else network, loss, optimizer, x, target
+        )
 
         def results() -> Tensors:
             # The gradients of the first step, and two losses, for Adam makes a gradient of nothing but rounding a step
@@ -105,7 +133,7 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
             first = run()
             gradients = [p.grad.clone() for p in network.parameters()]
             keep_grads(False)
-            return [first, *gradients, run()]
+            return [first.to(x.dtype), *gradients, run().to(x.dtype)]
 
         return Contender(run, results)
 
@@ -123,7 +151,9 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
         return run, lambda keep: None
 
     def one_call(network, loss, optimizer, x, target) -> tuple[Callable, Callable]:
-        step = gdbp.TrainStep(network, loss, optimizer, strict=x.is_cpu and x.dtype in (torch.float32, torch.float64))
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        narrow = max(sizes) <= 128 and not x.is_cpu
+        step = gdbp.TrainStep(network, loss, optimizer, strict=half if narrow else x.is_cpu and not half)
         if steps == 1:
             return lambda: step(x, target), partial(setattr, step, "keep_grads")
         return lambda: step.many((x, target), batch, shuffle=False)[-1], partial(setattr, step, "keep_grads")
@@ -138,13 +168,50 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
     if optimizer_name == "adam":
         setup.add(contenders, "jax", lambda optax: peers_jax.training(optax, weights, x, target, batch))
     wide = (t.double() if t.is_floating_point() else t for t in (x, target))
+    in_kernel = in_one_call and setup.device == "cuda" and setup.dtype is torch.bfloat16
     return Work(
         contenders,
         torchs(*wide).results,
         tolerance=4096,
         floor="rms",
-        limit=_products(row, setup) if in_one_call else None,
+        limit=_products(row, setup) if in_one_call and not in_kernel else None,
+        flops=6 * batch * steps * sum(inputs * outputs for inputs, outputs in pairwise(sizes)) if in_kernel else 0,
         hot=True,
+    )
+
+
+def _infer(row: Row, setup: Setup) -> Work:
+    """A forward pass without gradients, of gdbp.nn.MLP and of torch's layers; the limit copies what goes in and out."""
+    x = setup.normal(row.batch, row.sizes[0])
+
+    def network(of: Callable, dtype: torch.dtype) -> nn.Module:
+        torch.manual_seed(0)
+        values = gdbp.nn.MLP(row.sizes).parameters()
+        made = of(row.sizes).to(setup.device, dtype)
+        with torch.no_grad():
+            for p, value in zip(made.parameters(), values):
+                p.copy_(value.to(setup.dtype))
+        return made.requires_grad_(False)
+
+    def contender(net: Callable, x: torch.Tensor) -> Contender:
+        return Contender(lambda: net(x), lambda: [net(x).clone()])
+
+    contenders = {
+        OURS: contender(network(gdbp.nn.MLP, setup.dtype), x),
+        "torch": contender(network(_torch_network, setup.dtype), x),
+    }
+    if setup.compile:
+        contenders[COMPILED] = contender(_compile(network(_torch_network, setup.dtype), setup.device), x)
+    traffic = row.batch * (row.sizes[0] + row.sizes[-1]) * x.element_size()
+    per_row = traffic // row.batch
+    return Work(
+        contenders,
+        contender(network(_torch_network, torch.float64), x.double()).results,
+        tolerance=256,
+        floor="rms",
+        limit=setup.copy_limit(traffic, f"{per_row} B a row"),
+        bytes=traffic,
+        flops=2 * row.batch * sum(inputs * outputs for inputs, outputs in pairwise(row.sizes)),
     )
 
 

@@ -127,6 +127,7 @@ template <class C>
 struct LabelGradient {
   Softmax<C> softmax;
   Labels<C> labels;
+  C all_weights;
   C spread;  // the uniform coefficients together
   C pull;    // the derivative of z_loss in log_sum_exp
   C scale;   // what comes from upstream
@@ -134,6 +135,7 @@ struct LabelGradient {
   GDBP_HD LabelGradient(Softmax<C> softmax, Labels<C> labels, C all_weights, C z, C scale)
       : softmax(softmax),
         labels(labels),
+        all_weights(all_weights),
         spread(labels.uniform * all_weights),
         pull(C(2) * z * labels.weight * softmax.log_sum_exp()),
         scale(scale) {}
@@ -142,7 +144,8 @@ struct LabelGradient {
   // For a label: its coefficient, that of the other label, its class weight, and its logit.
   GDBP_HD C at_label(C own, C other, C w, C x) const {
     const C a = own + labels.uniform * w;
-    const C others = other + (spread - labels.uniform * w) + pull;
+    // The difference first: of a single class nothing may be left, also where products and sums are contracted.
+    const C others = other + labels.uniform * (all_weights - w) + pull;
     return scale * (others * softmax.p(x) - a * softmax.rest(x));
   }
 };

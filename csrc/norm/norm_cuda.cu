@@ -362,7 +362,9 @@ struct Launch {
     tile_grid = dim3(unsigned(planes.row_tiles()), at_most_grid(column_blocks), at_most_grid(planes.count));
     map_block = block_of(groups, kThreads);
     const int64_t across = cuda::ceil_div(groups, map_block.x), down = cuda::ceil_div(planes.rows, map_block.y);
-    const int64_t most = cuda::ceil_div(cuda::kMaxBlocks, across * planes.count);
+    // Without elements nothing is launched over them, but their gradients of weight and bias still are.
+    const int64_t others = across * planes.count > 0 ? across * planes.count : 1;
+    const int64_t most = cuda::ceil_div(cuda::kMaxBlocks, others);
     map_grid = dim3(unsigned(down < most ? down : most), at_most_grid(across), at_most_grid(planes.count));
     channel_grid = dim3(unsigned(cuda::ceil_div(channels, 32)));
   }

@@ -27,6 +27,11 @@ struct Slot {
   double average_weight = 0;
   uint64_t seed = 0;  // bfloat16 parameters are rounded stochastically, with this seed
   Dtype copy_dtype = {}, average_dtype = {};
+
+  // CUDA alone: the gradient is the sum of so many arrays of float32, `part_stride` elements from one to the next, all
+  // slots of a call alike; 0 where it is one array.
+  int parts = 0;
+  int64_t part_stride = 0;
 };
 
 // Decided on the device by the gradients themselves, see grad::Norm; read by the step, never by the host.

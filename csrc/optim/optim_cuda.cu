@@ -19,6 +19,8 @@ using cuda::kThreads;
 constexpr int kWidth = 4;
 constexpr int64_t kChunkBytes = 16384;
 GDBP_HD constexpr int64_t chunk_elements(Dtype dtype) { return kChunkBytes / size_of(dtype); }
+// Where gradients are to be summed first, the threads of a block share out the parts of few elements: those of a warp.
+constexpr int kSumElements = cuda::kWarp * kWidth, kSumWarps = kThreads / cuda::kWarp;
 
 // Kernel arguments had 4 KB before CUDA 12.1; compute capability 7.0, which has 32 KB, is the least that
 // CUDA 13 knows.
@@ -65,8 +67,10 @@ struct Batch {
   using Entry = Tensor<Rule::states, T, extra>;
   using Common = Constants<Rule, T>;
   static constexpr int most_constants = kArgumentBytes > 8000 ? 32 : 8;
-  static constexpr int capacity = int((kArgumentBytes - 32 - most_constants * sizeof(Common)) / sizeof(Entry));
+  static constexpr int capacity = int((kArgumentBytes - 48 - most_constants * sizeof(Common)) / sizeof(Entry));
   const Control* control;
+  int64_t part_stride = 0;
+  int parts = 0;
   int count = 0;
   int constants_count = 0;
   Entry entries[capacity];
@@ -182,17 +186,88 @@ GDBP_HD bool aligned(const void* pointer, Dtype dtype) {
   return cuda::aligned(pointer, bytes < 16 ? bytes : 16);
 }
 
-// One block per chunk; which tensor the chunk belongs to is a binary search over first_chunk.
-template <class Rule, class T, bool extra>
-__global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch<Rule, T, extra>) batch) {
-  if (batch.control && batch.control->skip != 0) return;
+// The tensor that the block's chunk belongs to.
+template <class Arguments>
+__device__ __forceinline__ const typename Arguments::Entry& find_entry(const Arguments& batch) {
   const int64_t chunk = blockIdx.x;
   int low = 0;
   for (int high = batch.count; high - low > 1;) {
     const int middle = (low + high) / 2;
     (batch.entries[middle].first_chunk <= chunk ? low : high) = middle;
   }
-  const auto& t = batch.entries[low];
+  return batch.entries[low];
+}
+
+// The elements of a thread, from their gradients on.
+template <class Rule, class Entry, class T>
+__device__ __forceinline__ void update(const Entry& t, int64_t at, int count, bool vectors,
+                                       const Surroundings<T>& around, const Rule& rule, const T (&g)[kWidth]) {
+  T p[kWidth], s[Rule::states + 1][kWidth];
+  read(t.param, t.param_dtype, at, count, vectors, p);
+#pragma unroll
+  for (int i = 0; i < Rule::states; ++i) read_state(t, i, at, count, vectors, s[i]);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    T of_element[Rule::states + 1];
+#pragma unroll
+    for (int i = 0; i < Rule::states; ++i) of_element[i] = s[i][k];
+    const T gradient = around.gradient(g[k], p[k]);
+    p[k] *= around.keep;
+    rule(p[k], gradient, of_element);
+    p[k] = around.shrink(p[k]);
+#pragma unroll
+    for (int i = 0; i < Rule::states; ++i) s[i][k] = of_element[i];
+  }
+#pragma unroll
+  for (int i = 0; i < Rule::states; ++i) write_state(t, i, at, count, vectors, s[i]);
+  if constexpr (Entry::has_extra) {
+    write_extra(t, at, count, vectors, p);
+  } else {
+    write(t.param, t.param_dtype, at, count, vectors, p);
+  }
+}
+
+// The same where gradients come in parts: each warp adds up every kSumWarps-th, the first one adds up the warps'. The
+// order is the same for any GPU.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads) sum_and_step_kernel(GDBP_GRID_CONSTANT(Batch<Rule, float, false>) batch) {
+  if (batch.control && batch.control->skip != 0) return;
+  __shared__ float sums[kSumWarps][kSumElements];
+  const auto& t = find_entry(batch);
+  const int warp = int(threadIdx.x) / cuda::kWarp, lane = int(threadIdx.x) % cuda::kWarp;
+  const int64_t at = (int64_t(blockIdx.x) - t.first_chunk) * kSumElements + lane * kWidth;
+  const int count = int(t.numel - at < kWidth ? (t.numel > at ? t.numel - at : 0) : kWidth);
+  bool vectors = aligned(t.grad, Dtype::float32) && batch.part_stride % kWidth == 0;
+  float g[kWidth] = {};
+#pragma unroll 8
+  for (int part = warp; part < batch.parts; part += kSumWarps) {
+    float of_part[kWidth];
+    cuda::load(static_cast<const float*>(t.grad) + part * batch.part_stride + at, count, vectors, of_part);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) g[k] += of_part[k];
+  }
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) sums[warp][lane * kWidth + k] = g[k];
+  __syncthreads();
+  if (warp != 0 || count == 0) return;
+  for (int w = 1; w < kSumWarps; ++w) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) g[k] += sums[w][lane * kWidth + k];
+  }
+  Surroundings<float> around = batch.constants(t.constants).around;
+  if (batch.control) around.scale *= float(batch.control->coefficient);
+  vectors = aligned(t.param, t.param_dtype);
+#pragma unroll
+  for (int i = 0; i < Rule::states; ++i) vectors = vectors && aligned(t.state[i], t.state_dtype);
+  update(t, at, count, vectors, around, batch.constants(t.constants).rule, g);
+}
+
+// One block per chunk; which tensor the chunk belongs to is a binary search over first_chunk.
+template <class Rule, class T, bool extra>
+__global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch<Rule, T, extra>) batch) {
+  if (batch.control && batch.control->skip != 0) return;
+  const int64_t chunk = blockIdx.x;
+  const auto& t = find_entry(batch);
   const Constants<Rule, T>& constants = batch.constants(t.constants);
   Surroundings<T> around = constants.around;
   if (batch.control) around.scale *= T(batch.control->coefficient);
@@ -206,35 +281,15 @@ __global__ void __launch_bounds__(kThreads) step_kernel(GDBP_GRID_CONSTANT(Batch
   const int64_t end = first + elements < t.numel ? first + elements : t.numel;
   for (int64_t at = first + int64_t(threadIdx.x) * kWidth; in_reach<extra>(at, end); at += kThreads * kWidth) {
     const int count = int(end - at < kWidth ? (end > at ? end - at : 0) : kWidth);
-    T p[kWidth], g[kWidth], s[Rule::states + 1][kWidth];
-    read(t.param, t.param_dtype, at, count, vectors, p);
+    T g[kWidth];
     read(t.grad, t.grad_dtype, at, count, vectors, g);
-#pragma unroll
-    for (int i = 0; i < Rule::states; ++i) read_state(t, i, at, count, vectors, s[i]);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      T of_element[Rule::states + 1];
-#pragma unroll
-      for (int i = 0; i < Rule::states; ++i) of_element[i] = s[i][k];
-      const T gradient = around.gradient(g[k], p[k]);
-      p[k] *= around.keep;
-      rule(p[k], gradient, of_element);
-      p[k] = around.shrink(p[k]);
-#pragma unroll
-      for (int i = 0; i < Rule::states; ++i) s[i][k] = of_element[i];
-    }
-#pragma unroll
-    for (int i = 0; i < Rule::states; ++i) write_state(t, i, at, count, vectors, s[i]);
-    if constexpr (extra) {
-      write_extra(t, at, count, vectors, p);
-    } else {
-      write(t.param, t.param_dtype, at, count, vectors, p);
-    }
+    update(t, at, count, vectors, around, rule, g);
   }
 }
 
-// Collects the tensors that are computed in T, and launches whenever the arguments are full.
-template <class Rule, class T, bool extra>
+// Collects the tensors that are computed in T, and launches whenever the arguments are full. summed: whether their
+// gradients come in parts.
+template <class Rule, class T, bool extra, bool summed = false>
 class Step {
  public:
   Step(const Control* control, void* stream) : batch_(control), stream_(stream) {}
@@ -271,14 +326,21 @@ class Step {
       tensor.copy_dtype = slot.copy_dtype;
       tensor.average_dtype = slot.average_dtype;
     }
-    chunks_ += cuda::ceil_div(slot.numel, chunk_elements(slot.param_dtype));
+    batch_.parts = slot.parts;
+    batch_.part_stride = slot.part_stride;
+    chunks_ += cuda::ceil_div(slot.numel, summed ? kSumElements : chunk_elements(slot.param_dtype));
     return batch_.count == Arguments::capacity ? launch() : 0;
   }
 
   int launch() {
     if (batch_.count == 0) return 0;
-    const auto kernel = step_kernel<Rule, T, extra>;
-    const int error = GDBP_LAUNCH(kernel, unsigned(chunks_), kThreads, 0, stream_, batch_);
+    int error = 0;
+    if constexpr (summed) {
+      error = GDBP_LAUNCH(sum_and_step_kernel<Rule>, unsigned(chunks_), kThreads, 0, stream_, batch_);
+    } else {
+      const auto kernel = step_kernel<Rule, T, extra>;
+      error = GDBP_LAUNCH(kernel, unsigned(chunks_), kThreads, 0, stream_, batch_);
+    }
     batch_.count = batch_.constants_count = 0;
     chunks_ = 0;
     hyper_ = nullptr;
@@ -309,8 +371,17 @@ int step_in(const Slot* slots, int64_t count, const Control* control, void* stre
   return error != 0 ? error : extra.launch();
 }
 
+template <class Rule>
+int sum_and_step(const Slot* slots, int64_t count, const Control* control, void* stream) {
+  Step<Rule, float, false, true> summed(control, stream);
+  for (int64_t i = 0; i < count; ++i)
+    if (const int error = summed.add(slots[i])) return error;
+  return summed.launch();
+}
+
 template <template <class> class Rule>
 int step(const Slot* slots, int64_t count, const Control* control, void* stream) {
+  if (slots[0].parts > 0) return sum_and_step<Rule<float>>(slots, count, control, stream);
   const int error = step_in<Rule, float>(slots, count, control, stream);
   return error != 0 ? error : step_in<Rule, double>(slots, count, control, stream);
 }

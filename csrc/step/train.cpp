@@ -66,27 +66,12 @@ constexpr auto kSignalInterval = std::chrono::milliseconds(100);
 
 }  // namespace
 
-TrainPlan::TrainPlan(const py::list& layers, const py::tuple& objective, const py::list& watched,
-                     const py::list& counted, bool flattens, int output_dims)
-    : flattens_(flattens), output_dims_(output_dims), network_(make_layers(layers), make_objective(objective)) {
-  for (const py::handle& handle : watched) {
-    const auto triple = handle.cast<py::tuple>();
-    watched_.push_back({triple[0], triple[1], triple[2]});
-  }
-  for (const py::handle& handle : counted) {
-    const auto pair = handle.cast<py::tuple>();
-    counted_.emplace_back(pair[0], pair[1].cast<Py_ssize_t>());
-  }
-}
-
-// Identity is enough: the plan holds references, so no address can have been used again.
-bool TrainPlan::unchanged() const {
-  for (const Watched& w : watched_)
-    if (PyDict_GetItemWithError(w.dict.ptr(), w.key.ptr()) != w.value.ptr()) return false;
-  for (const auto& [dict, size] : counted_)
-    if (PyDict_Size(dict.ptr()) != size) return false;
-  return true;
-}
+TrainPlan::TrainPlan(const py::list& layers, const py::tuple& objective, Watched watched, bool flattens,
+                     int output_dims)
+    : watched_(std::move(watched)),
+      flattens_(flattens),
+      output_dims_(output_dims),
+      network_(make_layers(layers), make_objective(objective)) {}
 
 bool TrainPlan::collect(StepPlan& plan, const std::vector<Group>& groups, const py::dict& state,
                         const Updates::Options& options) {
@@ -223,8 +208,11 @@ void bind_train(py::module_& module) {
   module.def("gemm_name", &gemm_name, "What computes TrainStep's matrix products.");
   module.def("allow_blas", &allow_blas, "For tests: false computes them by at::mm, as other builds of torch do.");
   py::class_<TrainPlan>(module, "TrainPlan", "A model, its loss and its optimizer, ready for whole training steps.")
-      .def(py::init<const py::list&, const py::tuple&, const py::list&, const py::list&, bool, int>(),
-           py::arg("layers"), py::arg("objective"), py::arg("watched"), py::arg("counted"), py::arg("flattens"),
+      .def(py::init([](const py::list& layers, const py::tuple& objective, const py::list& values,
+                       const py::list& lengths, bool flattens, int output_dims) {
+             return std::make_unique<TrainPlan>(layers, objective, Watched(values, lengths), flattens, output_dims);
+           }),
+           py::arg("layers"), py::arg("objective"), py::arg("values"), py::arg("lengths"), py::arg("flattens"),
            py::arg("output_dims"))
       .def("unchanged", &TrainPlan::unchanged)
       .def("collect",

@@ -9,19 +9,19 @@
 
 #include "step/network.h"
 #include "step/plan.h"
+#include "step/watched.h"
 
 namespace gdbp::step {
 
 class TrainPlan {
  public:
-  // layers, objective: descriptions from gdbp/step. watched: (dict, key, value) that must stay as they are;
-  // counted: (dict or list, length), likewise. flattens: whether a first Flatten joins all dimensions but the first;
-  // output_dims: see Network::plan.
-  TrainPlan(const pybind11::list& layers, const pybind11::tuple& objective, const pybind11::list& watched,
-            const pybind11::list& counted, bool flattens, int output_dims);
+  // layers, objective: descriptions from gdbp/step. flattens: whether a first Flatten joins all dimensions but the
+  // first; output_dims: see Network::plan.
+  TrainPlan(const pybind11::list& layers, const pybind11::tuple& objective, Watched watched, bool flattens,
+            int output_dims);
 
   // Whether the model is still the one that this was made of.
-  bool unchanged() const;
+  bool unchanged() const { return watched_.unchanged(); }
   // Readies the optimizer's tensors; false where it needs another StepPlan. Raises an error where a tensor is not what
   // the kernels take.
   bool collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state,
@@ -54,11 +54,7 @@ class TrainPlan {
   // The updates that had to wait, if there are any; false where the step does not count.
   bool finish(bool waits, const Limit& limit, grad::Norm* norm);
 
-  struct Watched {
-    pybind11::object dict, key, value;
-  };
-  std::vector<Watched> watched_;
-  std::vector<std::pair<pybind11::object, Py_ssize_t>> counted_;
+  const Watched watched_;
   const bool flattens_;
   const int output_dims_;
   Network network_;

@@ -104,7 +104,7 @@ def adaptive_clip_grad_(
             return
     for p in parameters:
         limits = _row_norms(p, order).clamp(min=eps) * clip_factor
-        p.grad.mul_(_coefficients(limits, _row_norms(p.grad, order)))
+        _multiply(p.grad, _coefficients(limits, _row_norms(p.grad, order)))
 
 
 def _coefficients(limits: Tensor, norms: Tensor) -> Tensor:
@@ -177,7 +177,15 @@ def _coefficients_of(norms: Tensor, limit: float | Tensor) -> Tensor:
 def _scale(groups: list[list[Tensor]], coefficients: Tensor) -> None:
     for group, coefficient in zip(groups, coefficients.unbind()):
         for p in group:
-            local(p.grad).mul_(coefficient.to(p.grad.device))
+            _multiply(local(p.grad), coefficient.to(p.grad.device))
+
+
+def _multiply(gradient: Tensor, coefficients: Tensor) -> None:
+    # On CUDA torch rounds a tensor of coefficients to a half type before it multiplies.
+    if gradient.dtype in (torch.bfloat16, torch.float16):
+        gradient.copy_(gradient.float().mul_(coefficients))
+    else:
+        gradient.mul_(coefficients)
 
 
 def _norms(gradients: list[Tensor], order: float) -> Tensor:

@@ -10,6 +10,7 @@ from gdbp.nn import init as init_
 from gdbp.nn._arguments import check_activation
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
+from gdbp.ops import mlp
 
 
 class MLP(torch.nn.Sequential):
@@ -30,6 +31,9 @@ class MLP(torch.nn.Sequential):
 
     Shape:
         input (\\*, sizes[0]), or (N, sizes[0]) with ``batch_norm``; output (\\*, sizes[-1]).
+
+    On CUDA, without gradients, and in bfloat16 or float16 (or under autocast), layers up to 128 wide run in one kernel,
+    activations in shared memory.
 
     Raises:
         ValueError: fewer than two sizes or one below 1, an unknown activation or scheme, all-zero weights asked
@@ -70,8 +74,28 @@ class MLP(torch.nn.Sequential):
         layers.append(init_.init_(Linear(*sizes[-2:], **where), init, nonlinearity=None))
         super().__init__(*layers)
 
+    def forward(self, input):
+        layers = list(self._modules.values())
+        output = None
+        # What torch.fx traces with is no tensor.
+        if torch.is_tensor(input) and input.is_cuda and _is_plain(layers):
+            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+            output = mlp.forward(input, weights, biases, layers[0].activation or "none")
+        return super().forward(input) if output is None else output
+
     def __getitem__(self, index):
         # A part of it is a plain Sequential: torch would call the constructor with layers.
         if isinstance(index, slice):
             return torch.nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
+
+
+def _is_plain(layers: list[torch.nn.Module]) -> bool:
+    """Whether they are what the constructor made of nothing but layers and one activation, and nobody listens."""
+    first = getattr(layers[0], "activation", None)
+    return all(
+        type(layer) is Linear
+        and layer.activation == (first if layer is not layers[-1] else None)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+        for layer in layers
+    )

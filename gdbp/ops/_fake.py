@@ -39,6 +39,12 @@ def _(grad_output, input, weight, saved, activation, mask):
     )
 
 
+@torch.library.register_fake("gdbp::mlp")
+def _(input, weights, biases, activation, compute):
+    _check_devices("mlp", input=input, weight=weights[0])
+    return input.new_empty((*input.shape[:-1], weights[-1].shape[0]), dtype=compute)
+
+
 @torch.library.register_fake("gdbp::batch_norm")
 def _(input, offset, weight, bias, running_mean, running_var, eps, activation):
     parameters = {"offset": offset, "weight": weight, "bias": bias}

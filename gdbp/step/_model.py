@@ -139,6 +139,7 @@ def _gelu(layers: Layers, module, label, name):
 
 _READERS = {
     torch.nn.Sequential.forward: _sequential,
+    nn.MLP.forward: _sequential,
     torch.nn.Linear.forward: _linear,
     nn.Linear.forward: _linear,
     torch.nn.BatchNorm1d.forward: _batch_norm,

@@ -55,6 +55,7 @@ def check_parameters(optimizer: torch.optim.Optimizer) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not all(map(is_fused, params)) or len(set(map(id, params))) != len(params):
         raise CannotFuse(f"{type(optimizer).__name__} holds a parameter twice, or one that is no plain tensor")
-    for p in params:
-        if not p.is_cpu:
-            raise CannotFuse(f"a parameter is on {p.device}; expected cpu; use strict=False to run there eagerly")
+    kinds = {p.device for p in params}
+    if len(kinds) > 1 or any(kind.type not in ("cpu", "cuda") for kind in kinds):
+        found = ", ".join(sorted(map(str, kinds)))
+        raise CannotFuse(f"the parameters are on {found}; expected the CPU or one CUDA device; use strict=False there")

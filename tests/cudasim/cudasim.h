@@ -45,6 +45,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 // Those of the fiber that is running.
 inline uint3 threadIdx, blockIdx;
@@ -63,9 +66,9 @@ struct Error : std::runtime_error {
 enum class Schedule { forward, reverse, random };
 void set_schedule(Schedule schedule, unsigned seed = 0);
 
-// The sizes that a launch may have, as on a GPU of compute capability 7.0 and up.
+// The sizes that a launch may have, as on a GPU of compute capability 7.0 and up; shared memory as on 9.0.
 constexpr unsigned kMaxThreads = 1024, kMaxGridX = 2147483647, kMaxGridYZ = 65535;
-constexpr size_t kMaxArgumentBytes = 32764, kMaxSharedBytes = 48 * 1024;
+constexpr size_t kMaxArgumentBytes = 32764, kMaxSharedBytes = 224 * 1024;
 
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 void* dynamic_shared();
@@ -110,6 +113,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, cudasim::Place her
   const int source = cudasim::lane() + int(distance);
   return cudasim::shuffle(mask, value, source < warpSize ? source : cudasim::lane(), here);
 }
+inline void __threadfence() {}
 inline unsigned __ballot_sync(unsigned mask, int vote, cudasim::Place here = cudasim::Place::current()) {
   return cudasim::warp_ballot(mask, vote != 0, here);
 }

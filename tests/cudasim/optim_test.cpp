@@ -274,6 +274,48 @@ void many() {
   }
 }
 
+// Gradients that come in parts, of numbers whose sums are exact: the same as of the sums.
+void parts() {
+  constexpr int64_t sizes[] = {1, 127, 128, 0, 130, 1000}, gap = 4;
+  const Control third = {1 / 3.0, 0}, skips = {1, 1};
+  std::mt19937 generator(8);
+  for (int rule = 0; rule < kRuleCount; ++rule) {
+    for (const int count : {1, 8, 13}) {
+      context = std::string(kRules[rule]) + ", " + std::to_string(count) + " parts";
+      Parameters parameters;
+      for (size_t i = 0; i < std::size(sizes); ++i)
+        parameters.emplace_back(rule, Types{i % 2 ? Dtype::bfloat16 : Dtype::float32, Dtype::float32, Dtype::float32},
+                                sizes[i], 0, kHypers[count % 3], 2, generator);
+      int64_t stride = 0;
+      for (const int64_t size : sizes) stride += (size + gap - 1) / gap * gap;
+      std::vector<float> all(stride * count, NAN);
+      std::vector<Slot> slots;
+      int64_t at = 0;
+      for (Parameter& parameter : parameters) {
+        for (int64_t k = 0; k < parameter.grad.size(); ++k) {
+          double sum = 0;
+          for (int part = 0; part < count; ++part) {
+            const float value = (float(generator() % 512) - 256) / 256;
+            all[part * stride + at + k] = value;
+            sum += value;
+          }
+          parameter.grad.set(k, sum);
+        }
+        slots.push_back(parameter.slot(1));
+        slots.back().grad = all.data() + at;
+        slots.back().parts = count;
+        slots.back().part_stride = stride;
+        at += (parameter.grad.size() + gap - 1) / gap * gap;
+      }
+      expect(step_cuda(rule, slots.data(), int64_t(slots.size()), &skips, nullptr) == 0, "the launch fails");
+      expect_same(parameters);
+      expect(step_cuda(rule, slots.data(), int64_t(slots.size()), &third, nullptr) == 0, "the launch fails");
+      step(step_cpu, rule, parameters, 0, &third);
+      expect_same(parameters);
+    }
+  }
+}
+
 void nothing() {
   for (int rule = 0; rule < kRuleCount; ++rule) {
     expect(step_cuda(rule, nullptr, 0, nullptr, nullptr) == 0, "a step without parameters");
@@ -285,6 +327,6 @@ void nothing() {
 int main(int argc, char** argv) {
   static const Case cases[] = {{"rules", rules},         {"control", control},     {"besides", besides},
                                {"quantised", quantised}, {"schedules", schedules}, {"many", many},
-                               {"nothing", nothing}};
+                               {"parts", parts},         {"nothing", nothing}};
   return run_cases(argc, argv, cases);
 }

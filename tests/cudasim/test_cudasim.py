@@ -34,9 +34,10 @@ FAMILIES = {
     "bce": ["forward", "backward", "nothing"],
     "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites", "units", "penalties"],
     "linear": ["forward", "backward"],
+    "mlp": ["cross_entropy", "mean_square", "activations", "wide", "frozen", "bad_labels", "inference"],
     "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
     "norm": ["forward", "backward", "update"],
-    "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "nothing"],
+    "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "parts", "nothing"],
     "pointwise": ["forward", "backward"],
     "units": ["count"],
 }
@@ -55,10 +56,9 @@ def build(folder: Path, name: str, engine: Future) -> Path:
     if name in FAMILIES:
         # A library of its own: what is thread-local in the program is shared memory to cudasim.
         sources = [CSRC / name / f"{name}_cpu.cpp", HERE / "parallel_serial.cpp"]
-        parts += [
-            compile_(folder / f"{name}_cuda.o", "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"),
-            compile_(folder / f"lib{name}_cpu.so", "-shared", "-fPIC", *sources),
-        ]
+        parts.append(compile_(folder / f"{name}_cuda.o", "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"))
+        if sources[0].exists():
+            parts.append(compile_(folder / f"lib{name}_cpu.so", "-shared", "-fPIC", *sources))
     source = HERE / (f"{name}_test.cpp" if name in FAMILIES else f"{name}.cpp")
     return compile_(folder / name, source, *parts, engine.result(), "-ldl", f"-Wl,-rpath,{folder}")
 

@@ -1,0 +1,102 @@
+// The operator behind gdbp.nn.MLP where nothing is to be differentiated.
+#include "mlp/mlp.h"
+
+#include <ATen/ops/empty.h>
+
+#include "common/binding.h"
+
+namespace gdbp::mlp {
+namespace {
+
+using at::Tensor;
+
+#ifdef GDBP_WITH_CUDA
+bool takes(const Network& network) { return fits(network, false, shared_bytes_cuda()); }
+#else
+bool takes(const Network&) { return false; }
+#endif
+int no_cpu(const Infer&, void*) { return 0; }
+
+Dtype half_of(at::ScalarType type) {
+  TORCH_CHECK_VALUE(type == at::kBFloat16 || type == at::kHalf, "mlp: compute is ", type,
+                    "; expected bfloat16 or float16");
+  return type == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
+}
+
+// Weights of shape (outputs, inputs), and a bias or None for each.
+Network network_of(const at::TensorList& weights, const c10::List<std::optional<Tensor>>& biases, Activation activation,
+                   at::ScalarType compute) {
+  TORCH_CHECK_VALUE(!weights.empty() && weights.size() <= kMaxLayers && biases.size() == weights.size(), "mlp: got ",
+                    weights.size(), " weights and ", biases.size(), " biases; expected as many, 1 to ", kMaxLayers);
+  Network network{};
+  network.compute = half_of(compute);
+  network.parameters = dtype_of(weights[0], "mlp", "a weight");
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor& w = weights[l];
+    const std::optional<Tensor> b = biases.get(l);
+    TORCH_CHECK_VALUE(w.dim() == 2 && w.is_contiguous() && w.scalar_type() == weights[0].scalar_type() &&
+                          w.size(0) >= 1 && w.size(1) >= 1 && w.size(0) <= kMaxWidth && w.size(1) <= kMaxWidth &&
+                          (l == 0 || w.size(1) == weights[l - 1].size(0)),
+                      "mlp: weight ", l, " has dtype ", w.scalar_type(), " and shape ", w.sizes(),
+                      "; expected contiguous weights of one dtype that follow one another, 1 to ", kMaxWidth, " wide");
+    TORCH_CHECK_VALUE(!b || (b->is_contiguous() && b->scalar_type() == w.scalar_type() && b->dim() == 1 &&
+                             b->size(0) == w.size(0) && b->device() == w.device()),
+                      "mlp: bias ", l, " does not fit its weight; expected (", w.size(0), ",) of its dtype, beside it");
+    const bool last = l + 1 == weights.size();
+    network.layers[network.count++] = {w.const_data_ptr(),
+                                       b ? b->const_data_ptr() : nullptr,
+                                       int(w.size(1)),
+                                       int(w.size(0)),
+                                       last ? Activation::none : activation,
+                                       -1,
+                                       -1};
+  }
+  return network;
+}
+
+Tensor forward(const Tensor& input, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
+               c10::string_view activation, at::ScalarType compute) {
+  const Network network = network_of(weights, biases, parse_activation(activation, "mlp"), compute);
+  check_same(weights[0], "weights", input.to(weights[0].scalar_type()), "input", "mlp");
+  TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == network.inputs(), "mlp: input has shape ", input.sizes(),
+                    "; expected (*, ", network.inputs(), ")");
+  const c10::DeviceGuard guard(input.device());
+  TORCH_CHECK_VALUE(takes(network), "mlp: the weights do not fit into the shared memory of ", input.device());
+  const Tensor x = input.contiguous();
+  at::DimVector sizes(input.sizes());
+  sizes.back() = network.outputs();
+  const Tensor output = at::empty(sizes, input.options().dtype(compute));
+  const Infer args{network,
+                   input.numel() / network.inputs(),
+                   dtype_of(x, "mlp", "input"),
+                   network.compute,
+                   x.const_data_ptr(),
+                   output.mutable_data_ptr()};
+  run_on(input.device(), "mlp", no_cpu, GDBP_CUDA_LAUNCHER(infer_cuda), args);
+  return output;
+}
+
+// Whether mlp() takes them, on this device.
+bool fits_on(const Tensor& input, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
+             c10::string_view activation) {
+  const c10::DeviceGuard guard(input.device());
+  for (const Tensor& w : weights)
+    if (w.dim() != 2 || !w.is_contiguous() || w.size(0) > kMaxWidth || w.size(1) > kMaxWidth) return false;
+  return weights.size() <= kMaxLayers &&
+         takes(network_of(weights, biases, parse_activation(activation, "mlp"), at::kBFloat16));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gdbp, m) {
+  m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, str activation, ScalarType compute) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def("mlp_fits(Tensor input, Tensor[] weights, Tensor?[] biases, str activation) -> bool");
+}
+
+TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {
+  m.impl("mlp", &forward);
+  m.impl("mlp_fits", &fits_on);
+}
+
+}  // namespace gdbp::mlp

@@ -1,0 +1,87 @@
+// Launchers of the mlp family: a whole dense network of narrow layers in one kernel, whose weights and activations stay
+// in shared memory. On CUDA alone; on the CPU step/network.h runs the layers, which is as good there.
+#pragma once
+#include <cstdint>
+
+#include "common/activations.h"
+#include "common/dtype.h"
+
+namespace gdbp::mlp {
+
+constexpr int kMaxLayers = 16, kMaxWidth = 128;
+// Not the number of multiprocessors: which rows are added up together is then the same on every GPU.
+constexpr int kMaxBlocks = 128;
+
+struct Layer {
+  const void* weight;  // (outputs, inputs)
+  const void* bias;    // (outputs), or null
+  int inputs, outputs;
+  Activation activation;  // of the output; of the last layer none
+  // Where their gradients begin among those of all parameters; below 0 where nobody wants them.
+  int64_t weight_at, bias_at;
+};
+
+struct Network {
+  int count;
+  Dtype parameters;  // of weights and biases: float32, or `compute`
+  Dtype compute;     // of the factors of all products: bfloat16 or float16; sums are float
+  Layer layers[kMaxLayers];
+
+  GDBP_HD int inputs() const { return layers[0].inputs; }
+  GDBP_HD int outputs() const { return layers[count - 1].outputs; }
+};
+
+enum class Objective : int { cross_entropy, mse };
+
+// What becomes of the gradients, found out on the device.
+struct Decision {
+  double coefficient;  // multiplies them: 1 over the number of rows or elements for a mean, 1 for a sum
+  double skip;         // 1 where a label is out of range, else 0
+};
+
+// What a block, and then the last of them, finds out about its rows.
+struct Finding {
+  double loss, count;
+  int64_t bad_row;  // the first of a label out of range; else INT64_MAX
+};
+
+struct Train {
+  Network network;
+  int64_t rows;
+  Dtype input_dtype, target_dtype;
+  const void* input;   // (rows, inputs)
+  const void* target;  // labels, int64 (rows); or (rows, outputs) of target_dtype
+  Objective objective;
+  int64_t ignore_index;
+  bool mean;
+  int64_t gradients;   // of all parameters, their number
+  float* partials;     // (blocks_for(rows), gradients): the gradients of each block's rows, of the loss's sum
+  Finding* findings;   // (kMaxBlocks)
+  unsigned* finished;  // 0 at first, and again afterwards
+  float* loss;
+  Decision* decision;
+  int64_t* bad;  // row and label of the first that is out of range; else -1 and whatever
+  int most_blocks = kMaxBlocks;
+};
+
+struct Infer {
+  Network network;
+  int64_t rows;
+  Dtype input_dtype, output_dtype;
+  const void* input;  // (rows, inputs)
+  void* output;       // (rows, outputs)
+  int most_blocks = kMaxBlocks;
+};
+
+// How many blocks train_cuda launches.
+int64_t blocks_for(const Network& network, int64_t rows, int shared_bytes);
+
+// Shared memory of a block on the current device, in bytes.
+int shared_bytes_cuda();
+// Whether a kernel holds the network in so much shared memory.
+bool fits(const Network& network, bool trains, int shared_bytes);
+
+int train_cuda(const Train& args, void* stream);
+int infer_cuda(const Infer& args, void* stream);
+
+}  // namespace gdbp::mlp

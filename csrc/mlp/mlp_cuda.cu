@@ -1,0 +1,391 @@
+// A tile of rows goes through the whole network in a block's shared memory: forward, loss and backward. Each warp has
+// 16 rows, which it takes through the layers without waiting for the others; the gradients of the weights are products
+// over all rows of the tile, and the warps share them out. Blocks take every gridDim.x-th tile; what they add up goes
+// to the step (csrc/optim), which sums over blocks, in order.
+#include "common/mma_cuda.cuh"
+#include "common/reduce_cuda.cuh"
+#include "mlp/mlp.h"
+#include "mlp/mlp_math.h"
+#include "mlp/objective_cuda.cuh"
+
+namespace gdbp::mlp {
+namespace {
+
+using cuda::FragmentA;
+using cuda::FragmentB;
+using cuda::FragmentC;
+using cuda::kAllLanes;
+using cuda::kWarp;
+
+constexpr int kMaxThreads = kMaxWarps * kWarp;
+// Columns of a product that a warp computes at a time, and their parts.
+constexpr int kColumns = 32, kParts = kColumns / 8;
+
+// As dispatch() of activations.h, on the device. All lanes take the same branch.
+template <class F>
+__device__ __forceinline__ void for_activation(Activation activation, const F& f) {
+  switch (activation) {
+#define GDBP_ROW(name, Op) \
+  case Activation::name: return f(Op{});
+    GDBP_ACTIVATIONS(GDBP_ROW)
+#undef GDBP_ROW
+  }
+}
+
+__device__ __forceinline__ unsigned& pair_at(void* pairs) { return *static_cast<unsigned*>(pairs); }
+
+// What a block holds; T: bfloat16 or float16.
+template <class T>
+struct Block {
+  const Network& net;
+  const Layout& at;
+  unsigned char* shared;
+
+  __device__ __forceinline__ static int warp() { return int(threadIdx.x) / kWarp; }
+  __device__ __forceinline__ static int lane() { return cuda::lane_id(); }
+  __device__ __forceinline__ T* slab(int place) const { return reinterpret_cast<T*>(shared + place); }
+  __device__ __forceinline__ float* floats(int place) const { return reinterpret_cast<float*>(shared + place); }
+  // A slab's rows of this warp.
+  __device__ __forceinline__ T* own(int place, int stride) const { return slab(place) + warp() * kWarpRows * stride; }
+
+  // Weights and biases, zeros around them.
+  __device__ void load_parameters() const {
+    for (int l = 0; l < net.count; ++l) {
+      const Layer& layer = net.layers[l];
+      const int cols = padded(layer.inputs), rows = padded(layer.outputs), stride = stride_of(layer.inputs);
+      T* const weight = slab(at.weight[l]);
+      for (int i = int(threadIdx.x); i < rows * cols; i += int(blockDim.x)) {
+        const int n = i / cols, k = i % cols;
+        const bool inside = n < layer.outputs && k < layer.inputs;
+        const float w = inside ? read(layer.weight, net.parameters, int64_t(n) * layer.inputs + k) : 0.0f;
+        weight[n * stride + k] = cuda::narrow_fast<T>(w);
+      }
+      float* const bias = floats(at.bias[l]);
+      for (int n = int(threadIdx.x); n < rows; n += int(blockDim.x))
+        bias[n] = layer.bias != nullptr && n < layer.outputs ? read(layer.bias, net.parameters, n) : 0.0f;
+    }
+  }
+
+  // Rows `first` and further of the input, zeros behind the last.
+  __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
+    const int cols = net.inputs(), stride = at.stride(cols);
+    T* const to = own(at.input[0], stride);
+    for (int c = 2 * lane(); c < padded(cols); c += 2 * kWarp) {
+#pragma unroll 8
+      for (int r = 0; r < kWarpRows; ++r) {
+        const int64_t row = first + r, from = row * cols + c;
+        const float low = row < rows && c < cols ? read(input, dtype, from) : 0.0f;
+        const float high = row < rows && c + 1 < cols ? read(input, dtype, from + 1) : 0.0f;
+        pair_at(to + r * stride + c) = cuda::pack<T>(low, high);
+      }
+    }
+    __syncwarp();
+  }
+
+  // epilogue(column, c) for the warp's rows of x times w, kColumns columns at a time: w[k * stride + n], or of the
+  // transposed w[n * stride + k].
+  template <bool transposed, class Epilogue>
+  __device__ __forceinline__ void multiply(const T* x, int x_stride, const T* w, int w_stride, int depth, int width,
+                                           const Epilogue& epilogue) const {
+    constexpr int most = kMaxWidth / 16;
+    FragmentA a[most];
+#pragma unroll
+    for (int k = 0; k < most; ++k)
+      if (k * 16 < depth) a[k] = cuda::load_a(x + k * 16, x_stride);
+#pragma unroll 1
+    for (int n = 0; n < width; n += kColumns) {
+      FragmentC c[kParts];
+#pragma unroll
+      for (int k = 0; k < most; ++k) {
+        if (k * 16 >= depth) break;
+#pragma unroll
+        for (int part = 0; part < kParts; part += 2) {
+          if (n + part * 8 >= width) break;
+          FragmentB left, right;
+          if constexpr (transposed) {
+            cuda::load_b_transposed(w + (n + part * 8) * w_stride + k * 16, w_stride, left, right);
+          } else {
+            cuda::load_b(w + k * 16 * w_stride + n + part * 8, w_stride, left, right);
+          }
+          cuda::multiply<T>(c[part], a[k], left);
+          cuda::multiply<T>(c[part + 1], a[k], right);
+        }
+      }
+      epilogue(n, c);
+    }
+  }
+
+  // f(row, column, value, value of the next column), of the elements that a lane holds.
+  template <class F>
+  __device__ __forceinline__ static void for_pairs(int first_column, int width, FragmentC (&c)[kParts], const F& f) {
+    const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int column = first_column + part * 8 + 2 * t;
+      if (first_column + part * 8 >= width) break;
+      f(g, column, c[part].r[0], c[part].r[1]);
+      f(g + 8, column, c[part].r[2], c[part].r[3]);
+    }
+  }
+
+  __device__ void forward() const {
+#pragma unroll 1
+    for (int l = 0; l < net.count; ++l) {
+      const Layer& layer = net.layers[l];
+      const int width = padded(layer.outputs), in_stride = at.stride(layer.inputs), stride = at.stride(layer.outputs);
+      const float* const bias = floats(at.bias[l]);
+      T* const output = own(at.input[l + 1], stride);
+      T* const pre = at.pre[l] >= 0 ? own(at.pre[l], stride) : nullptr;
+      multiply<true>(own(at.input[l], in_stride), in_stride, slab(at.weight[l]), stride_of(layer.inputs),
+                     padded(layer.inputs), width, [&](int first, FragmentC(&c)[kParts]) {
+                       for_pairs(first, width, c, [&](int row, int column, float& low, float& high) {
+                         low += bias[column];
+                         high += bias[column + 1];
+                         if (pre != nullptr) {
+                           // What the backward pass will see is what the activation gets.
+                           const unsigned rounded = cuda::pack<T>(low, high);
+                           pair_at(pre + row * stride + column) = rounded;
+                           low = cuda::low_of<T>(rounded);
+                           high = cuda::high_of<T>(rounded);
+                         }
+                       });
+                       for_activation(layer.activation, [&](auto op) {
+                         for_pairs(first, width, c, [&](int row, int column, float low, float high) {
+                           pair_at(output + row * stride + column) = cuda::pack<T>(op.forward(low), op.forward(high));
+                         });
+                       });
+                     });
+      __syncwarp();
+    }
+  }
+
+  // The gradient of the pre-activation of layer l - 1, from that of layer l.
+  __device__ void backward(int l) const {
+    const Layer& layer = net.layers[l];
+    const int stride = stride_of(layer.inputs), out_stride = stride_of(layer.outputs), width = padded(layer.inputs);
+    T* const saved = own(at.gradient(l - 1), stride);
+    multiply<false>(own(at.gradient(l), out_stride), out_stride, slab(at.weight[l]), stride, padded(layer.outputs),
+                    width, [&](int first, FragmentC(&c)[kParts]) {
+                      for_activation(net.layers[l - 1].activation, [&](auto op) {
+                        for_pairs(first, width, c, [&](int row, int column, float low, float high) {
+                          unsigned& pair = pair_at(saved + row * stride + column);
+                          pair = cuda::pack<T>(op.backward(low, cuda::low_of<T>(pair)),
+                                               op.backward(high, cuda::high_of<T>(pair)));
+                        });
+                      });
+                    });
+    __syncwarp();
+  }
+
+  // f(first output, first input, job's number) for the parts of a layer's weight that are this warp's, 16 x kColumns.
+  template <class F>
+  __device__ __forceinline__ void for_jobs(const Layer& layer, const F& f) const {
+    const int across = (padded(layer.inputs) + kColumns - 1) / kColumns, count = padded(layer.outputs) / 16 * across;
+#pragma unroll 1
+    for (int job = warp(); job < count; job += at.warps) f(job / across * 16, job % across * kColumns);
+  }
+  // Where four elements of a part are among the sums in shared memory: a lane's beside one another.
+  __device__ __forceinline__ float4& sums_at(int l, int n, int k, int part) const {
+    const int tile = n / 16 * (padded(net.layers[l].inputs) / 8) + k / 8 + part;
+    return reinterpret_cast<float4*>(floats(at.sums[l]))[tile * kWarp + lane()];
+  }
+  // Writes a part's elements into the block's gradients, or adds them.
+  __device__ __forceinline__ void put(const Layer& layer, int n, int k, FragmentC (&c)[kParts], bool add,
+                                      float* gradients) const {
+    float* const to = gradients + layer.weight_at;
+    for_pairs(k, padded(layer.inputs), c, [&](int row, int column, float low, float high) {
+      const int output = n + row;
+      float* const place = to + int64_t(output) * layer.inputs + column;
+      if (output >= layer.outputs) return;
+      if (column < layer.inputs) place[0] = add ? place[0] + low : low;
+      if (column + 1 < layer.inputs) place[1] = add ? place[1] + high : high;
+    });
+  }
+
+  // Adds this tile's gradient of a weight to those before it. All rows of the tile have to be there.
+  __device__ void add_weight(int l, bool first_tile, float* gradients) const {
+    const Layer& layer = net.layers[l];
+    const int in_stride = stride_of(layer.inputs), out_stride = stride_of(layer.outputs), rows = at.warps * kWarpRows;
+    const T *const x = slab(at.input[l]), *const dz = slab(at.gradient(l));
+    for_jobs(layer, [&](int n, int k) {
+      FragmentC c[kParts];
+#pragma unroll 2
+      for (int row = 0; row < rows; row += 16) {
+        const FragmentA a = cuda::load_a_transposed(dz + row * out_stride + n, out_stride);
+#pragma unroll
+        for (int part = 0; part < kParts; part += 2) {
+          if (k + part * 8 >= padded(layer.inputs)) break;
+          FragmentB left, right;
+          cuda::load_b(x + row * in_stride + k + part * 8, in_stride, left, right);
+          cuda::multiply<T>(c[part], a, left);
+          cuda::multiply<T>(c[part + 1], a, right);
+        }
+      }
+      if (at.sums[l] < 0) return put(layer, n, k, c, !first_tile, gradients);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        if (k + part * 8 >= padded(layer.inputs)) break;
+        float4& to = sums_at(l, n, k, part);
+        float4 sum = first_tile ? float4{0, 0, 0, 0} : to;
+        sum.x += c[part].r[0];
+        sum.y += c[part].r[1];
+        sum.z += c[part].r[2];
+        sum.w += c[part].r[3];
+        to = sum;
+      }
+    });
+  }
+
+  // The same of a bias, of the warp's own rows.
+  __device__ void add_bias(int l, bool first_tile) const {
+    const int width = padded(net.layers[l].outputs), stride = stride_of(net.layers[l].outputs);
+    const T* const dz = own(at.gradient(l), stride);
+    float* const sums = floats(at.bias_sums[l]) + warp() * width;
+    for (int c = 2 * lane(); c < width; c += 2 * kWarp) {
+      float low = 0, high = 0;
+#pragma unroll
+      for (int row = 0; row < kWarpRows; ++row) {
+        const unsigned pair = *reinterpret_cast<const unsigned*>(dz + row * stride + c);
+        low += cuda::low_of<T>(pair);
+        high += cuda::high_of<T>(pair);
+      }
+      sums[c] = first_tile ? low : sums[c] + low;
+      sums[c + 1] = first_tile ? high : sums[c + 1] + high;
+    }
+  }
+
+  // What a block has added up, to where the step reads it.
+  __device__ void write_sums(float* gradients) const {
+    for (int l = 0; l < net.count; ++l) {
+      const Layer& layer = net.layers[l];
+      if (at.sums[l] >= 0) {
+        for_jobs(layer, [&](int n, int k) {
+          FragmentC c[kParts];
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            if (k + part * 8 >= padded(layer.inputs)) break;
+            const float4 sum = sums_at(l, n, k, part);
+            c[part] = {{sum.x, sum.y, sum.z, sum.w}};
+          }
+          put(layer, n, k, c, false, gradients);
+        });
+      }
+      if (layer.bias_at < 0) continue;
+      const int width = padded(layer.outputs);
+      const float* const sums = floats(at.bias_sums[l]);
+      for (int n = int(threadIdx.x); n < layer.outputs; n += int(blockDim.x)) {
+        float sum = 0;
+        for (int w = 0; w < at.warps; ++w) sum += sums[w * width + n];
+        gradients[layer.bias_at + n] = sum;
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    train_kernel(GDBP_GRID_CONSTANT(Train) a, GDBP_GRID_CONSTANT(Layout) at, int64_t tiles) {
+  GDBP_DYNAMIC_SHARED(unsigned char, shared);
+  const Block<T> block{a.network, at, shared};
+  const int last = a.network.count - 1, stride = stride_of(a.network.outputs());
+  float* const gradients = a.partials + blockIdx.x * a.gradients;
+  block.load_parameters();
+  __syncthreads();
+  Found found;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const bool first_tile = tile == blockIdx.x;
+    const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
+    block.load_input(a.input, a.input_dtype, a.rows, first);
+    block.forward();
+    T* const output = block.own(at.gradient(last), stride);
+    if (a.objective == Objective::cross_entropy) {
+      cross_entropy(a, output, stride, first, found);
+    } else {
+      mean_square(a, output, stride, first, found);
+    }
+    found.total += found.loss;
+    found.loss = 0;
+    __syncwarp();
+#pragma unroll 1
+    for (int l = last; l >= 0; --l) {
+      const Layer& layer = a.network.layers[l];
+      if (layer.bias_at >= 0) block.add_bias(l, first_tile);
+      __syncthreads();
+      if (layer.weight_at >= 0) block.add_weight(l, first_tile, gradients);
+      // The next gradient, or the next tile's input, takes the place of what the others may still be reading.
+      __syncthreads();
+      if (l > 0) block.backward(l);
+    }
+  }
+  block.write_sums(gradients);
+  conclude(a, found);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    infer_kernel(GDBP_GRID_CONSTANT(Infer) a, GDBP_GRID_CONSTANT(Layout) at, int64_t tiles) {
+  GDBP_DYNAMIC_SHARED(unsigned char, shared);
+  const Block<T> block{a.network, at, shared};
+  block.load_parameters();
+  __syncthreads();
+  const int width = a.network.outputs(), stride = at.stride(width);
+  const T* const output = block.own(at.input[a.network.count], stride);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
+    block.load_input(a.input, a.input_dtype, a.rows, first);
+    block.forward();
+    const int rows = a.rows - first < kWarpRows ? (a.rows > first ? int(a.rows - first) : 0) : kWarpRows;
+    for (int i = block.lane(); i < rows * width; i += kWarp)
+      write(a.output, a.output_dtype, first * width + i, cuda::widen_fast(output[i / width * stride + i % width]));
+    __syncwarp();
+  }
+}
+
+int64_t tiles_of(const Layout& at, int64_t rows) { return cuda::ceil_div(rows, at.warps * kWarpRows); }
+int64_t blocks_of(const Layout& at, int64_t rows, int most) {
+  const int64_t tiles = tiles_of(at, rows);
+  return tiles < most ? tiles : most;
+}
+
+template <class Kernel, class Args>
+int launch(const Kernel& kernel, const Args& args, bool trains, void* stream) {
+  const Layout at(args.network, trains, shared_bytes_cuda());
+  if (const int error = GDBP_ALLOW_SHARED(kernel, at.bytes)) return error;
+  return GDBP_LAUNCH(kernel, unsigned(blocks_of(at, args.rows, args.most_blocks)), unsigned(at.warps * kWarp), at.bytes,
+                     stream, args, at, tiles_of(at, args.rows));
+}
+
+}  // namespace
+
+bool fits(const Network& network, bool trains, int shared_bytes) {
+  return Layout(network, trains, shared_bytes).warps > 0;
+}
+
+int64_t blocks_for(const Network& network, int64_t rows, int shared_bytes) {
+  return blocks_of(Layout(network, true, shared_bytes), rows, kMaxBlocks);
+}
+
+#ifdef GDBP_CUDASIM
+int shared_bytes_cuda() { return int(cudasim::kMaxSharedBytes); }
+#else
+int shared_bytes_cuda() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes > 2048 ? bytes - 2048 : 0;  // what the kernels declare themselves
+}
+#endif
+
+int train_cuda(const Train& args, void* stream) {
+  if (args.rows == 0) return 0;
+  return args.network.compute == Dtype::bfloat16 ? launch(train_kernel<BFloat16>, args, true, stream)
+                                                 : launch(train_kernel<Float16>, args, true, stream);
+}
+
+int infer_cuda(const Infer& args, void* stream) {
+  if (args.rows == 0) return 0;
+  return args.network.compute == Dtype::bfloat16 ? launch(infer_kernel<BFloat16>, args, false, stream)
+                                                 : launch(infer_kernel<Float16>, args, false, stream);
+}
+
+}  // namespace gdbp::mlp

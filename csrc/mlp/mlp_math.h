@@ -1,0 +1,89 @@
+// What lies where in a block's shared memory, and a row's loss.
+#pragma once
+#include "common/math.h"
+#include "mlp/mlp.h"
+
+namespace gdbp::mlp {
+
+constexpr int kWarpRows = 16;  // of a tile, for each warp
+constexpr int kMaxWarps = 8;
+
+GDBP_HD constexpr int padded(int width) { return (width + 15) / 16 * 16; }
+// Elements from row to row: 16 bytes more than a multiple of 32, so that eight rows lie in different banks.
+GDBP_HD constexpr int stride_of(int width) { return padded(width) + 8; }
+
+// Places in bytes; below 0 for none.
+struct Layout {
+  bool trains;
+  int warps = 0;  // as many rows of a tile as they have together
+  int weight[kMaxLayers], bias[kMaxLayers];
+  // The input of each layer, and behind the last its output: (rows of a tile, width), padded.
+  int input[kMaxLayers + 1];
+  // Of each layer's output, where the derivative needs it: the pre-activation. The gradient of the pre-activation takes
+  // the place of what it was computed from: this, or else the next layer's input.
+  int pre[kMaxLayers];
+  // Weight gradients so far, where there is room; else they are added up in the block's part of Train::partials.
+  int sums[kMaxLayers];
+  int bias_sums[kMaxLayers];  // of each warp
+  int bytes = 0;
+
+  // Elements from row to row of what a layer reads or writes. Where slabs are used again all have the same, or the rows
+  // of one warp would lie where another's were.
+  GDBP_HD int stride(int width) const { return stride_of(trains ? width : kMaxWidth); }
+  GDBP_HD int gradient(int layer) const { return pre[layer] >= 0 ? pre[layer] : input[layer + 1]; }
+
+  // As it is in `room` bytes; `warps` is 0 where it does not fit.
+  Layout(const Network& network, bool trains, int room) : trains(trains) {
+    for (const int tried : {kMaxWarps, kMaxWarps / 2, kMaxWarps / 4}) {
+      if (place(network, tried, room)) return;
+    }
+    warps = 0;
+  }
+
+ private:
+  int take(int size) {
+    const int at = bytes;
+    bytes += (size + 15) / 16 * 16;
+    return at;
+  }
+  bool place(const Network& network, int tried, int room) {
+    warps = tried;
+    bytes = 0;
+    const int rows = warps * kWarpRows;
+    const auto slab = [&](int width) { return take(rows * stride(width) * 2); };
+    // Without a backward pass two take turns.
+    int turn[2] = {-1, -1};
+    if (!trains) {
+      for (int& at : turn) at = slab(kMaxWidth);
+    }
+    for (int l = 0; l < network.count; ++l) {
+      const Layer& layer = network.layers[l];
+      weight[l] = take(padded(layer.outputs) * stride_of(layer.inputs) * 2);
+      bias[l] = take(padded(layer.outputs) * 4);
+      input[l] = trains ? slab(layer.inputs) : turn[l % 2];
+      const bool last = l + 1 == network.count;
+      pre[l] = trains && !last && saves(layer.activation) == Saved::pre ? slab(layer.outputs) : -1;
+      if (last) input[l + 1] = trains ? slab(layer.outputs) : turn[(l + 1) % 2];
+      bias_sums[l] = trains && layer.bias_at >= 0 ? take(warps * padded(layer.outputs) * 4) : -1;
+    }
+    for (int l = 0; l < network.count; ++l) {
+      const Layer& layer = network.layers[l];
+      const int size = padded(layer.outputs) * padded(layer.inputs) * 4;
+      sums[l] = trains && layer.weight_at >= 0 && bytes + size <= room ? take(size) : -1;
+    }
+    return bytes <= room;
+  }
+};
+
+// The softmax of a row whose largest logit is m, `others` being the sum of exp(x - m) over the others: all digits of
+// confident rows are kept, as in the loss family.
+struct Softmax {
+  float m, others;
+  GDBP_HD float inverse() const { return 1 / (1 + others); }
+  GDBP_HD float p(float x) const { return math::exp(x - m) * inverse(); }
+  // p - 1
+  GDBP_HD float at_label(float x) const { return x == m ? -others * inverse() : p(x) - 1; }
+  GDBP_HD float loss(float x) const { return math::log1p(others) - (x - m); }
+};
+
+}  // namespace gdbp::mlp

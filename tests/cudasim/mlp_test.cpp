@@ -1,0 +1,283 @@
+// The kernels of whole networks against the same in double, rounded where they round: weights, inputs, activations,
+// gradients of pre-activations. A flipped rounding is passed on by the layers, so the bound is a few units of the
+// compute type at the size of the largest value.
+#include <algorithm>
+
+#include "mlp/mlp.h"
+#include "mlp/mlp_math.h"
+#include "testing.h"
+
+namespace {
+
+using namespace gdbp;
+using namespace gdbp::mlp;
+
+using Rows = std::vector<std::vector<double>>;
+
+struct Setup {
+  std::vector<int> widths;
+  int64_t rows;
+  Activation activation = Activation::relu;
+  Objective objective = Objective::cross_entropy;
+  Dtype parameters = Dtype::float32, compute = Dtype::bfloat16, input = Dtype::float32;
+  bool mean = true, bias = true;
+  int frozen = -1;  // a layer
+  int most_blocks = kMaxBlocks;
+};
+
+struct Model {
+  Network network{};
+  std::vector<Array> weights, biases;
+  int64_t gradients = 0;
+
+  Model(const Setup& s, std::mt19937& generator) {
+    network.count = int(s.widths.size()) - 1;
+    network.parameters = s.parameters;
+    network.compute = s.compute;
+    weights.reserve(network.count);
+    biases.reserve(network.count);
+    const auto place = [&](int64_t size) {
+      const int64_t at = gradients;
+      gradients += (size + 3) / 4 * 4;
+      return at;
+    };
+    for (int l = 0; l < network.count; ++l) {
+      const int in = s.widths[l], out = s.widths[l + 1];
+      const double bound = 2 / std::sqrt(double(in));
+      weights.emplace_back(s.parameters, int64_t(in) * out, 0, generator, -bound, bound);
+      biases.emplace_back(s.parameters, out, 0, generator, -0.5, 0.5);
+      const bool last = l + 1 == network.count, trained = l != s.frozen;
+      network.layers[l] = {weights.back().data(),
+                           s.bias ? biases.back().data() : nullptr,
+                           in,
+                           out,
+                           last ? Activation::none : s.activation,
+                           trained ? place(int64_t(in) * out) : -1,
+                           trained && s.bias ? place(out) : -1};
+    }
+  }
+};
+
+double rounded(double x, Dtype to) {
+  return dispatch(to, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return double(widen(narrow<T>(Compute<T>(x))));
+  });
+}
+
+// What the kernel is to find, in double.
+struct Expected {
+  double loss = 0, count = 0;
+  std::vector<double> gradients;
+  Rows outputs;
+
+  Expected(const Setup& s, const Model& m, const Array& input, const Array& target, const std::vector<int64_t>& labels,
+           int64_t ignored)
+      : gradients(m.gradients) {
+    const int layers = m.network.count;
+    const auto weight = [&](int l, int n, int k) {
+      return rounded(m.weights[l].get(int64_t(n) * s.widths[l] + k), s.compute);
+    };
+    for (int64_t row = 0; row < s.rows; ++row) {
+      Rows x(layers + 1), pre(layers);
+      for (int k = 0; k < s.widths[0]; ++k) x[0].push_back(rounded(input.get(row * s.widths[0] + k), s.compute));
+      for (int l = 0; l < layers; ++l) {
+        const Activation activation = m.network.layers[l].activation;
+        for (int n = 0; n < s.widths[l + 1]; ++n) {
+          double z = s.bias ? m.biases[l].get(n) : 0;
+          for (int k = 0; k < s.widths[l]; ++k) z += weight(l, n, k) * x[l][k];
+          if (saves(activation) == Saved::pre) z = rounded(z, s.compute);
+          pre[l].push_back(z);
+          x[l + 1].push_back(rounded(dispatch(activation, [&](auto op) { return op.forward(z); }), s.compute));
+        }
+      }
+      const std::vector<double>& output = x[layers];
+      outputs.push_back(output);
+      const int classes = int(output.size());
+      std::vector<double> dz(classes);
+      if (s.objective == Objective::mse) {
+        for (int j = 0; j < classes; ++j) {
+          const double difference = output[j] - target.get(row * classes + j);
+          loss += difference * difference;
+          dz[j] = 2 * difference;
+        }
+        count += classes;
+      } else if (labels[row] != ignored) {
+        const double m = *std::max_element(output.begin(), output.end());
+        double total = 0;
+        for (double v : output) total += std::exp(v - m);
+        for (int j = 0; j < classes; ++j) dz[j] = std::exp(output[j] - m) / total - (j == labels[row]);
+        loss += std::log(total) - (output[labels[row]] - m);
+        count += 1;
+      }
+      for (int l = layers - 1; l >= 0; --l) {
+        for (double& v : dz) v = rounded(v, s.compute);
+        const Layer& layer = m.network.layers[l];
+        std::vector<double> dx(s.widths[l]);
+        for (int n = 0; n < s.widths[l + 1]; ++n) {
+          if (layer.bias_at >= 0) gradients[layer.bias_at + n] += dz[n];
+          for (int k = 0; k < s.widths[l]; ++k) {
+            if (layer.weight_at >= 0) gradients[layer.weight_at + int64_t(n) * s.widths[l] + k] += dz[n] * x[l][k];
+            dx[k] += weight(l, n, k) * dz[n];
+          }
+        }
+        if (l == 0) break;
+        for (int k = 0; k < s.widths[l]; ++k)
+          dx[k] = dispatch(m.network.layers[l - 1].activation, [&](auto op) {
+            return op.backward(dx[k], decltype(op)::saves == Saved::pre ? pre[l - 1][k] : x[l][k]);
+          });
+        dz = dx;
+      }
+    }
+  }
+};
+
+void expect_near(double got, double expected, double bound, const std::string& what) {
+  if (std::abs(got - expected) <= bound) return;
+  char text[160];
+  std::snprintf(text, sizeof(text), "%s is %.9g, expected %.9g within %.3g", what.c_str(), got, expected, bound);
+  fail(text);
+}
+
+std::string describe(const Setup& s) {
+  std::string text;
+  for (int width : s.widths) text += std::to_string(width) + "-";
+  return text + " rows " + std::to_string(s.rows) + " " + kActivationNames[int(s.activation)] + " " +
+         kDtypeNames[int(s.compute)];
+}
+
+void check(const Setup& s) {
+  context = describe(s);
+  std::mt19937 generator(7);
+  const Model m(s, generator);
+  expect(fits(m.network, true, shared_bytes_cuda()), "the network does not fit");
+  const Array input(s.input, s.rows * s.widths[0], 0, generator, -1, 1);
+  const int classes = s.widths.back();
+  const Array target(Dtype::float32, s.objective == Objective::mse ? s.rows * classes : 0, 0, generator, -1, 1);
+  constexpr int64_t ignored = -100;
+  std::vector<int64_t> labels(s.rows);
+  for (int64_t row = 0; row < s.rows; ++row) labels[row] = row % 7 == 3 ? ignored : int64_t(generator() % classes);
+  const Expected expected(s, m, input, target, labels, ignored);
+
+  const int64_t blocks = std::min<int64_t>(blocks_for(m.network, s.rows, shared_bytes_cuda()), s.most_blocks);
+  std::vector<float> partials(blocks * m.gradients, NAN);
+  std::vector<Finding> findings(kMaxBlocks);
+  unsigned finished = 0;
+  float loss = NAN;
+  Decision decision{};
+  int64_t bad[2] = {5, 5};
+  const Train args{m.network,       s.rows,
+                   s.input,         Dtype::float32,
+                   input.data(),    s.objective == Objective::mse ? target.data() : labels.data(),
+                   s.objective,     ignored,
+                   s.mean,          m.gradients,
+                   partials.data(), findings.data(),
+                   &finished,       &loss,
+                   &decision,       bad,
+                   s.most_blocks};
+  expect(train_cuda(args, nullptr) == 0, "the launch fails");
+  expect(finished == 0 && bad[0] == -1 && decision.skip == 0, "what the last block leaves");
+  const double unit = 4 * epsilon(s.compute);
+  expect_near(decision.coefficient, s.mean ? 1 / expected.count : 1, 1e-12, "coefficient");
+  const double value = s.mean ? expected.loss / expected.count : expected.loss;
+  expect_near(loss, value, unit * std::max(1.0, std::abs(value)), "loss");
+  for (int l = 0; l < m.network.count; ++l) {
+    const Layer& layer = m.network.layers[l];
+    for (const bool is_bias : {false, true}) {
+      const int64_t at = is_bias ? layer.bias_at : layer.weight_at;
+      if (at < 0) continue;
+      const int64_t size = is_bias ? layer.outputs : int64_t(layer.outputs) * layer.inputs;
+      double largest = 0;
+      for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(expected.gradients[at + i]));
+      for (int64_t i = 0; i < size; ++i) {
+        float sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) sum += partials[b * m.gradients + at + i];
+        expect_near(sum, expected.gradients[at + i], unit * std::max(largest, 0.1),
+                    (is_bias ? "bias " : "weight ") + std::to_string(l) + "[" + std::to_string(i) + "]");
+      }
+    }
+  }
+}
+
+void cross_entropy() {
+  check({.widths = {3, 5, 2}, .rows = 1});
+  check({.widths = {3, 1}, .rows = 40});
+  check({.widths = {33, 20, 17, 10}, .rows = 150, .compute = Dtype::float16, .input = Dtype::float16});
+  check({.widths = {7, 24, 3}, .rows = 300, .mean = false, .most_blocks = 1});
+  check({.widths = {16, 16, 16, 16}, .rows = 129, .bias = false, .most_blocks = 2});
+}
+
+void mean_square() {
+  check({.widths = {5, 9, 1}, .rows = 77, .objective = Objective::mse});
+  check({.widths = {5, 9, 4}, .rows = 30, .objective = Objective::mse, .compute = Dtype::float16, .mean = false});
+}
+
+void activations() {
+  for (Activation activation : kActivations)
+    check({.widths = {6, 18, 4}, .rows = 20, .activation = activation, .compute = Dtype::float16});
+}
+
+// Sums of some layers do not fit into shared memory, and tiles of the last one are half as high.
+void wide() {
+  check({.widths = {128, 128, 128, 128, 16},
+         .rows = 66,
+         .activation = Activation::silu,
+         .parameters = Dtype::bfloat16,
+         .most_blocks = 1});
+}
+
+void frozen() {
+  for (int layer : {0, 1}) check({.widths = {5, 12, 3}, .rows = 20, .frozen = layer});
+}
+
+void bad_labels() {
+  context = "bad_labels";
+  std::mt19937 generator(9);
+  const Setup s{.widths = {4, 3}, .rows = 200};
+  const Model m(s, generator);
+  const Array input(s.input, s.rows * 4, 0, generator, -1, 1);
+  std::vector<int64_t> labels(s.rows, 1);
+  labels[150] = -1;
+  labels[140] = 3;
+  std::vector<float> partials(2 * m.gradients);
+  std::vector<Finding> findings(kMaxBlocks);
+  unsigned finished = 0;
+  float loss = 0;
+  Decision decision{};
+  int64_t bad[2] = {};
+  const Train args{
+      m.network, s.rows, Dtype::float32, Dtype::float32,  input.data(),    labels.data(), Objective::cross_entropy,
+      -100,      true,   m.gradients,    partials.data(), findings.data(), &finished,     &loss,
+      &decision, bad};
+  expect(train_cuda(args, nullptr) == 0, "the launch fails");
+  expect(bad[0] == 140 && bad[1] == 3 && decision.skip == 1 && loss != loss, "the label was not noticed");
+}
+
+void inference() {
+  for (Dtype output : {Dtype::float32, Dtype::bfloat16}) {
+    const Setup s{.widths = {10, 40, 128, 5}, .rows = 140, .activation = Activation::gelu};
+    context = describe(s);
+    std::mt19937 generator(3);
+    const Model m(s, generator);
+    const Array input(s.input, s.rows * 10, 0, generator, -1, 1);
+    const Expected expected(s, m, input, Array(Dtype::float32, 0), std::vector<int64_t>(s.rows), -100);
+    Array got(output, s.rows * 5);
+    const Infer args{m.network, s.rows, s.input, output, input.data(), got.data(), 1};
+    expect(infer_cuda(args, nullptr) == 0, "the launch fails");
+    for (int64_t i = 0; i < s.rows * 5; ++i)
+      expect_near(got.get(i), expected.outputs[i / 5][i % 5], 8 * epsilon(s.compute), "output " + std::to_string(i));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  static const Case cases[] = {{"cross_entropy", cross_entropy},
+                               {"mean_square", mean_square},
+                               {"activations", activations},
+                               {"wide", wide},
+                               {"frozen", frozen},
+                               {"bad_labels", bad_labels},
+                               {"inference", inference}};
+  return run_cases(argc, argv, cases);
+}
