@@ -15,7 +15,8 @@ CUDA_SOURCES := $(shell find csrc -name '*.cu')
 CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=build/gpu-check/%.o)
 CPP_SOURCES := $(shell find csrc -name '*.cpp')
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
-SANITIZE = compute-sanitizer --error-exitcode 1 --kernel-regex kns=gdbp
+SANITIZE = compute-sanitizer --error-exitcode 1
+OURS = --kernel-name kns=gdbp
 WARNINGS := -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-parameter
 
 # The binary lies in gdbp/, so it serves one environment at a time: built again when another one asks.
@@ -51,9 +52,9 @@ gpu-check: gpu-compile $(BUILT)  ## the same, the kernels on a CPU, and all on a
 gpu-run: $(BUILT)
 	mkdir -p $(OUT)
 	$(PY) -m pytest -m cuda
-	$(SANITIZE) --tool memcheck $(PY) -m tests.cuda_cases
-	$(SANITIZE) --tool racecheck $(PY) -m tests.cuda_cases
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool initcheck $(PY) -m tests.cuda_cases
+	$(SANITIZE) --tool memcheck $(OURS) $(PY) -m tests.cuda_cases
+	$(SANITIZE) --tool racecheck $(OURS) $(PY) -m tests.cuda_cases cuda float32 bfloat16
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool initcheck $(PY) -m tests.cuda_cases cuda bfloat16
 	$(PY) -m gdbp bench run --device cuda --budget 1 --save --json $(OUT)/gpu.json
 
 bench: $(BUILT)  ## measure the kernels against their peers; ARGS="-k adam" for some

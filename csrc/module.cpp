@@ -4,8 +4,8 @@
 
 #include "grad/gradients.h"
 #include "memory/memory.h"
-#include "step/plan.h"
 #include "step/device_train.h"
+#include "step/plan.h"
 #include "step/train.h"
 
 namespace py = pybind11;

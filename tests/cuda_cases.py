@@ -1,4 +1,4 @@
-"""A short run through every kernel, for compute-sanitizer: `python -m tests.cuda_cases [device]`.
+"""A short run through every kernel, for compute-sanitizer: `python -m tests.cuda_cases [device [dtype ...]]`.
 
 Sizes sit beside multiples of the vector width, of a warp and of a tile, where kernels go out of bounds. The
 values are compared in the tests proper; here they must only be finite.
@@ -82,11 +82,11 @@ def whole_networks(device: str, dtype: torch.dtype) -> None:
                     assert all(torch.isfinite(step(x, target)) for _ in range(2))
 
 
-def main(device: str = "cuda") -> None:
+def main(device: str = "cuda", *dtypes: str) -> None:
     if not available:
         raise SystemExit(f"cuda_cases: {reason}; there is no kernel to check")
     torch.manual_seed(0)
-    for dtype in DTYPES:
+    for dtype in (getattr(torch, name) for name in dtypes) if dtypes else DTYPES:
         layers_and_losses(device, dtype)
         optimizers(device, dtype)
         if dtype in (torch.bfloat16, torch.float16) and device != "cpu":

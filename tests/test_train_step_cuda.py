@@ -71,7 +71,6 @@ def batches(rows=200, count=5, **options):
 
 OPTIMIZERS = {
     "sgd": sgd,
-    "rmsprop": lambda model: optim.RMSprop(model.parameters(), lr=1e-3, momentum=0.5),
     "weight_decay": lambda model: optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1, l1=1e-3),
     "torch sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     "ema": lambda model: optim.SGD(model.parameters(), lr=0.1, ema_decay=0.9),
@@ -84,21 +83,21 @@ def test_optimizers(name):
     check(network(16, 7), OPTIMIZERS[name], nn.CrossEntropyLoss(), batches())
 
 
-def test_adam_descends_as_torchs():
-    """Adam makes a step of the same size of any gradient, so rounded ones are compared by what they reach."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("make", [optim.Adam, optim.AdamW, optim.RMSprop, optim.Lion, torch.optim.Adam])
+def test_normalised_updates(make):
+    """These make a step of the same size of any gradient, so rounded ones are compared by what they reach."""
     x, y = on_cuda(*data(512, inputs=64, outputs=10))
     finals = []
     for way in ("fused", "eager"):
         torch.manual_seed(1)
         model = network(64, 64, inputs=64, outputs=10).cuda()
-        optimizer = optim.Adam(model.parameters(), lr=3e-3)
+        optimizer = make(model.parameters(), lr=3e-4 if make is optim.Lion else 3e-3)
         step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
         for _ in range(100):
             with autocast(BF16):
                 value = step(x, y) if way == "fused" else eager(model, nn.CrossEntropyLoss(), optimizer, x, y)
         finals.append(value.item())
-    assert finals[0] < 1.0 and finals[0] == pytest.approx(finals[1], rel=0.1, abs=0.02)
+    assert finals[0] < 1.0 and finals[0] == pytest.approx(finals[1], rel=0.2, abs=0.03)
 
 
 @pytest.mark.parametrize("half", [BF16, FP16])
@@ -128,13 +127,18 @@ def test_mean_square(reduction, outputs):
     check(network(20, outputs=outputs), lambda model: optim.SGD(model.parameters(), lr=rate), loss, inputs)
 
 
-def test_parameters_of_half_types():
-    model = network(32, 32).cuda().to(BF16)
-    optimizer = optim.SGD(model.parameters(), lr=0.1)
-    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
-    first, *_, last = (step(*on_cuda(*data(256))) for _ in range(60))
+@pytest.mark.parametrize("half", [BF16, FP16])
+def test_parameters_of_half_types(half):
+    model = network(32, 32).cuda().to(half)
+    start, optimizer = copy.deepcopy(model), optim.SGD(model.parameters(), lr=0.5)
+    step, (x, y) = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer), on_cuda(*data(256))
+    first, *_, last = (step(x, y) for _ in range(100))
     assert step.explain().startswith("fused") and last < 0.8 * first
-    assert all(p.dtype is BF16 and p.isfinite().all() for p in model.parameters())
+    assert all(p.dtype is half and p.isfinite().all() for p in model.parameters())
+    twin = copy.deepcopy(start).double()
+    eager(twin, nn.CrossEntropyLoss(), optim.SGD(twin.parameters(), lr=0.5), x.double(), y)
+    gdbp.TrainStep(start, nn.CrossEntropyLoss(), optim.SGD(start.parameters(), lr=0.5))(x, y)
+    assert distance(start, twin) < 4 * torch.finfo(half).eps
 
 
 def test_ignored_labels():
@@ -199,11 +203,11 @@ def test_frozen_layer_and_eager_steps_between():
 def test_versions_are_bumped():
     model, (x, y) = network(16).cuda(), on_cuda(*data(64))
     step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), sgd(model))
+    value = torch.nn.functional.cross_entropy(model(x), y)
     with autocast(BF16):
-        value = torch.nn.functional.cross_entropy(model(x), y)
         step(x, y)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            value.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
 
 
 def test_label_out_of_range_changes_nothing_and_is_told_later():

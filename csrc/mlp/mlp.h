@@ -70,7 +70,7 @@ struct Infer {
   Dtype input_dtype, output_dtype;
   const void* input;  // (rows, inputs)
   void* output;       // (rows, outputs)
-  int most_blocks = kMaxBlocks;
+  int most_blocks = 8 * kMaxBlocks;
 };
 
 // How many blocks train_cuda launches.

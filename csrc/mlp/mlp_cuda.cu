@@ -48,37 +48,56 @@ struct Block {
   // A slab's rows of this warp.
   __device__ __forceinline__ T* own(int place, int stride) const { return slab(place) + warp() * kWarpRows * stride; }
 
-  // Weights and biases, zeros around them.
+  // Weights and biases, zeros around them. A warp takes a row at a time, in fours that are read at once where all begin
+  // at such an address.
   __device__ void load_parameters() const {
-    for (int l = 0; l < net.count; ++l) {
-      const Layer& layer = net.layers[l];
-      const int cols = padded(layer.inputs), rows = padded(layer.outputs), stride = stride_of(layer.inputs);
-      T* const weight = slab(at.weight[l]);
-      for (int i = int(threadIdx.x); i < rows * cols; i += int(blockDim.x)) {
-        const int n = i / cols, k = i % cols;
-        const bool inside = n < layer.outputs && k < layer.inputs;
-        const float w = inside ? read(layer.weight, net.parameters, int64_t(n) * layer.inputs + k) : 0.0f;
-        weight[n * stride + k] = cuda::narrow_fast<T>(w);
+    for_dtype(net.parameters, [&](auto type) {
+      using P = typename decltype(type)::type;
+#pragma unroll 1
+      for (int l = 0; l < net.count; ++l) {
+        const Layer& layer = net.layers[l];
+        const int cols = padded(layer.inputs), rows = padded(layer.outputs), stride = stride_of(layer.inputs);
+        const P *const source = static_cast<const P*>(layer.weight), *const biases = static_cast<const P*>(layer.bias);
+        const bool vectors = layer.inputs % 4 == 0 && cuda::aligned(source, 4 * sizeof(P) < 16 ? 4 * sizeof(P) : 16);
+        T* const weight = slab(at.weight[l]);
+        const int k = lane() * 4, inside = layer.inputs - k < 4 ? layer.inputs - k : 4;
+        static_assert(kMaxWidth == kWarp * 4);
+#pragma unroll 8
+        for (int n = warp(); n < rows; n += int(blockDim.x) / kWarp) {
+          float w[4];
+          cuda::load(source + int64_t(n) * layer.inputs + k, n < layer.outputs && inside > 0 ? inside : 0, vectors, w);
+          if (k < cols) {
+            pair_at(weight + n * stride + k) = cuda::pack<T>(w[0], w[1]);
+            pair_at(weight + n * stride + k + 2) = cuda::pack<T>(w[2], w[3]);
+          }
+        }
+        float* const bias = floats(at.bias[l]);
+        for (int n = int(threadIdx.x); n < rows; n += int(blockDim.x))
+          bias[n] = biases != nullptr && n < layer.outputs ? float(cuda::widen_fast(biases[n])) : 0.0f;
       }
-      float* const bias = floats(at.bias[l]);
-      for (int n = int(threadIdx.x); n < rows; n += int(blockDim.x))
-        bias[n] = layer.bias != nullptr && n < layer.outputs ? read(layer.bias, net.parameters, n) : 0.0f;
-    }
+    });
   }
 
-  // Rows `first` and further of the input, zeros behind the last.
+  // Rows `first` and further of the input, zeros behind the last; likewise in fours.
   __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
     const int cols = net.inputs(), stride = at.stride(cols);
     T* const to = own(at.input[0], stride);
-    for (int c = 2 * lane(); c < padded(cols); c += 2 * kWarp) {
-#pragma unroll 8
+    for_dtype(dtype, [&](auto type) {
+      using X = typename decltype(type)::type;
+      const X* const from = static_cast<const X*>(input);
+      const bool vectors = cols % 4 == 0 && cuda::aligned(from, 4 * sizeof(X) < 16 ? 4 * sizeof(X) : 16);
+      const int c = lane() * 4, inside = cols - c < 4 ? cols - c : 4;
+#pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
-        const int64_t row = first + r, from = row * cols + c;
-        const float low = row < rows && c < cols ? read(input, dtype, from) : 0.0f;
-        const float high = row < rows && c + 1 < cols ? read(input, dtype, from + 1) : 0.0f;
-        pair_at(to + r * stride + c) = cuda::pack<T>(low, high);
+        const int64_t row = first + r;
+        float x[4];
+        cuda::load(from + row * cols + c, row < rows && inside > 0 ? inside : 0, vectors, x);
+        if (c < padded(cols)) {
+          pair_at(to + r * stride + c) = cuda::pack<T>(x[0], x[1]);
+          pair_at(to + r * stride + c + 2) = cuda::pack<T>(x[2], x[3]);
+        }
       }
-    }
+    });
     __syncwarp();
   }
 
@@ -92,6 +111,8 @@ struct Block {
 #pragma unroll
     for (int k = 0; k < most; ++k)
       if (k * 16 < depth) a[k] = cuda::load_a(x + k * 16, x_stride);
+    // What follows may write where x was.
+    __syncwarp();
 #pragma unroll 1
     for (int n = 0; n < width; n += kColumns) {
       FragmentC c[kParts];
@@ -189,49 +210,55 @@ struct Block {
     const int tile = n / 16 * (padded(net.layers[l].inputs) / 8) + k / 8 + part;
     return reinterpret_cast<float4*>(floats(at.sums[l]))[tile * kWarp + lane()];
   }
-  // Writes a part's elements into the block's gradients, or adds them.
-  __device__ __forceinline__ void put(const Layer& layer, int n, int k, FragmentC (&c)[kParts], bool add,
-                                      float* gradients) const {
-    float* const to = gradients + layer.weight_at;
-    for_pairs(k, padded(layer.inputs), c, [&](int row, int column, float low, float high) {
-      const int output = n + row;
-      float* const place = to + int64_t(output) * layer.inputs + column;
-      if (output >= layer.outputs) return;
-      if (column < layer.inputs) place[0] = add ? place[0] + low : low;
-      if (column + 1 < layer.inputs) place[1] = add ? place[1] + high : high;
+  // f(place, of the element, value) for the elements of a part that there are in the weight.
+  template <class F>
+  __device__ __forceinline__ void for_elements(const Layer& layer, int n, int k, FragmentC (&c)[kParts],
+                                               const F& f) const {
+    for_pairs(k, padded(layer.inputs), c, [&](int row, int column, float& low, float& high) {
+      const int64_t place = int64_t(n + row) * layer.inputs + column;
+      const bool in_rows = n + row < layer.outputs;
+      if (in_rows && column < layer.inputs) f(place, low);
+      if (in_rows && column + 1 < layer.inputs) f(place + 1, high);
     });
   }
 
   // Adds this tile's gradient of a weight to those before it. All rows of the tile have to be there.
   __device__ void add_weight(int l, bool first_tile, float* gradients) const {
     const Layer& layer = net.layers[l];
-    const int in_stride = stride_of(layer.inputs), out_stride = stride_of(layer.outputs), rows = at.warps * kWarpRows;
+    const int in_stride = at.stride(layer.inputs), out_stride = at.stride(layer.outputs), rows = at.warps * kWarpRows;
+    const int width = padded(layer.inputs);
     const T *const x = slab(at.input[l]), *const dz = slab(at.gradient(l));
+    float* const before = gradients + layer.weight_at;
     for_jobs(layer, [&](int n, int k) {
+      // The products are added to the sums, all of which are asked for before the first is needed.
       FragmentC c[kParts];
+      if (!first_tile && at.sums[l] >= 0) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          if (k + part * 8 >= width) break;
+          const float4 sum = sums_at(l, n, k, part);
+          c[part] = {{sum.x, sum.y, sum.z, sum.w}};
+        }
+      } else if (!first_tile) {
+        for_elements(layer, n, k, c, [&](int64_t place, float& sum) { sum = before[place]; });
+      }
 #pragma unroll 2
       for (int row = 0; row < rows; row += 16) {
         const FragmentA a = cuda::load_a_transposed(dz + row * out_stride + n, out_stride);
 #pragma unroll
         for (int part = 0; part < kParts; part += 2) {
-          if (k + part * 8 >= padded(layer.inputs)) break;
+          if (k + part * 8 >= width) break;
           FragmentB left, right;
           cuda::load_b(x + row * in_stride + k + part * 8, in_stride, left, right);
           cuda::multiply<T>(c[part], a, left);
           cuda::multiply<T>(c[part + 1], a, right);
         }
       }
-      if (at.sums[l] < 0) return put(layer, n, k, c, !first_tile, gradients);
+      if (at.sums[l] < 0) return for_elements(layer, n, k, c, [&](int64_t place, float sum) { before[place] = sum; });
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        if (k + part * 8 >= padded(layer.inputs)) break;
-        float4& to = sums_at(l, n, k, part);
-        float4 sum = first_tile ? float4{0, 0, 0, 0} : to;
-        sum.x += c[part].r[0];
-        sum.y += c[part].r[1];
-        sum.z += c[part].r[2];
-        sum.w += c[part].r[3];
-        to = sum;
+        if (k + part * 8 >= width) break;
+        sums_at(l, n, k, part) = {c[part].r[0], c[part].r[1], c[part].r[2], c[part].r[3]};
       }
     });
   }
@@ -267,7 +294,7 @@ struct Block {
             const float4 sum = sums_at(l, n, k, part);
             c[part] = {{sum.x, sum.y, sum.z, sum.w}};
           }
-          put(layer, n, k, c, false, gradients);
+          for_elements(layer, n, k, c, [&](int64_t place, float sum) { gradients[layer.weight_at + place] = sum; });
         });
       }
       if (layer.bias_at < 0) continue;
@@ -301,7 +328,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (a.objective == Objective::cross_entropy) {
       cross_entropy(a, output, stride, first, found);
     } else {
-      mean_square(a, output, stride, first, found);
+      for_dtype(a.target_dtype, [&](auto type) {
+        using Y = typename decltype(type)::type;
+        mean_square(a, static_cast<const Y*>(a.target), output, stride, first, found);
+      });
     }
     found.total += found.loss;
     found.loss = 0;
@@ -335,8 +365,20 @@ __global__ void __launch_bounds__(kMaxThreads)
     block.load_input(a.input, a.input_dtype, a.rows, first);
     block.forward();
     const int rows = a.rows - first < kWarpRows ? (a.rows > first ? int(a.rows - first) : 0) : kWarpRows;
-    for (int i = block.lane(); i < rows * width; i += kWarp)
-      write(a.output, a.output_dtype, first * width + i, cuda::widen_fast(output[i / width * stride + i % width]));
+    for_dtype(a.output_dtype, [&](auto type) {
+      using Y = typename decltype(type)::type;
+      Y* const to = static_cast<Y*>(a.output) + first * width;
+      const bool vectors = width % 4 == 0 && cuda::aligned(a.output, 4 * sizeof(Y) < 16 ? 4 * sizeof(Y) : 16);
+      const int c = block.lane() * 4, inside = width - c < 4 ? width - c : 4;
+#pragma unroll 4
+      for (int r = 0; r < rows; ++r) {
+        if (inside <= 0) break;
+        const uint2 four = *reinterpret_cast<const uint2*>(output + r * stride + c);
+        const float y[4] = {cuda::low_of<T>(four.x), cuda::high_of<T>(four.x), cuda::low_of<T>(four.y),
+                            cuda::high_of<T>(four.y)};
+        cuda::store(to + int64_t(r) * width + c, inside, vectors, y);
+      }
+    });
     __syncwarp();
   }
 }

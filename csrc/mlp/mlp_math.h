@@ -15,6 +15,7 @@ GDBP_HD constexpr int stride_of(int width) { return padded(width) + 8; }
 // Places in bytes; below 0 for none.
 struct Layout {
   bool trains;
+  int widest = 0;
   int warps = 0;  // as many rows of a tile as they have together
   int weight[kMaxLayers], bias[kMaxLayers];
   // The input of each layer, and behind the last its output: (rows of a tile, width), padded.
@@ -27,16 +28,17 @@ struct Layout {
   int bias_sums[kMaxLayers];  // of each warp
   int bytes = 0;
 
-  // Elements from row to row of what a layer reads or writes. Where slabs are used again all have the same, or the rows
-  // of one warp would lie where another's were.
-  GDBP_HD int stride(int width) const { return stride_of(trains ? width : kMaxWidth); }
+  // Elements from row to row of what a layer reads or writes. Without a backward pass all are in one slab, and have the
+  // same, or the rows of one warp would lie where another's were.
+  GDBP_HD int stride(int width) const { return stride_of(trains ? width : widest); }
   GDBP_HD int gradient(int layer) const { return pre[layer] >= 0 ? pre[layer] : input[layer + 1]; }
 
   // As it is in `room` bytes; `warps` is 0 where it does not fit.
-  Layout(const Network& network, bool trains, int room) : trains(trains) {
-    for (const int tried : {kMaxWarps, kMaxWarps / 2, kMaxWarps / 4}) {
+  Layout(const Network& network, bool trains, int room) : trains(trains), widest(network.inputs()) {
+    for (int l = 0; l < network.count; ++l)
+      widest = network.layers[l].outputs > widest ? network.layers[l].outputs : widest;
+    for (int tried = kMaxWarps; tried > 1; --tried)
       if (place(network, tried, room)) return;
-    }
     warps = 0;
   }
 
@@ -51,19 +53,15 @@ struct Layout {
     bytes = 0;
     const int rows = warps * kWarpRows;
     const auto slab = [&](int width) { return take(rows * stride(width) * 2); };
-    // Without a backward pass two take turns.
-    int turn[2] = {-1, -1};
-    if (!trains) {
-      for (int& at : turn) at = slab(kMaxWidth);
-    }
+    const int shared = trains ? -1 : slab(widest);
     for (int l = 0; l < network.count; ++l) {
       const Layer& layer = network.layers[l];
       weight[l] = take(padded(layer.outputs) * stride_of(layer.inputs) * 2);
       bias[l] = take(padded(layer.outputs) * 4);
-      input[l] = trains ? slab(layer.inputs) : turn[l % 2];
+      input[l] = trains ? slab(layer.inputs) : shared;
       const bool last = l + 1 == network.count;
       pre[l] = trains && !last && saves(layer.activation) == Saved::pre ? slab(layer.outputs) : -1;
-      if (last) input[l + 1] = trains ? slab(layer.outputs) : turn[(l + 1) % 2];
+      if (last) input[l + 1] = trains ? slab(layer.outputs) : shared;
       bias_sums[l] = trains && layer.bias_at >= 0 ? take(warps * padded(layer.outputs) * 4) : -1;
     }
     for (int l = 0; l < network.count; ++l) {

@@ -13,20 +13,14 @@ namespace {
 using cuda::kAllLanes;
 using cuda::kWarp;
 
-__device__ __forceinline__ float read(const void* base, Dtype dtype, int64_t at) {
+// dispatch() of dtype.h on the device, outside of loops: a branch between loads would have each wait for the last.
+template <class F>
+__device__ __forceinline__ void for_dtype(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::float64: return float(static_cast<const double*>(base)[at]);
-    case Dtype::float32: return static_cast<const float*>(base)[at];
-    case Dtype::bfloat16: return cuda::widen_fast(static_cast<const BFloat16*>(base)[at]);
-    default: return cuda::widen_fast(static_cast<const Float16*>(base)[at]);
-  }
-}
-__device__ __forceinline__ void write(void* base, Dtype dtype, int64_t at, float value) {
-  switch (dtype) {
-    case Dtype::float64: static_cast<double*>(base)[at] = value; break;
-    case Dtype::float32: static_cast<float*>(base)[at] = value; break;
-    case Dtype::bfloat16: static_cast<BFloat16*>(base)[at] = cuda::narrow_fast<BFloat16>(value); break;
-    default: static_cast<Float16*>(base)[at] = cuda::narrow_fast<Float16>(value); break;
+    case Dtype::float64: return f(Type<double>{});
+    case Dtype::float32: return f(Type<float>{});
+    case Dtype::bfloat16: return f(Type<BFloat16>{});
+    default: return f(Type<Float16>{});
   }
 }
 
@@ -78,15 +72,15 @@ __device__ void cross_entropy(const Train& a, T* logits, int stride, int64_t fir
   }
 }
 
-template <class T>
-__device__ void mean_square(const Train& a, T* output, int stride, int64_t first, Found& found) {
+template <class T, class Y>
+__device__ void mean_square(const Train& a, const Y* target, T* output, int stride, int64_t first, Found& found) {
   const int half = cuda::lane_id() % 2, width = a.network.outputs();
   const int64_t row = first + cuda::lane_id() / 2;
   T* const x = output + cuda::lane_id() / 2 * stride;
   for (int j = half; j < padded(width); j += 2) {
     float gradient = 0;
     if (row < a.rows && j < width) {
-      const float difference = cuda::widen_fast(x[j]) - read(a.target, a.target_dtype, row * width + j);
+      const float difference = cuda::widen_fast(x[j]) - float(cuda::widen_fast(target[row * width + j]));
       found.loss += difference * difference;
       found.count += 1;
       gradient = 2 * difference;
