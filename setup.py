@@ -1,11 +1,12 @@
-"""Builds gdbp._C: C++ with torch's BuildExtension, CUDA with nvcc alone.
+"""Builds gdbp._C: g++ and nvcc at once, on all cores.
 
 The .cu files include no torch header, so they need a CUDA toolkit but neither a GPU nor a CUDA build
-of torch, and compile in seconds. What the environment may set:
+of torch. What the environment may set:
 
     GDBP_CUDA        0, 1 or auto (default): without CUDA, with it, or with it where nvcc is found
     CUDA_HOME        the toolkit to use; else CUDA_PATH, the nvcc on PATH, /usr/local/cuda
-    GDBP_CUDA_ARCHS  such as "80;90+PTX"; else TORCH_CUDA_ARCH_LIST; else a list by nvcc's version
+    GDBP_CUDA_ARCHS  such as "80;90+PTX"; else TORCH_CUDA_ARCH_LIST; else those of the GPUs in this machine;
+                     else "80+PTX", which the driver translates for a later GPU when it first meets it
     MAX_JOBS         parallel compiler processes; default: one per core
 """
 
@@ -24,11 +25,11 @@ from setuptools.command.build_ext import build_ext
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import include_paths, library_paths
 
     TORCH_MISSING = None
 except ImportError as error:
-    torch, BuildExtension, CppExtension, TORCH_MISSING = None, build_ext, setuptools.Extension, error
+    torch, TORCH_MISSING = None, error
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'"(.+)"', (ROOT / "gdbp" / "_version.py").read_text())[1]
@@ -39,10 +40,15 @@ OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 15)
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++20", "-fvisibility=hidden"]
 # -Wall comes with Python's own flags; torch's headers repeat "#pragma unroll", which g++ does not know.
 QUIET_FLAGS = ["-g0", "-Wno-unknown-pragmas"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda"]
+# What includes torch spends its time outside of loops.
+BINDING_FLAGS = ["-O2"]
+# Reading torch's headers takes g++ several times as long as what a binding adds, so bindings are compiled
+# together: in two units, of which only one needs Python's headers as well.
+WITH_PYTHON = ("grad", "memory", "module.cpp", "step")
+# -O1 is for the host's side; the kernels are always optimised in full.
+NVCC_FLAGS = ["-O1", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-# Oldest nvcc first: the architectures that it knows and that a build is for unless told otherwise.
-DEFAULT_ARCHS = {(11, 0): "80+PTX", (11, 8): "80 90+PTX", (12, 8): "80 90 100 120+PTX"}
+DEFAULT_ARCH = "80+PTX"
 
 
 def fail(sentence):
@@ -90,14 +96,27 @@ def find_nvcc():
     return nvcc
 
 
-def cuda_archs(nvcc_version):
+def gpus():
+    """Architectures of this machine's GPUs: ["80", "90"]."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.MULTILINE)}, key=int)
+
+
+def cuda_archs(nvcc):
     """Architectures as GDBP_CUDA_ARCHS writes them: ["80", "90+PTX"]."""
     wanted = os.environ.get("GDBP_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not wanted:
-        known = [archs for oldest, archs in DEFAULT_ARCHS.items() if nvcc_version >= oldest]
-        if not known:
-            fail("nvcc {}.{} is too old; install CUDA 11.0 or newer.".format(*nvcc_version))
-        return known[-1].split()
+        if nvcc.version < (11, 0):
+            fail("nvcc {}.{} is too old; install CUDA 11.0 or newer.".format(*nvcc.version))
+        here = gpus()
+        known = [arch for arch in here if f"sm_{arch}" in nvcc.say("--help")]
+        if here and known == here:
+            return known
+        return [*(arch for arch in known if arch != "80"), DEFAULT_ARCH]
     archs = [re.sub(r"^(sm_|compute_)|\.", "", arch) for arch in re.split(r"[;,\s]+", wanted.strip())]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
@@ -118,7 +137,7 @@ class Nvcc:
         self.path = path
         version = re.search(r"release (\d+)\.(\d+)", self.say("--version"))
         self.version = (int(version[1]), int(version[2]))
-        self.archs = cuda_archs(self.version)
+        self.archs = cuda_archs(self)
         # nvcc may be a wrapper script far from its toolkit, so it is asked where its libraries are.
         libraries = re.search(r"LIBRARIES=(.*)", self.say("--dryrun", "-x", "cu", os.devnull))
         folders = [word[2:] for word in shlex.split(libraries[1]) if word.startswith("-L")]
@@ -130,71 +149,94 @@ class Nvcc:
             fail(f"{self.path} does not work: {done.stderr.strip()}")
         return done.stdout + done.stderr
 
-    def compile(self, source, out, headers_changed):
-        """Compiles source into out, unless out is newer than all it is made of and from the same command."""
-        archs = [flag for arch in self.archs for flag in gencode(arch)]
-        command = [self.path, *NVCC_FLAGS, *archs, "-I", "csrc", "-c", str(source), "-o", str(out)]
-        record = out.with_suffix(".command")
-        changed = max(headers_changed, source.stat().st_mtime)
-        same = record.exists() and record.read_text() == shlex.join(command)
-        if same and out.exists() and out.stat().st_mtime > changed:
+    def command(self):
+        return [self.path, *NVCC_FLAGS, *(flag for arch in self.archs for flag in gencode(arch))]
+
+
+def made_of(out):
+    """The files that the compiler read for out, which it wrote beside it."""
+    names = out.with_suffix(".d").read_text().replace("\\\n", " ").split(": ", 1)[1]
+    return [name.replace("\\ ", " ") for name in re.findall(r"(?:\\ |\S)+", names)]
+
+
+def compile_(command, source, out):
+    """Compiles source into out, unless out is newer than all it is made of and from the same command."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [*command, "-I", "csrc", "-MMD", "-MF", str(out.with_suffix(".d")), "-c", str(source), "-o", str(out)]
+    record = out.with_suffix(".command")
+    try:
+        built = out.stat().st_mtime
+        if record.read_text() == shlex.join(command) and all(os.stat(path).st_mtime < built for path in made_of(out)):
             return
-        print(shlex.join(command), flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if subprocess.run(command).returncode:
-            fail(f"nvcc could not compile {source}; its message is above.")
-        record.write_text(shlex.join(command))
+    except OSError:  # something is not there yet, or no more
+        pass
+    print(shlex.join(command), flush=True)
+    if subprocess.run(command).returncode:
+        fail(f"{source} could not be compiled; the compiler's message is above.")
+    record.write_text(shlex.join(command))
 
 
-class Build(BuildExtension):
+def write_units(folder):
+    """The bindings as two C++ files. A file that says the same already stays as old as it is."""
+    bindings = [source.relative_to("csrc") for source in find_sources("*.cpp") if not source.stem.endswith("_cpu")]
+    with_python = [binding for binding in bindings if binding.parts[0] in WITH_PYTHON]
+    units = {"objects": with_python, "operators": [binding for binding in bindings if binding not in with_python]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parts in units.items():
+        unit = folder / f"{name}.cpp"
+        text = "".join(f'#include "{part}"\n' for part in parts)
+        if not unit.exists() or unit.read_text() != text:
+            unit.write_text(text)
+        yield unit
+
+
+class Build(build_ext):
     def finalize_options(self):
         super().finalize_options()
         # A folder for each torch, also where pip would use one that it deletes: rebuilds stay short.
         version = torch.__version__ if torch else "none"
         self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{version}")
-        # Always link: by its date alone, the binary of another torch is up to date. Ninja still decides
-        # what to compile.
+        # Always link: by its date alone, the binary of another torch is up to date.
         self.force = True
 
     def run(self):
         check_torch()
         check_compiler()
-        facts = {"VERSION": VERSION, "TORCH_VERSION": torch.__version__, "CXX_FLAGS": " ".join(CXX_FLAGS)}
-        if path := find_nvcc():
-            nvcc = Nvcc(path)
-            self.add_cuda(self.extensions[0], nvcc)
-            facts |= {"CUDA_VERSION": "{}.{}".format(*nvcc.version), "CUDA_ARCHS": " ".join(nvcc.archs)}
-        self.extensions[0].define_macros += [(f"GDBP_{name}", f'"{fact}"') for name, fact in facts.items()]
-        try:
-            super().run()
-        except RuntimeError as error:  # what torch makes of a failed compiler
-            fail(f"the C++ sources could not be compiled ({error}); the compiler's message is above.")
+        super().run()
         # Importing a binary of another torch can crash, so its torch is also written beside it.
         binary = Path(self.get_ext_fullpath("gdbp._C"))
         binary.with_suffix(".json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
 
-    def add_cuda(self, extension, nvcc):
-        sources = find_sources("*_cuda.cu")
-        objects = [Path(self.build_temp, "cuda", source.with_suffix(".o")) for source in sources]
-        headers_changed = max(path.stat().st_mtime for path in find_sources("*.*h"))
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
-        with ThreadPoolExecutor(max(1, jobs // 2)) as pool:
-            list(pool.map(lambda pair: nvcc.compile(*pair, headers_changed), zip(sources, objects)))
+    def build_extension(self, extension):
+        """Compiles here, so that setuptools is left with linking."""
+        extension.sources = []
+        extension.library_dirs += library_paths()
+        extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
+        facts = {"VERSION": VERSION, "TORCH_VERSION": torch.__version__, "CXX_FLAGS": " ".join(CXX_FLAGS)}
+        steps = []
+        if path := find_nvcc():
+            nvcc = Nvcc(path)
+            facts |= {"CUDA_VERSION": "{}.{}".format(*nvcc.version), "CUDA_ARCHS": " ".join(nvcc.archs)}
+            steps = [(nvcc.command(), source) for source in find_sources("*_cuda.cu")]
+            extension.library_dirs += nvcc.library_dirs
+            extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+        cxx = [*self.compiler.compiler_so_cxx, *CXX_FLAGS, *QUIET_FLAGS]
+        steps += [(cxx, source) for source in find_sources("*_cpu.cpp")]
+        macros = [f'-DGDBP_{name}="{fact}"' for name, fact in facts.items()] + ["-DGDBP_WITH_CUDA"] * bool(path)
+        headers = [f"-I{folder}" for folder in [*include_paths(), *self.include_dirs]]
+        # The longest first, as it would be the last to end.
+        steps[:0] = [([*cxx, *BINDING_FLAGS, *macros, *headers], unit) for unit in write_units(Path(self.build_temp))]
+        objects = [Path(self.build_temp, f"{source.stem}.o") for _, source in steps]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+            list(pool.map(lambda step, out: compile_(*step, out), steps, objects))
         extension.extra_objects += [str(path) for path in objects]
-        extension.library_dirs += nvcc.library_dirs
-        extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
-        extension.define_macros.append(("GDBP_WITH_CUDA", "1"))
+        super().build_extension(extension)
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
     if int(setuptools.__version__.split(".")[0]) < 77:
         fail(f"setuptools {setuptools.__version__} is too old; run: pip install 'setuptools>=77,<82'")
-    extension = CppExtension(
-        "gdbp._C",
-        [str(path) for path in find_sources("*.cpp")],
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=[*CXX_FLAGS, *QUIET_FLAGS],
-        extra_link_args=["-fopenmp"],
-    )
+    sources = [str(path) for path in find_sources("*.cpp")]
+    extension = setuptools.Extension("gdbp._C", sources, language="c++", extra_link_args=["-fopenmp"])
     setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})
