@@ -1,11 +1,12 @@
-"""Builds gdbp._C: C++ with torch's BuildExtension, CUDA with nvcc alone.
+"""Builds gdbp._C: C++ with torch's BuildExtension and ninja, and nvcc beside it.
 
 The .cu files include no torch header, so they need a CUDA toolkit but neither a GPU nor a CUDA build
-of torch, and compile in seconds. What the environment may set:
+of torch. What the environment may set:
 
     GDBP_CUDA        0, 1 or auto (default): without CUDA, with it, or with it where nvcc is found
     CUDA_HOME        the toolkit to use; else CUDA_PATH, the nvcc on PATH, /usr/local/cuda
-    GDBP_CUDA_ARCHS  such as "80;90+PTX"; else TORCH_CUDA_ARCH_LIST; else a list by nvcc's version
+    GDBP_CUDA_ARCHS  such as "80;90+PTX"; else TORCH_CUDA_ARCH_LIST; else those of the GPUs in this machine;
+                     else "80+PTX", which the driver translates for a later GPU when it first meets it
     MAX_JOBS         parallel compiler processes; default: one per core
 """
 
@@ -39,10 +40,15 @@ OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 15)
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++20", "-fvisibility=hidden"]
 # -Wall comes with Python's own flags; torch's headers repeat "#pragma unroll", which g++ does not know.
 QUIET_FLAGS = ["-g0", "-Wno-unknown-pragmas"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda"]
+# What includes torch spends its time outside of loops, and takes g++ three times as long with -O3.
+BINDING_FLAGS = ["-O2"]
+# Reading torch's headers takes g++ several times as long as what a binding adds, so bindings are compiled
+# together: in two units, of which only one needs Python's headers as well.
+WITH_PYTHON = ("grad", "memory", "module.cpp", "step")
+# -O1 is for the host's side; the kernels are always optimised in full.
+NVCC_FLAGS = ["-O1", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-# Oldest nvcc first: the architectures that it knows and that a build is for unless told otherwise.
-DEFAULT_ARCHS = {(11, 0): "80+PTX", (11, 8): "80 90+PTX", (12, 8): "80 90 100 120+PTX"}
+DEFAULT_ARCH = "80+PTX"
 
 
 def fail(sentence):
@@ -90,14 +96,27 @@ def find_nvcc():
     return nvcc
 
 
-def cuda_archs(nvcc_version):
+def gpus():
+    """Architectures of this machine's GPUs: ["80", "90"]."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.MULTILINE)}, key=int)
+
+
+def cuda_archs(nvcc):
     """Architectures as GDBP_CUDA_ARCHS writes them: ["80", "90+PTX"]."""
     wanted = os.environ.get("GDBP_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not wanted:
-        known = [archs for oldest, archs in DEFAULT_ARCHS.items() if nvcc_version >= oldest]
-        if not known:
-            fail("nvcc {}.{} is too old; install CUDA 11.0 or newer.".format(*nvcc_version))
-        return known[-1].split()
+        if nvcc.version < (11, 0):
+            fail("nvcc {}.{} is too old; install CUDA 11.0 or newer.".format(*nvcc.version))
+        here = gpus()
+        known = [arch for arch in here if f"sm_{arch}" in nvcc.say("--help")]
+        if here and known == here:
+            return known
+        return [*(arch for arch in known if arch != "80"), DEFAULT_ARCH]
     archs = [re.sub(r"^(sm_|compute_)|\.", "", arch) for arch in re.split(r"[;,\s]+", wanted.strip())]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
@@ -118,7 +137,7 @@ class Nvcc:
         self.path = path
         version = re.search(r"release (\d+)\.(\d+)", self.say("--version"))
         self.version = (int(version[1]), int(version[2]))
-        self.archs = cuda_archs(self.version)
+        self.archs = cuda_archs(self)
         # nvcc may be a wrapper script far from its toolkit, so it is asked where its libraries are.
         libraries = re.search(r"LIBRARIES=(.*)", self.say("--dryrun", "-x", "cu", os.devnull))
         folders = [word[2:] for word in shlex.split(libraries[1]) if word.startswith("-L")]
@@ -130,20 +149,46 @@ class Nvcc:
             fail(f"{self.path} does not work: {done.stderr.strip()}")
         return done.stdout + done.stderr
 
-    def compile(self, source, out, headers_changed):
+    def compile(self, source, out):
         """Compiles source into out, unless out is newer than all it is made of and from the same command."""
         archs = [flag for arch in self.archs for flag in gencode(arch)]
-        command = [self.path, *NVCC_FLAGS, *archs, "-I", "csrc", "-c", str(source), "-o", str(out)]
+        command = [self.path, *NVCC_FLAGS, *archs, "-I", "csrc", "-MMD", "-MF", str(out.with_suffix(".d"))]
+        command += ["-c", str(source), "-o", str(out)]
         record = out.with_suffix(".command")
-        changed = max(headers_changed, source.stat().st_mtime)
-        same = record.exists() and record.read_text() == shlex.join(command)
-        if same and out.exists() and out.stat().st_mtime > changed:
-            return
+        try:
+            built = out.stat().st_mtime
+            same = record.read_text() == shlex.join(command)
+            if same and all(os.stat(path).st_mtime < built for path in made_of(out)):
+                return
+        except OSError:  # something is not there yet, or no more
+            pass
         print(shlex.join(command), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         if subprocess.run(command).returncode:
             fail(f"nvcc could not compile {source}; its message is above.")
         record.write_text(shlex.join(command))
+
+
+def made_of(out):
+    """The files that the compiler read for out, which it wrote beside it."""
+    names = out.with_suffix(".d").read_text().replace("\\\n", " ").split(": ", 1)[1]
+    return [name.replace("\\ ", " ") for name in re.findall(r"(?:\\ |\S)+", names)]
+
+
+def write_units(folder, facts):
+    """The bindings as two C++ files, which begin with what they are to know of this build. A file that says the same
+    already stays as old as it is."""
+    bindings = [source.relative_to("csrc") for source in find_sources("*.cpp") if not source.stem.endswith("_cpu")]
+    with_python = [binding for binding in bindings if binding.parts[0] in WITH_PYTHON]
+    units = {"objects": with_python, "operators": [binding for binding in bindings if binding not in with_python]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parts in units.items():
+        unit = folder / f"{name}.cpp"
+        lines = [f"#define GDBP_{fact}" for fact in facts] + [f'#include "{part}"' for part in parts]
+        text = "".join(f"{line}\n" for line in lines)
+        if not unit.exists() or unit.read_text() != text:
+            unit.write_text(text)
+        yield str(unit.relative_to(ROOT))
 
 
 class Build(BuildExtension):
@@ -160,30 +205,48 @@ class Build(BuildExtension):
         check_torch()
         check_compiler()
         facts = {"VERSION": VERSION, "TORCH_VERSION": torch.__version__, "CXX_FLAGS": " ".join(CXX_FLAGS)}
-        if path := find_nvcc():
-            nvcc = Nvcc(path)
-            self.add_cuda(self.extensions[0], nvcc)
-            facts |= {"CUDA_VERSION": "{}.{}".format(*nvcc.version), "CUDA_ARCHS": " ".join(nvcc.archs)}
-        self.extensions[0].define_macros += [(f"GDBP_{name}", f'"{fact}"') for name, fact in facts.items()]
-        try:
-            super().run()
-        except RuntimeError as error:  # what torch makes of a failed compiler
-            fail(f"the C++ sources could not be compiled ({error}); the compiler's message is above.")
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+        self.kernels = []
+        with ThreadPoolExecutor(max(1, jobs // 2)) as pool:
+            if path := find_nvcc():
+                nvcc = Nvcc(path)
+                facts |= {"CUDA_VERSION": "{}.{}".format(*nvcc.version), "CUDA_ARCHS": " ".join(nvcc.archs)}
+                self.add_cuda(self.extensions[0], nvcc, pool)
+            facts = [f'{name} "{fact}"' for name, fact in facts.items()] + ["WITH_CUDA 1"] * bool(path)
+            self.extensions[0].sources = [str(source) for source in find_sources("*_cpu.cpp")]
+            self.extensions[0].sources += write_units(Path(self.build_temp), facts)
+            try:
+                super().run()
+            except RuntimeError as error:  # what torch makes of a failed compiler
+                fail(f"the C++ sources could not be compiled ({error}); the compiler's message is above.")
         # Importing a binary of another torch can crash, so its torch is also written beside it.
         binary = Path(self.get_ext_fullpath("gdbp._C"))
         binary.with_suffix(".json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
 
-    def add_cuda(self, extension, nvcc):
-        sources = find_sources("*_cuda.cu")
-        objects = [Path(self.build_temp, "cuda", source.with_suffix(".o")) for source in sources]
-        headers_changed = max(path.stat().st_mtime for path in find_sources("*.*h"))
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
-        with ThreadPoolExecutor(max(1, jobs // 2)) as pool:
-            list(pool.map(lambda pair: nvcc.compile(*pair, headers_changed), zip(sources, objects)))
-        extension.extra_objects += [str(path) for path in objects]
+    def add_cuda(self, extension, nvcc, pool):
+        for source in find_sources("*_cuda.cu"):
+            out = Path(self.build_temp, "cuda", f"{source.stem}.o")
+            self.kernels.append(pool.submit(nvcc.compile, source, out))
+            extension.extra_objects.append(str(out))
         extension.library_dirs += nvcc.library_dirs
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
-        extension.define_macros.append(("GDBP_WITH_CUDA", "1"))
+
+    def build_extension(self, extension):
+        compile_, link = self.compiler.compile, self.compiler.link_shared_object
+
+        def compile_in_two(sources, *, extra_postargs, **options):
+            loops = [source for source in sources if source.endswith("_cpu.cpp")]
+            bindings = [source for source in sources if source not in loops]
+            objects = compile_(bindings, extra_postargs=[*extra_postargs, *BINDING_FLAGS], **options)
+            return objects + compile_(loops, extra_postargs=extra_postargs, **options)
+
+        def link_when_all_is_there(*arguments, **options):
+            for kernel in self.kernels:
+                kernel.result()
+            return link(*arguments, **options)
+
+        self.compiler.compile, self.compiler.link_shared_object = compile_in_two, link_when_all_is_there
+        super().build_extension(extension)
 
 
 if __name__ == "__main__":

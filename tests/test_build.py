@@ -1,11 +1,14 @@
 """Building and loading: what was built is said, and what cannot be is said in one sentence."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,9 +56,10 @@ def stub_torch(folder, version, error=None):
     (package / "utils").mkdir(parents=True)
     package.joinpath("__init__.py").write_text(f"raise {error}" if error else f"__version__ = {version!r}")
     package.joinpath("utils", "__init__.py").touch()
+    # It is linked with the libraries of the torch that there is.
+    libraries = [str(Path(torch.__file__).parent / "lib")]
     package.joinpath("utils", "cpp_extension.py").write_text(
-        "from setuptools import Extension as CppExtension\n"
-        "from setuptools.command.build_ext import build_ext as BuildExtension\n"
+        f"include_paths = list\ndef library_paths(): return {libraries}\n"
     )
     return str(folder / "stub")
 
@@ -81,6 +85,43 @@ def stub_nvcc(folder, release):
 def test_cuda_architecture_unknown(sources):
     done = build(sources, CUDA_HOME=stub_nvcc(sources, "13.0"), GDBP_CUDA_ARCHS="80;fermi")
     assert_one_sentence(done, "'fermi'", "80;90+PTX")
+
+
+@pytest.mark.parametrize(
+    "gpus, archs",
+    [
+        ([], ["80+PTX"]),
+        (["90"], ["90"]),
+        (["80", "90"], ["80", "90"]),
+        (["90", "210"], ["90", "80+PTX"]),  # one that this nvcc does not know
+    ],
+)
+def test_cuda_architectures_are_those_of_the_gpus(monkeypatch, gpus, archs):
+    spec = importlib.util.spec_from_file_location("setup_of_gdbp", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    monkeypatch.delenv("GDBP_CUDA_ARCHS", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(setup, "gpus", lambda: gpus)
+    nvcc = SimpleNamespace(version=(13, 0), say=lambda *arguments: "'sm_80','sm_90','sm_100'")
+    assert setup.cuda_archs(nvcc) == archs
+
+
+def test_only_what_changed_is_compiled_again(sources):
+    def compiled():
+        done = build(sources, GDBP_CUDA="0")
+        assert done.returncode == 0, done.stderr
+        return re.findall(r" -c \S+ -o (\S+)", done.stdout)
+
+    (sources / "csrc" / "bce").mkdir()
+    header, loops = sources / "csrc" / "bce" / "bce.h", sources / "csrc" / "bce" / "bce_cpu.cpp"
+    header.touch()
+    loops.write_text('#include "bce/bce.h"\n')
+    assert len(compiled()) == 3
+    assert compiled() == []
+    header.write_text("int x;\n")
+    (again,) = compiled()
+    assert again.endswith("bce_cpu.o")
 
 
 def test_nvcc_too_old(sources):

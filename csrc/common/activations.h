@@ -56,7 +56,7 @@ struct Elu {
   }
   template <class T>
   static GDBP_HD T backward(T g, T y) {
-    return y <= T(0) ? g * (y + T(1)) : g;
+    return y > T(0) ? g : g * (y + T(1));
   }
 };
 

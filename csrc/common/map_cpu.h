@@ -22,10 +22,16 @@ GDBP_CLONES void loop(const F f, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) f(i);
 }
 
+// f(begin, end) for whole pieces of [0, n).
+template <class F>
+void for_pieces(int64_t n, const F& f) {
+  parallel_for(0, (n + kPiece - 1) / kPiece, kGrain / kPiece,
+               [&](int64_t lo, int64_t hi) { f(lo * kPiece, std::min(n, hi * kPiece)); });
+}
+
 template <class F>
 void map(int64_t n, const F& f) {
-  parallel_for(0, (n + kPiece - 1) / kPiece, kGrain / kPiece,
-               [&](int64_t lo, int64_t hi) { loop(f, lo * kPiece, std::min(n, hi * kPiece)); });
+  for_pieces(n, [&](int64_t begin, int64_t end) { loop(f, begin, end); });
 }
 
 }  // namespace gdbp::cpu

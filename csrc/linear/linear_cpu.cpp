@@ -1,51 +1,99 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "common/map_cpu.h"
+#include "common/rows_cpu.h"
 #include "linear/linear.h"
 
 namespace gdbp::linear {
 namespace {
 
+using cpu::Rows;
+
 // Columns per work item: an accumulator row of this length stays in the first-level cache.
 constexpr int64_t kColumnBlock = 1024;
 
-// What is asked for is known when these loops are compiled: a question inside would keep them from vectorising.
-template <class Op, class T, bool with_bias, bool keep_pre>
-GDBP_CLONES void forward_rows(const Forward a, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const T* const bias = static_cast<const T*>(a.bias);
-  for (int64_t row = begin; row < end; ++row) {
-    T* const z = static_cast<T*>(a.pre) + row * a.cols;
-    T* const y = static_cast<T*>(a.output) + row * a.cols;
+// Whether T is computed with as it is stored: then nothing passes through a buffer.
+template <class T>
+constexpr bool kDirect = std::is_same_v<T, Compute<T>>;
+
+template <class T>
+GDBP_CLONES void add_bias(Rows<const T> product, const T* bias, Rows<Compute<T>> sum, int64_t rows, int64_t cols) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* const x = product[row];
+    Compute<T>* const z = sum[row];
 #pragma GCC ivdep
-    for (int64_t col = 0; col < a.cols; ++col) {
-      const C sum = widen(z[col]) + (with_bias ? widen(bias[col]) : C(0));
-      if (keep_pre) z[col] = narrow<T>(sum);
-      y[col] = narrow<T>(Op::forward(sum));
-    }
+    for (int64_t col = 0; col < cols; ++col) z[col] = widen(x[col]) + widen(bias[col]);
   }
 }
 
-// One tile of rows, one block of columns: gradients of the pre-activation, and their column sums.
-template <class Op, class T, bool with_sums>
-GDBP_CLONES void backward_block(const Backward a, int64_t tile, int64_t first_col, int64_t last_col) {
-  using C = Compute<T>;
-  constexpr bool linear = Op::saves == Saved::nothing;
-  const T* const grad_output = static_cast<const T*>(a.grad_output);
-  const T* const saved = static_cast<const T*>(a.saved);
-  T* const grad_pre = static_cast<T*>(a.grad_pre);
-  C* const sums = with_sums ? static_cast<C*>(a.workspace) + tile * a.cols : nullptr;
-  if (with_sums) std::fill(sums + first_col, sums + last_col, C(0));
-  const int64_t last_row = std::min(a.rows, (tile + 1) * kRowTile);
-  for (int64_t row = tile * kRowTile; row < last_row; ++row) {
-    const int64_t offset = row * a.cols;
+template <class C>
+GDBP_CLONES void add_rows(Rows<const C> from, C* sums, int64_t rows, int64_t cols) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const C* const g = from[row];
 #pragma GCC ivdep
-    for (int64_t col = first_col; col < last_col; ++col) {
-      const C s = linear ? C(0) : widen(saved[offset + col]);
-      const C g = Op::backward(widen(grad_output[offset + col]), s);
-      if (!linear || grad_pre) grad_pre[offset + col] = narrow<T>(g);
-      if (with_sums) sums[col] += g;
+    for (int64_t col = 0; col < cols; ++col) sums[col] += g[col];
+  }
+}
+
+template <class T>
+void forward_block(const Forward& a, int64_t offset, int64_t first_col, int64_t rows, int64_t cols) {
+  using C = Compute<T>;
+  const Rows<T> pre{static_cast<T*>(a.pre) + offset, a.cols}, output{static_cast<T*>(a.output) + offset, a.cols};
+  const T* const bias = a.bias ? static_cast<const T*>(a.bias) + first_col : nullptr;
+  if constexpr (kDirect<T>) {
+    if (bias) add_bias<T>(pre, bias, pre, rows, cols);
+    if (a.activation != Activation::none || pre.at != output.at) {
+      cpu::activate<C>(a.activation, pre, output, rows, cols);
     }
+  } else {
+    alignas(64) C buffer[cpu::kBlock];
+    const Rows<C> sum{buffer, cols};
+    if (bias) {
+      add_bias<T>(pre, bias, sum, rows, cols);
+      if (pre.at != output.at) cpu::narrow_rows<T>(sum, pre, rows, cols);
+    } else {
+      cpu::widen_rows<T>(pre, sum, rows, cols);
+    }
+    cpu::activate<C>(a.activation, sum, sum, rows, cols);
+    cpu::narrow_rows<T>(sum, output, rows, cols);
+  }
+}
+
+// Gradients of the pre-activation, and their column sums added to `sums` unless that is null.
+template <class T>
+void backward_block(const Backward& a, int64_t offset, int64_t rows, int64_t cols, Compute<T>* sums) {
+  using C = Compute<T>;
+  const bool linear = saves(a.activation) == Saved::nothing;
+  const Rows<const T> grad_output{static_cast<const T*>(a.grad_output) + offset, a.cols};
+  const Rows<const T> saved{linear ? grad_output.at : static_cast<const T*>(a.saved) + offset, a.cols};
+  const Rows<T> grad_pre{a.grad_pre ? static_cast<T*>(a.grad_pre) + offset : nullptr, a.cols};
+  if constexpr (kDirect<T>) {
+    if (a.grad_pre) cpu::activate_backward<C>(a.activation, grad_output, saved, grad_pre, rows, cols);
+    if (sums) add_rows<C>(a.grad_pre ? Rows<const C>(grad_pre) : grad_output, sums, rows, cols);
+  } else {
+    alignas(64) C buffers[2][cpu::kBlock];
+    const Rows<C> g{buffers[0], cols}, s{buffers[1], cols};
+    cpu::widen_rows<T>(grad_output, g, rows, cols);
+    if (!linear) {
+      cpu::widen_rows<T>(saved, s, rows, cols);
+      cpu::activate_backward<C>(a.activation, g, s, g, rows, cols);
+    }
+    if (a.grad_pre) cpu::narrow_rows<T>(g, grad_pre, rows, cols);
+    if (sums) add_rows<C>(g, sums, rows, cols);
+  }
+}
+
+// One tile of rows, one block of columns.
+template <class T>
+void backward_tile(const Backward& a, int64_t tile, int64_t first_col) {
+  using C = Compute<T>;
+  const int64_t cols = std::min(a.cols - first_col, kColumnBlock);
+  C* const sums = a.grad_bias ? static_cast<C*>(a.workspace) + tile * a.cols + first_col : nullptr;
+  if (sums) std::fill(sums, sums + cols, C(0));
+  const int64_t last_row = std::min(a.rows, (tile + 1) * kRowTile), step = cpu::block_rows(kRowTile, cols);
+  for (int64_t row = tile * kRowTile; row < last_row; row += step) {
+    backward_block<T>(a, row * a.cols + first_col, std::min(step, last_row - row), cols, sums);
   }
 }
 
@@ -66,15 +114,15 @@ GDBP_CLONES void add_tiles(const Backward a, int64_t tiles, int64_t first_col, i
 
 int forward_cpu(const Forward& a, void*) {
   if (a.rows == 0 || a.cols == 0) return 0;
-  dispatch(a.activation, [&](auto op) {
-    dispatch(a.dtype, [&](auto type) {
-      using Op = decltype(op);
-      using T = typename decltype(type)::type;
-      const bool keep_pre = a.output != a.pre;
-      const auto rows = a.bias ? (keep_pre ? forward_rows<Op, T, true, true> : forward_rows<Op, T, true, false>)
-                               : (keep_pre ? forward_rows<Op, T, false, true> : forward_rows<Op, T, false, false>);
-      const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 4 / a.cols);
-      parallel_for(0, a.rows, grain, [&](int64_t lo, int64_t hi) { rows(a, lo, hi); });
+  dispatch(a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 4 / a.cols);
+    parallel_for(0, a.rows, grain, [&](int64_t lo, int64_t hi) {
+      const int64_t step = cpu::block_rows(hi - lo, std::min(a.cols, kColumnBlock));
+      for (int64_t row = lo; row < hi; row += step)
+        for (int64_t col = 0; col < a.cols; col += kColumnBlock) {
+          forward_block<T>(a, row * a.cols + col, col, std::min(step, hi - row), std::min(kColumnBlock, a.cols - col));
+        }
     });
   });
   return 0;
@@ -88,15 +136,8 @@ int backward_cpu(const Backward& a, void*) {
   const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 2 / item);
   dispatch(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch(a.activation, [&](auto op) {
-      using Op = decltype(op);
-      const auto block = a.grad_bias ? backward_block<Op, T, true> : backward_block<Op, T, false>;
-      parallel_for(0, tiles * blocks, grain, [&](int64_t lo, int64_t hi) {
-        for (int64_t i = lo; i < hi; ++i) {
-          const int64_t col = i % blocks * kColumnBlock;
-          block(a, i / blocks, col, std::min(a.cols, col + kColumnBlock));
-        }
-      });
+    parallel_for(0, tiles * blocks, grain, [&](int64_t lo, int64_t hi) {
+      for (int64_t i = lo; i < hi; ++i) backward_tile<T>(a, i / blocks, i % blocks * kColumnBlock);
     });
     if (!a.grad_bias) return;
     parallel_for(0, blocks, std::max<int64_t>(1, cpu::kGrain / (kColumnBlock * (tiles + 1))),

@@ -2,10 +2,13 @@
 #include <type_traits>
 
 #include "common/map_cpu.h"
+#include "common/rows_cpu.h"
 #include "norm/norm.h"
 
 namespace gdbp::norm {
 namespace {
+
+using cpu::Rows;
 
 // One tile: its place in the input, and whose it is.
 struct Tile {
@@ -83,6 +86,13 @@ struct Sums {
 // ---- the loops: four rows at a time, so that the sums are loaded and stored once for four ----
 
 constexpr int kUnroll = 4;
+// Rows that pass through a buffer together: a multiple of kUnroll, as kBlock / kColumnTile is one.
+int64_t rows_at_once(int64_t cols) { return std::max<int64_t>(kUnroll, cpu::kBlock / cols / kUnroll * kUnroll); }
+static_assert(cpu::kBlock / kColumnTile >= kUnroll);
+
+// Whether T is computed with as it is stored: then less passes through a buffer.
+template <class T>
+constexpr bool kDirect = std::is_same_v<T, Compute<T>>;
 
 template <int n, class T>
 GDBP_HD void add_moments(const T* x, int64_t step, int64_t cols, const double* pivot, Sums& sums) {
@@ -107,63 +117,59 @@ GDBP_CLONES void collect(const T* x, int64_t step, int64_t rows, int64_t cols, c
   for (; row < rows; ++row) add_moments<1>(x + row * step, step, cols, pivot, sums);
 }
 
-template <class Op, class T>
-GDBP_CLONES void apply(const T* x, T* y, int64_t step, int64_t rows, int64_t cols, const Compute<T>* center,
-                       const Compute<T>* scale, const Compute<T>* shift) {
+// The pre-activations: the normalised elements.
+template <class T>
+GDBP_CLONES void normalize(Rows<const T> in, Rows<Compute<T>> out, int64_t rows, int64_t cols, const Compute<T>* center,
+                           const Compute<T>* scale, const Compute<T>* shift) {
   using C = Compute<T>;
-  for (int64_t row = 0; row < rows; ++row, x += step, y += step) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* const x = in[row];
+    C* const z = out[row];
 #pragma GCC ivdep
-    for (int64_t col = 0; col < cols; ++col) {
-      y[col] = narrow<T>(Op::forward(Normalize<C>{center[col], scale[col], shift[col]}(widen(x[col]))));
-    }
+    for (int64_t col = 0; col < cols; ++col) z[col] = Normalize<C>{center[col], scale[col], shift[col]}(widen(x[col]));
   }
 }
 
-template <int n, class Op, class T>
-GDBP_HD void add_products(const T* g, const T* x, int64_t step, int64_t cols, const Compute<T>* center,
-                          const Compute<T>* scale, const Compute<T>* shift, Sums& sums) {
+template <int n, class T>
+GDBP_HD void add_products(Rows<const Compute<T>> grads, Rows<const T> in, int64_t row, int64_t cols,
+                          const Compute<T>* center, Sums& sums) {
   using C = Compute<T>;
+  const C* const g = grads[row];
+  const T* const x = in[row];
 #pragma GCC ivdep
   for (int64_t col = 0; col < cols; ++col) {
     C sum = 0, products = 0;
 #pragma GCC unroll 4
     for (int k = 0; k < n; ++k) {
-      const C value = widen(x[k * step + col]);
-      const C z = Normalize<C>{center[col], scale[col], shift[col]}(value);
-      const C grad = backward_from_pre<Op>(C(widen(g[k * step + col])), z);
+      const C grad = g[k * grads.step + col];
       sum += grad;
-      products += grad * (value - center[col]);
+      products += grad * (widen(x[k * in.step + col]) - center[col]);
     }
     sums.first[col] += double(sum);
     sums.second[col] += double(products);
   }
 }
 
-template <class Op, class T>
-GDBP_CLONES void collect_gradients(const T* g, const T* x, int64_t step, int64_t rows, int64_t cols,
-                                   const Compute<T>* center, const Compute<T>* scale, const Compute<T>* shift,
-                                   Sums& sums) {
+// Of the gradients of the pre-activations, and of their products with the elements.
+template <class T>
+GDBP_CLONES void collect_gradients(Rows<const Compute<T>> grads, Rows<const T> x, int64_t rows, int64_t cols,
+                                   const Compute<T>* center, Sums& sums) {
   int64_t row = 0;
-  for (; row + kUnroll <= rows; row += kUnroll) {
-    add_products<kUnroll, Op>(g + row * step, x + row * step, step, cols, center, scale, shift, sums);
-  }
-  for (; row < rows; ++row) {
-    add_products<1, Op>(g + row * step, x + row * step, step, cols, center, scale, shift, sums);
-  }
+  for (; row + kUnroll <= rows; row += kUnroll) add_products<kUnroll, T>(grads, x, row, cols, center, sums);
+  for (; row < rows; ++row) add_products<1, T>(grads, x, row, cols, center, sums);
 }
 
-template <class Op, class T>
-GDBP_CLONES void apply_gradients(const T* g, const T* x, T* grad_x, int64_t step, int64_t rows, int64_t cols,
-                                 const Compute<T>* center, const Compute<T>* scale, const Compute<T>* shift,
+template <class T>
+GDBP_CLONES void apply_gradients(Rows<const Compute<T>> grads, Rows<const T> in, Rows<T> out, int64_t rows,
+                                 int64_t cols, const Compute<T>* center, const Compute<T>* scale,
                                  const Compute<T>* slope, const Compute<T>* offset) {
-  using C = Compute<T>;
-  for (int64_t row = 0; row < rows; ++row, g += step, x += step, grad_x += step) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const Compute<T>* const g = grads[row];
+    const T* const x = in[row];
+    T* const grad_x = out[row];
 #pragma GCC ivdep
     for (int64_t col = 0; col < cols; ++col) {
-      const C value = widen(x[col]);
-      const C z = Normalize<C>{center[col], scale[col], shift[col]}(value);
-      const C grad = backward_from_pre<Op>(C(widen(g[col])), z);
-      grad_x[col] = narrow<T>(input_gradient(grad, value, center[col], scale[col], slope[col], offset[col]));
+      grad_x[col] = narrow<T>(input_gradient(g[col], widen(x[col]), center[col], scale[col], slope[col], offset[col]));
     }
   }
 }
@@ -249,14 +255,68 @@ void compute_coefficients(const Args& a, const Tiling& t, const Workspace<C>& w)
   });
 }
 
-template <class Op, class T>
+// Output of a tile.
+template <class T>
+void apply(const Forward& a, const Tiling& t, const Tile& tile, const PerColumn<Compute<T>, 3>& by) {
+  using C = Compute<T>;
+  const int64_t step = rows_at_once(tile.cols);
+  for (int64_t row = 0; row < tile.rows; row += step) {
+    const int64_t rows = std::min(step, tile.rows - row), start = tile.start + row * t.row_step;
+    const Rows<const T> x{static_cast<const T*>(a.input) + start, t.row_step};
+    const Rows<T> y{static_cast<T*>(a.output) + start, t.row_step};
+    const auto through = [&](Rows<C> z) {
+      normalize<T>(x, z, rows, tile.cols, by.at[0], by.at[1], by.at[2]);
+      if (a.activation != Activation::none) cpu::activate<C>(a.activation, z, z, rows, tile.cols);
+    };
+    if constexpr (kDirect<T>) {
+      through(y);
+    } else {
+      alignas(64) C buffer[cpu::kBlock];
+      const Rows<C> z{buffer, tile.cols};
+      through(z);
+      cpu::narrow_rows<T>(z, y, rows, tile.cols);
+    }
+  }
+}
+
+// Calls f(grads, start, rows) with the gradients of a tile's pre-activations, a few rows at a time, from element
+// `start` of the input on.
+template <class T, int n, class F>
+void for_gradients(const Backward& a, const Tiling& t, const Tile& tile, const PerColumn<Compute<T>, n>& by,
+                   const F& f) {
+  using C = Compute<T>;
+  alignas(64) C buffers[2][cpu::kBlock];
+  const Rows<C> z{buffers[0], tile.cols}, staged{buffers[1], tile.cols};
+  const int64_t step = rows_at_once(tile.cols);
+  for (int64_t row = 0; row < tile.rows; row += step) {
+    const int64_t rows = std::min(step, tile.rows - row), start = tile.start + row * t.row_step;
+    const Rows<const T> stored{static_cast<const T*>(a.grad_output) + start, t.row_step};
+    Rows<const C> g = staged;
+    if constexpr (kDirect<T>) {
+      g = stored;
+    } else {
+      cpu::widen_rows<T>(stored, staged, rows, tile.cols);
+    }
+    if (a.activation != Activation::none) {
+      const Rows<const T> x{static_cast<const T*>(a.input) + start, t.row_step};
+      normalize<T>(x, z, rows, tile.cols, by.at[0], by.at[1], by.at[2]);
+      if (saves(a.activation) == Saved::output) cpu::activate<C>(a.activation, z, z, rows, tile.cols);
+      cpu::activate_backward<C>(a.activation, g, z, staged, rows, tile.cols);
+      g = staged;
+    }
+    f(g, start, rows);
+  }
+}
+
+template <class T>
 void sum_gradients(const Backward& a, const Tiling& t, const Workspace<Compute<T>>& w) {
   t.for_tiles([&](const Tile& tile) {
     const PerColumn<Compute<T>, 3> by(w, t, tile);
     Sums sums;
-    collect_gradients<Op>(static_cast<const T*>(a.grad_output) + tile.start,
-                          static_cast<const T*>(a.input) + tile.start, t.row_step, tile.rows, tile.cols, by.at[0],
-                          by.at[1], by.at[2], sums);
+    for_gradients<T>(a, t, tile, by, [&](Rows<const Compute<T>> grads, int64_t start, int64_t rows) {
+      const Rows<const T> x{static_cast<const T*>(a.input) + start, t.row_step};
+      collect_gradients<T>(grads, x, rows, tile.cols, by.at[0], sums);
+    });
     const int64_t at = tile.index * t.channels + tile.channel;
     if (t.by_column) {
       std::copy(sums.first, sums.first + tile.cols, w.first + at);
@@ -301,13 +361,7 @@ int forward_cpu(const Forward& a, void*) {
     const Workspace<Compute<T>> w(a.workspace, t);
     if (a.of_batch) compute_stats<T>(a, t, w);
     compute_coefficients(a, t, w);
-    dispatch(a.activation, [&](auto op) {
-      t.for_tiles([&](const Tile& tile) {
-        const PerColumn<Compute<T>, 3> by(w, t, tile);
-        apply<decltype(op)>(static_cast<const T*>(a.input) + tile.start, static_cast<T*>(a.output) + tile.start,
-                            t.row_step, tile.rows, tile.cols, by.at[0], by.at[1], by.at[2]);
-      });
-    });
+    t.for_tiles([&](const Tile& tile) { apply<T>(a, t, tile, PerColumn<Compute<T>, 3>(w, t, tile)); });
   });
   return 0;
 }
@@ -318,18 +372,17 @@ int backward_cpu(const Backward& a, void*) {
     using T = typename decltype(type)::type;
     const Workspace<Compute<T>> w(a.workspace, t);
     compute_coefficients(a, t, w);
-    dispatch(a.activation, [&](auto op) {
-      using Op = decltype(op);
-      const bool sums = a.of_batch || a.grad_weight || a.grad_bias;
-      if (sums) sum_gradients<Op, T>(a, t, w);
-      if (sums) finish_gradients(a, t, w);
-      if (!a.grad_input) return;
-      if (!sums) std::fill(w.coefficients[3], w.coefficients[3] + 2 * t.channels, Compute<T>(0));
-      t.for_tiles([&](const Tile& tile) {
-        const PerColumn<Compute<T>, 5> by(w, t, tile);
-        apply_gradients<Op>(static_cast<const T*>(a.grad_output) + tile.start,
-                            static_cast<const T*>(a.input) + tile.start, static_cast<T*>(a.grad_input) + tile.start,
-                            t.row_step, tile.rows, tile.cols, by.at[0], by.at[1], by.at[2], by.at[3], by.at[4]);
+    const bool sums = a.of_batch || a.grad_weight || a.grad_bias;
+    if (sums) sum_gradients<T>(a, t, w);
+    if (sums) finish_gradients(a, t, w);
+    if (!a.grad_input) return;
+    if (!sums) std::fill(w.coefficients[3], w.coefficients[3] + 2 * t.channels, Compute<T>(0));
+    t.for_tiles([&](const Tile& tile) {
+      const PerColumn<Compute<T>, 5> by(w, t, tile);
+      for_gradients<T>(a, t, tile, by, [&](Rows<const Compute<T>> grads, int64_t start, int64_t rows) {
+        const Rows<const T> x{static_cast<const T*>(a.input) + start, t.row_step};
+        const Rows<T> grad_x{static_cast<T*>(a.grad_input) + start, t.row_step};
+        apply_gradients<T>(grads, x, grad_x, rows, tile.cols, by.at[0], by.at[1], by.at[3], by.at[4]);
       });
     });
   });

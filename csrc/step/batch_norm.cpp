@@ -6,8 +6,6 @@
 namespace gdbp::step {
 namespace {
 
-const void* data_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
-
 class BatchNorm final : public Layer {
  public:
   BatchNorm(std::string name, int64_t channels, BatchNormTensors tensors, BatchNormOptions options)

@@ -1,5 +1,6 @@
 #include "common/map_cpu.h"
 #include "common/random.h"
+#include "common/rows_cpu.h"
 #include "step/elementwise.h"
 
 namespace gdbp::step {
@@ -34,10 +35,9 @@ void dropout_cpu(Dtype dtype, int64_t n, double p, uint64_t seed, const void* in
 void activation_forward_cpu(Dtype dtype, Activation activation, int64_t n, const void* in, void* out) {
   dispatch_wide(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const T* const x = static_cast<const T*>(in);
-    T* const y = static_cast<T*>(out);
-    dispatch(activation, [&](auto op) {
-      cpu::map(n, [=](int64_t i) __attribute__((always_inline)) { y[i] = decltype(op)::forward(x[i]); });
+    cpu::for_pieces(n, [&](int64_t begin, int64_t end) {
+      const cpu::Rows<const T> x{static_cast<const T*>(in) + begin, n};
+      cpu::activate<T>(activation, x, {static_cast<T*>(out) + begin, n}, 1, end - begin);
     });
   });
 }
@@ -45,10 +45,10 @@ void activation_forward_cpu(Dtype dtype, Activation activation, int64_t n, const
 void activation_backward_cpu(Dtype dtype, Activation activation, int64_t n, const void* saved, void* grad) {
   dispatch_wide(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const T* const s = static_cast<const T*>(saved);
-    T* const g = static_cast<T*>(grad);
-    dispatch(activation, [&](auto op) {
-      cpu::map(n, [=](int64_t i) __attribute__((always_inline)) { g[i] = decltype(op)::backward(g[i], s[i]); });
+    cpu::for_pieces(n, [&](int64_t begin, int64_t end) {
+      const cpu::Rows<const T> s{static_cast<const T*>(saved) + begin, n};
+      const cpu::Rows<T> g{static_cast<T*>(grad) + begin, n};
+      cpu::activate_backward<T>(activation, g, s, g, 1, end - begin);
     });
   });
 }

@@ -9,8 +9,6 @@
 namespace gdbp::step {
 namespace {
 
-const void* data_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
-
 class Linear final : public Layer {
  public:
   Linear(std::string name, at::Tensor weight, at::Tensor bias, Activation activation)

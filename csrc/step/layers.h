@@ -14,6 +14,8 @@
 
 namespace gdbp::step {
 
+inline const void* data_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+
 // What all layers know of the step they are in.
 struct Pass {
   Dtype dtype;
