@@ -16,8 +16,8 @@ namespace {
 
 // Parameters that are worth waking a thread for.
 constexpr int64_t kRowGrain = 128;
-// How many parameters ahead memory is asked for: first the tensors, then what they point to.
-constexpr size_t kAhead = 8, kNext = 4;
+// How many parameters ahead memory is asked for: first what is pointed to from here, then what that points to.
+constexpr int64_t kAhead = 8, kNext = 4;
 
 // Sparse, quantized, conjugated, wrapped, inference and whatever else there may be have other sets.
 bool is_plain(const c10::TensorImpl& x) {
@@ -64,7 +64,7 @@ void prefetch(const void* object, std::initializer_list<int> offsets) {
 }
 // Where torch keeps what is read here: a hint, which may be wrong. Of 11 x 16 bytes those of the storage and the
 // version, of the first sizes, and of the count of elements to the dispatch keys; of a storage, of the data and flags.
-void prefetch_tensor(const void* tensor) { prefetch(tensor, {16, 64, 144, 175}); }
+void prefetch_tensor(const c10::TensorImpl* tensor) { prefetch(tensor, {16, 64, 144, 175}); }
 void prefetch_storage(const void* storage) { prefetch(storage, {16, 61}); }
 
 template <class F>
@@ -77,12 +77,18 @@ void for_tensors(const auto& row, const F& f) {
 
 }  // namespace
 
-void PlainStep::prefetch_tensors(const Row& row) {
-  for_tensors(row, [](const c10::TensorImpl* x) { prefetch_tensor(x); });
-}
-void PlainStep::prefetch_storages(const Row& row) {
-  for_tensors(row, [](const c10::TensorImpl* x) { prefetch_storage(x->unsafe_storage().unsafeGetStorageImpl()); });
-  prefetch_tensor(row.param->grad().unsafeGetTensorImpl());
+// From the tensors of a parameter to the storage of its gradient it is four steps, each of which needs the one before
+// to have arrived.
+void PlainStep::prefetch_ahead(int64_t i, int64_t end) const {
+  const auto row = [=, this](int64_t ahead) { return i + ahead < end ? &rows_[i + ahead] : nullptr; };
+  const auto storage = [](const c10::TensorImpl* x) { prefetch_storage(x->unsafe_storage().unsafeGetStorageImpl()); };
+  if (const Row* const r = row(14)) for_tensors(*r, prefetch_tensor);
+  if (const Row* const r = row(9)) {
+    for_tensors(*r, storage);
+    prefetch(r->param->autograd_meta(), {0, 40});
+  }
+  if (const Row* const r = row(6)) prefetch_tensor(r->param->grad().unsafeGetTensorImpl());
+  if (const Row* const r = row(3)) storage(r->param->grad().unsafeGetTensorImpl());
 }
 
 void PlainStep::add(int group, int rule, const optim::Member& member, optim::Counts& counts, bool ready) {
@@ -159,9 +165,10 @@ bool PlainStep::fill(Row& row, const optim::Hyper* hyper) {
 
 bool PlainStep::collect(const std::vector<const optim::Hyper*>& hyper) {
   if (!possible_) return false;
-  for (size_t i = 0; i < dicts_.size(); ++i) {
-    if (i + kAhead < dicts_.size()) __builtin_prefetch(dicts_[i + kAhead].dict);
-    if (i + kNext < dicts_.size())
+  const auto dicts = int64_t(dicts_.size());
+  for (int64_t i = 0; i < dicts; ++i) {
+    if (i + kAhead < dicts) __builtin_prefetch(dicts_[i + kAhead].dict);
+    if (i + kNext < dicts)
       prefetch(reinterpret_cast<const PyDictObject*>(dicts_[i + kNext].dict)->ma_keys, {0, 64, 128});
     if (!unchanged(dicts_[i])) return false;
   }
@@ -169,8 +176,7 @@ bool PlainStep::collect(const std::vector<const optim::Hyper*>& hyper) {
   parallel_for(0, int64_t(rows_.size()), kRowGrain, [&](int64_t begin, int64_t end) {
     bool all = true;
     for (int64_t i = begin; i < end; ++i) {
-      if (i + int64_t(kAhead) < end) prefetch_tensors(rows_[i + kAhead]);
-      if (i + int64_t(kNext) < end) prefetch_storages(rows_[i + kNext]);
+      prefetch_ahead(i, end);
       if (!fill(rows_[i], hyper[rows_[i].group])) {
         plain = false;
         return;
@@ -211,10 +217,9 @@ void PlainStep::run(const optim::Control* control) const {
 void PlainStep::finish() {
   parallel_for(0, int64_t(rows_.size()), kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (i + int64_t(kAhead) < end)
-        for_tensors(rows_[i + kAhead], [](const c10::TensorImpl* x) { prefetch(x, {40}); });
+      if (i + kAhead < end) for_tensors(rows_[i + kAhead], [](const c10::TensorImpl* x) { prefetch(x, {40}); });
       // A read that nothing waits for, where the bump would.
-      if (i + int64_t(kNext) < end)
+      if (i + kNext < end)
         for_tensors(rows_[i + kNext], [](const c10::TensorImpl* x) {
           if (x->version_counter().enabled()) (void)x->version_counter().current_version();
         });

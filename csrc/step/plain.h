@@ -62,8 +62,7 @@ class PlainStep {
   bool unchanged(const Dict& dict) const;
   bool fill(Row& row, const optim::Hyper* hyper);
   void close_gaps();
-  static void prefetch_tensors(const Row& row);
-  static void prefetch_storages(const Row& row);
+  void prefetch_ahead(int64_t i, int64_t end) const;
 
   bool possible_ = true;
   std::vector<Row> rows_;
