@@ -62,7 +62,7 @@ StepPlan::StepPlan(const std::vector<Group>& groups, const py::dict& state,
     const size_t first = entries_.size();
     for (const py::handle& param : params) {
       Entry entry;
-      entry.param_object = py::reinterpret_borrow<py::object>(param);
+      param_objects_.push_back(py::reinterpret_borrow<py::object>(param));
       entry.member.param = unwrap(param);
       entry.group = int(g);
       entry.ready = true;
@@ -89,11 +89,16 @@ StepPlan::StepPlan(const std::vector<Group>& groups, const py::dict& state,
     for (const int64_t i : fresh[g]) entries_.at(first + i).counts.fresh = true;
     rules_.push_back(std::move(rule));
   }
+  for (Entry& entry : entries_) {
+    plain_.add(entry.group, rules_[entry.group].index, entry.member, entry.counts, entry.ready);
+    if (entry.state_dict) plain_.watch(entry.state_dict, entry.state_objects);
+  }
 }
 
 void StepPlan::configure(double average_weight, uint64_t seed) {
   average_weight_ = average_weight;
   seed_ = seed;
+  if (seed != 0) plain_.give_up();
 }
 
 // Identity is enough: the plan holds references, so no address can have been used again; and a tensor whose
@@ -105,7 +110,7 @@ bool StepPlan::unchanged(const std::vector<Group>& groups, const py::dict& state
     const auto& [params, name, hyper] = groups[g];
     if (name != rules_[g].name || params.size() != rules_[g].params) return false;
     for (size_t i = 0; i < rules_[g].params; ++i)
-      if (PyList_GET_ITEM(params.ptr(), Py_ssize_t(i)) != entries_[at++].param_object.ptr()) return false;
+      if (PyList_GET_ITEM(params.ptr(), Py_ssize_t(i)) != param_objects_[at++].ptr()) return false;
   }
   Py_ssize_t position = 0;
   PyObject* value = nullptr;
@@ -123,10 +128,21 @@ bool StepPlan::unchanged(const Entry& entry) const {
 }
 
 bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state) {
-  return collect(groups, state, nullptr);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!begin(groups, state)) return false;
+  if (!collect_plain()) return collect_any(nullptr);
+  plain_.hold();
+  return true;
 }
 bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state, const std::vector<char>& takes_part) {
-  return collect(groups, state, &takes_part);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return begin(groups, state) && collect_any(&takes_part);
+}
+bool StepPlan::step(const std::vector<Group>& groups, const py::dict& state) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!begin(groups, state) || !(collect_plain() || collect_any(nullptr))) return false;
+  run(std::nullopt, false);
+  return true;
 }
 
 // Another stream for every parameter and step; never 0, which would mean none.
@@ -137,8 +153,7 @@ void StepPlan::tick(size_t i) {
   if (seed_ != 0) entry.member.seed = combine_seed(combine_seed(seed_, i), uint64_t(entry.member.clock.step)) | 1;
 }
 
-bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state, const std::vector<char>* takes_part) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+bool StepPlan::begin(const std::vector<Group>& groups, const py::dict& state) {
   if (!unchanged(groups, state)) return false;
   for (size_t g = 0; g < groups.size(); ++g) {
     const std::vector<double>& hyper = std::get<2>(groups[g]);
@@ -146,6 +161,18 @@ bool StepPlan::collect(const std::vector<Group>& groups, const py::dict& state, 
   }
   batch_.clear();
   collected_.clear();
+  plain_.forget();
+  is_plain_ = false;
+  return true;
+}
+
+bool StepPlan::collect_plain() {
+  hypers_.clear();
+  for (const Rule& rule : rules_) hypers_.push_back(&rule.hyper);
+  return is_plain_ = plain_.collect(hypers_);
+}
+
+bool StepPlan::collect_any(const std::vector<char>* takes_part) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
     optim::Member& member = entry.member;
@@ -173,6 +200,7 @@ at::Tensor StepPlan::norm(double max_norm, double scale, bool skip_nonfinite) {
   const grad::Limit limit{max_norm, scale, double(skip_nonfinite)};
   std::vector<grad::Source> sources;
   at::Device device = at::kCPU;
+  if (is_plain_) plain_.sources(sources);
   for (const optim::Batch::Lane& lane : batch_.lanes()) {
     if (lane.slots.empty()) continue;
     TORCH_CHECK(sources.empty() || lane.device == device, "max_grad_norm: the gradients are on ", device, " and ",
@@ -205,12 +233,18 @@ bool StepPlan::run(const std::optional<at::Tensor>& norm, bool may_skip) {
   const bool skip = norm && may_skip && norm->to(at::kCPU).const_data_ptr<double>()[2] != 0;
   if (!skip) {
     std::vector<at::Tensor> copies;  // for other devices than the norm's own
-    batch_.run([&](const at::Device& device) -> const optim::Control* {
+    const auto control_of = [&](const at::Device& device) -> const optim::Control* {
       if (!norm) return nullptr;
       if (norm->device() == device) return optim::control_of(*norm);
       return optim::control_of(copies.emplace_back(norm->to(device)));
-    });
-    count();
+    };
+    if (is_plain_) {
+      plain_.run(control_of(at::kCPU));
+      plain_.finish();
+    } else {
+      batch_.run(control_of);
+      count();
+    }
   }
   forget();
   return !skip;
@@ -223,6 +257,7 @@ void StepPlan::count() {
 // Nothing of the backward pass is kept alive until the next one.
 void StepPlan::forget() {
   batch_.clear();
+  plain_.forget();
   for (const size_t i : collected_) {
     Entry& entry = entries_[i];
     entry.member.grad.reset();
@@ -261,6 +296,7 @@ void bind(py::module_& module) {
             return plan.collect(groups, state);
           },
           py::arg("groups"), py::arg("state"))
+      .def("step", &StepPlan::step, py::arg("groups"), py::arg("state"))
       .def(
           "norm",
           [](StepPlan& plan, double max_norm, double scale, bool skip) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "optim/batch.h"
+#include "step/plain.h"
 
 namespace gdbp::step {
 
@@ -33,6 +34,8 @@ class StepPlan {
   // Takes in every parameter that has a gradient. False where the groups or the state are not what they were
   // when the plan was made, or a gradient has come to a parameter without state: make another plan.
   bool collect(const std::vector<Group>& groups, const pybind11::dict& state);
+  // The same and run(), where nothing is asked of the gradients first.
+  bool step(const std::vector<Group>& groups, const pybind11::dict& state);
 
   // ---- for a caller that has gradients of its own, of the parameters that `takes_part` says, by position ----
   bool collect(const std::vector<Group>& groups, const pybind11::dict& state, const std::vector<char>& takes_part);
@@ -59,14 +62,16 @@ class StepPlan {
     optim::Member member;
     optim::Counts counts;
     optim::Batch::Place place{};
-    pybind11::object param_object, state_dict;
+    pybind11::object state_dict;
     std::vector<pybind11::object> state_objects;
     const void* last_grad = nullptr;  // where the next gradient may be, too; never followed
     int group = 0;
     int64_t version = -1;  // the parameter's after our last step, where it has a master
     bool ready = false;
   };
-  bool collect(const std::vector<Group>& groups, const pybind11::dict& state, const std::vector<char>* takes_part);
+  bool begin(const std::vector<Group>& groups, const pybind11::dict& state);
+  bool collect_any(const std::vector<char>* takes_part);
+  bool collect_plain();
   void tick(size_t i);
   void count();
   void forget();
@@ -84,7 +89,11 @@ class StepPlan {
   };
   std::vector<Rule> rules_;
   std::vector<Entry> entries_;
+  PlainStep plain_;
+  bool is_plain_ = false;  // whether plain_ has taken this step in, and batch_ nothing
   pybind11::object state_object_;
+  std::vector<pybind11::object> param_objects_;
+  std::vector<const optim::Hyper*> hypers_;
   std::vector<pybind11::object> state_dicts_;
   optim::Batch batch_;
   std::vector<size_t> collected_;

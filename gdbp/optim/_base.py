@@ -218,6 +218,10 @@ class Fused(torch.optim.Optimizer):
         if _checkpoint.is_trial(self):
             self._plan = self._make_plan(*self._groups(), created)
             return
+        if not (self.max_grad_norm is not None or self._may_skip() or getattr(self, "grad_scale", None) is not None):
+            self._last["grad_norm"] = None
+            self._collect(lambda plan, *arguments: plan.step(*arguments), created)
+            return
         plan = self._collect(lambda plan, *arguments: plan.collect(*arguments), created)
         norm = self._norm(plan.norm)
         if not plan.run(norm, self._may_skip()):

@@ -46,6 +46,9 @@ class ListPlan:
                 self._work.append((g, i, rule, hyper, p, spread_like(p.grad, p), own))
         return True
 
+    def step(self, groups, state) -> bool:
+        return self.collect(groups, state) and self.run(None, False)
+
     def norm(self, max_norm: float, scale: float, skip_nonfinite: bool) -> torch.Tensor:
         return grad.norm([gradient for *_, gradient, _ in self._work], max_norm, scale, skip_nonfinite)
 
