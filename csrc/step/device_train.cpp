@@ -148,7 +148,8 @@ void DeviceTrainPlan::ready(int64_t rows) {
   blocks_ = blocks_of(network_, rows, shared_bytes_);
   const int64_t needed = std::max<int64_t>(blocks_ * gradients_, 1);
   if (stream != stream_ || !partials_.defined() || partials_.numel() < needed)
-    partials_ = at::empty({needed}, at::TensorOptions(device_).dtype(at::kFloat));
+    // Zeros, as the gaps between parameters are summed as well where all gradients are.
+    partials_ = at::zeros({needed}, at::TensorOptions(device_).dtype(at::kFloat));
   if (stream != stream_) decided_ = at::zeros_like(decided_);
   stream_ = stream;
 }
