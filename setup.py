@@ -207,7 +207,8 @@ class Build(BuildExtension):
         facts = {"VERSION": VERSION, "TORCH_VERSION": torch.__version__, "CXX_FLAGS": " ".join(CXX_FLAGS)}
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
         self.kernels = []
-        with ThreadPoolExecutor(max(1, jobs // 2)) as pool:
+        # As many as ninja has: the two take turns, and neither leaves a core idle when the other is done.
+        with ThreadPoolExecutor(jobs) as pool:
             if path := find_nvcc():
                 nvcc = Nvcc(path)
                 facts |= {"CUDA_VERSION": "{}.{}".format(*nvcc.version), "CUDA_ARCHS": " ".join(nvcc.archs)}
@@ -224,7 +225,8 @@ class Build(BuildExtension):
         binary.with_suffix(".json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
 
     def add_cuda(self, extension, nvcc, pool):
-        for source in find_sources("*_cuda.cu"):
+        # What is long is not left for last.
+        for source in sorted(find_sources("*_cuda.cu"), key=lambda path: -path.stat().st_size):
             out = Path(self.build_temp, "cuda", f"{source.stem}.o")
             self.kernels.append(pool.submit(nvcc.compile, source, out))
             extension.extra_objects.append(str(out))

@@ -65,8 +65,11 @@ def cuda_hot_clock(run: Callable[[], object], calls: int) -> float:
 class CudaColdClock:
     """Device seconds between two events, the L2 cache emptied before each repetition.
 
-    The flush also keeps the device busy while the host queues the work, so launches are not timed.
+    The device is kept waiting while the host queues the work, so launches are not timed.
     """
+
+    # Cycles a second that no GPU is beyond, and how much longer than the host took once the device waits.
+    CYCLES, MARGIN = 2.2e9, 1.5
 
     def __init__(self):
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -74,8 +77,13 @@ class CudaColdClock:
 
     def __call__(self, run: Callable[[], object], calls: int) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda.synchronize()
+        queued = time.perf_counter()
+        run()
+        wait = int(self.MARGIN * self.CYCLES * (time.perf_counter() - queued))
         for start, end in events:
             self.flush.zero_()
+            torch.cuda._sleep(wait)
             start.record()
             run()
             end.record()

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 import types
 
 import pytest
@@ -13,7 +14,7 @@ from benchmarks import memory, optional, run, scaling, table
 from benchmarks.accuracy import ulp_error
 from benchmarks.cases import select
 from benchmarks.measure import LIMIT, judge, measure
-from benchmarks.timing import MINIMUM_ROUNDS, percentile, summarize, take_turns
+from benchmarks.timing import MINIMUM_ROUNDS, CudaColdClock, percentile, summarize, take_turns
 from benchmarks.work import OURS, Case, Contender, Goal, Setup, Work, powers
 from tests.bench_rows import contender, example_row
 
@@ -37,6 +38,17 @@ def test_case_runs_and_is_right(title):
 def test_case_runs_on_cuda(title):
     case = ALL_SMOKE[title]
     assert measure(case, Setup(case.dtype or torch.float32, "cuda"), BUDGET)["contenders"][0]["correct"]
+
+
+@pytest.mark.cuda
+def test_what_the_host_takes_is_not_timed_on_cuda():
+    x = torch.zeros(8, device="cuda")
+
+    def run():
+        time.sleep(0.003)
+        x.add_(1)
+
+    assert CudaColdClock()(run, 3) / 3 < 1e-3
 
 
 @pytest.mark.parametrize("title", [t for t in SMOKE if "256 K" not in t])
