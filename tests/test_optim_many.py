@@ -202,3 +202,27 @@ def test_gradients_live_no_longer_than_the_step():
     gone = weakref.ref(t.params[0].grad)
     t.params[0].grad = None
     assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("RMSprop", {"momentum": 0.9, "centered": True}),
+        ("AdamW", {"l1": 0.01}),
+        ("Lion", {"weight_decay": 0.1}),
+        ("SGD", {}),
+    ],
+)
+def test_an_update_does_not_depend_on_where_an_element_lies(name, options):
+    """In the body of a loop or in what is left over behind it."""
+    start, grads = torch.randn(83), [torch.randn(83) for _ in range(3)]
+    results = []
+    for size in (83, 1, 7, 13, 64):
+        params = [torch.nn.Parameter(part.clone()) for part in start.split(size)]
+        optimizer = getattr(gdbp.optim, name)(params, lr=0.01, **options)
+        for gradient in grads:
+            for p, part in zip(params, gradient.split(size)):
+                p.grad = part.clone()
+            optimizer.step()
+        results.append(torch.cat([p.detach() for p in params]))
+    assert all(torch.equal(result, results[0]) for result in results)

@@ -1,3 +1,9 @@
+// No multiplication and addition become one: g++ would do so in the body of a loop and not in what is left over behind
+// it, and an element's update would depend on where it lies.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
