@@ -56,10 +56,9 @@ def stub_torch(folder, version, error=None):
     (package / "utils").mkdir(parents=True)
     package.joinpath("__init__.py").write_text(f"raise {error}" if error else f"__version__ = {version!r}")
     package.joinpath("utils", "__init__.py").touch()
-    # It is linked with the libraries of the torch that there is.
-    libraries = [str(Path(torch.__file__).parent / "lib")]
     package.joinpath("utils", "cpp_extension.py").write_text(
-        f"include_paths = list\ndef library_paths(): return {libraries}\n"
+        "from setuptools import Extension as CppExtension\n"
+        "from setuptools.command.build_ext import build_ext as BuildExtension\n"
     )
     return str(folder / "stub")
 

@@ -1,9 +1,3 @@
-// No multiplication and addition become one: g++ would do so in the body of a loop and not in what is left over behind
-// it, and an element's update would depend on where it lies.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=off")
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -122,6 +116,24 @@ void stage_out(void* base, Dtype dtype, float* scale, int64_t begin, int64_t n, 
   }
 }
 
+// The same in whole vectors only. In what is left over behind them g++ would not join multiplications and additions as
+// it does in them, and an element's update would depend on where it lies.
+template <class Rule, class T>
+void update_all_alike(const Rule& rule, const Surroundings<T>& around, T* p, T* g, T* const* state, int64_t n) {
+  constexpr int64_t kWhole = 64 / sizeof(T);
+  const int64_t whole = n / kWhole * kWhole, rest = n - whole;
+  if (whole > 0) update<Rule, T>(rule, around, p, g, state, whole);
+  if (rest == 0) return;
+  alignas(64) T padded[2 + Rule::states][kWhole] = {};
+  T* states[Rule::states + 1] = {};
+  std::copy_n(p + whole, rest, padded[0]);
+  std::copy_n(g + whole, rest, padded[1]);
+  for (int k = 0; k < Rule::states; ++k) std::copy_n(state[k] + whole, rest, states[k] = padded[2 + k]);
+  update<Rule, T>(rule, around, padded[0], padded[1], states, kWhole);
+  std::copy_n(padded[0], rest, p + whole);
+  for (int k = 0; k < Rule::states; ++k) std::copy_n(padded[2 + k], rest, state[k] + whole);
+}
+
 template <class Rule, class T>
 void update_piece(const Rule& rule, const Surroundings<T>& around, const Slot& slot, int64_t begin, int64_t end) {
   const bool direct = slot.param_dtype == kComputeDtype<T> && slot.grad_dtype == kComputeDtype<T> &&
@@ -135,7 +147,7 @@ void update_piece(const Rule& rule, const Surroundings<T>& around, const Slot& s
     T* state[Rule::states + 1] = {};
     for (int k = 0; k < Rule::states; ++k)
       state[k] = stage_in(slot.state[k], slot.state_dtype, slot.scale[k], lo, n, buffer[2 + k]);
-    update<Rule, T>(rule, around, p, g, state, n);
+    update_all_alike<Rule, T>(rule, around, p, g, state, n);
     if (slot.seed && slot.param_dtype == Dtype::bfloat16) {
       write_stochastic(p, static_cast<BFloat16*>(slot.param) + lo, n, slot.seed, lo);
     } else {
