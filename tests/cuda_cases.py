@@ -72,10 +72,8 @@ def whole_networks(device: str, dtype: torch.dtype) -> None:
             x = torch.randn(rows, sizes[0], device=device, dtype=dtype)
             with torch.no_grad():
                 assert torch.isfinite(model(x)).all()
-            labels, values = (
-                torch.randint(sizes[-1], (rows,), device=device),
-                torch.rand(rows, sizes[-1], device=device),
-            )
+            labels = torch.randint(sizes[-1], (rows,), device=device)
+            values = torch.rand(rows, sizes[-1], device=device)
             for loss, target in ((nn.CrossEntropyLoss(), labels), (nn.MSELoss(), values.to(dtype))):
                 for options in ({}, {"max_grad_norm": 1.0}):
                     step = TrainStep(model, loss, optim.AdamW(model.parameters()), **options)

@@ -26,6 +26,23 @@ GDBP_HD bool aligned(const void* pointer, int64_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(pointer) % uintptr_t(bytes) == 0;
 }
 
+// Whether n neighbouring elements can be read and written at once.
+template <int n, class T>
+GDBP_HD bool aligned_for(const T* pointer) {
+  return aligned(pointer, n * sizeof(T) < 16 ? n * sizeof(T) : 16);
+}
+
+// dispatch() of dtype.h on the device, outside of loops: a branch between loads would have each wait for the last.
+template <class F>
+__device__ __forceinline__ void for_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float64: return f(Type<double>{});
+    case Dtype::float32: return f(Type<float>{});
+    case Dtype::bfloat16: return f(Type<BFloat16>{});
+    default: return f(Type<Float16>{});
+  }
+}
+
 // The bit manipulations of dtype.h in one instruction, where there is one.
 template <class To>
 __device__ __forceinline__ To narrow_fast(Compute<To> x) {

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/activations.h"
 #include "common/dtype.h"
@@ -13,6 +14,10 @@ namespace gdbp::cpu {
 // Elements of a block. Where a stored type is not the compute type, they pass through buffers of this size.
 constexpr int64_t kBlock = 2048;
 inline int64_t block_rows(int64_t rows, int64_t cols) { return std::clamp<int64_t>(kBlock / cols, 1, rows); }
+
+// Whether T is computed with as it is stored: then nothing has to pass through a buffer.
+template <class T>
+constexpr bool kDirect = std::is_same_v<T, Compute<T>>;
 
 // Rows that lie `step` elements apart.
 template <class T>

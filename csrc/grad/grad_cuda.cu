@@ -55,16 +55,10 @@ __device__ __forceinline__ int chunks_of_unit(const Entry& entry) {
   return int((entry.unit + kCudaChunk - 1) / kCudaChunk);
 }
 
-// Whether kWidth elements are read and written at once: the address allows it.
-template <class T>
-__device__ __forceinline__ bool in_vectors(const T* x) {
-  return cuda::aligned(x, kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16);
-}
-
 // Calls f(values, at, count) for kWidth neighbours at a time. A unit's chunk may begin anywhere.
 template <class T, class F>
 __device__ __forceinline__ void for_each(const T* x, int64_t begin, int64_t end, F f) {
-  const bool vectors = in_vectors(x + begin);
+  const bool vectors = cuda::aligned_for<kWidth>(x + begin);
   for (int64_t at = begin + int64_t(threadIdx.x) * kWidth; at < end; at += kThreads * kWidth) {
     Compute<T> values[kWidth];
     const int count = int(end - at < kWidth ? end - at : kWidth);
@@ -120,7 +114,7 @@ struct HealthOfChunk {
 // Every element of the chunk replaced by f of it, or that written to `to`.
 template <class T, class F>
 __device__ __forceinline__ void rewrite_chunk(const T* x, T* to, const Chunk& chunk, const F& f) {
-  const bool vectors = in_vectors(to + chunk.begin);
+  const bool vectors = cuda::aligned_for<kWidth>(to + chunk.begin);
   for_each(x, chunk.begin, chunk.end, [&](auto& values, int64_t at, int count) {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) values[k] = f(values[k]);
@@ -169,12 +163,8 @@ __global__ void __launch_bounds__(kThreads) chunk_kernel(GDBP_GRID_CONSTANT(Batc
   const int64_t first = unit * entry.unit, begin = first + (local - unit * per_unit) * kCudaChunk;
   const int64_t end = begin + kCudaChunk < first + entry.unit ? begin + kCudaChunk : first + entry.unit;
   const Chunk chunk{begin, end, number, entry.first_unit + unit, entry.output};
-  switch (entry.dtype) {
-    case Dtype::float64: f(static_cast<const double*>(entry.data), chunk); break;
-    case Dtype::float32: f(static_cast<const float*>(entry.data), chunk); break;
-    case Dtype::bfloat16: f(static_cast<const BFloat16*>(entry.data), chunk); break;
-    default: f(static_cast<const Float16*>(entry.data), chunk); break;
-  }
+  cuda::for_dtype(entry.dtype,
+                  [&](auto type) { f(static_cast<const typename decltype(type)::type*>(entry.data), chunk); });
 }
 
 // What becomes of the sum of all terms.

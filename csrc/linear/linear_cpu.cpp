@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <type_traits>
 
 #include "common/map_cpu.h"
 #include "common/rows_cpu.h"
@@ -8,14 +7,11 @@
 namespace gdbp::linear {
 namespace {
 
+using cpu::kDirect;
 using cpu::Rows;
 
 // Columns per work item: an accumulator row of this length stays in the first-level cache.
 constexpr int64_t kColumnBlock = 1024;
-
-// Whether T is computed with as it is stored: then nothing passes through a buffer.
-template <class T>
-constexpr bool kDirect = std::is_same_v<T, Compute<T>>;
 
 template <class T>
 GDBP_CLONES void add_bias(Rows<const T> product, const T* bias, Rows<Compute<T>> sum, int64_t rows, int64_t cols) {

@@ -6,24 +6,12 @@
 // as total - 1, keeps all digits where the row is confident: log_total = log1p(others), 1 - p_max = others / total.
 #pragma once
 #include "common/math.h"
+#include "common/softmax.h"
 #include "loss/loss.h"
 
 namespace gdbp::loss {
 
-template <class C>
-struct Softmax {
-  C m, others;
-
-  GDBP_HD C inverse() const { return C(1) / (C(1) + others); }
-  GDBP_HD C log_total() const { return math::log1p(others); }
-  // of the logits as they are: what z_loss squares
-  GDBP_HD C log_sum_exp() const { return m + log_total(); }
-  GDBP_HD C p(C x) const { return math::exp(x - m) * inverse(); }
-  // 1 - p
-  GDBP_HD C rest(C x) const { return x == m ? others * inverse() : C(1) - p(x); }
-  // -log p
-  GDBP_HD C nll(C x) const { return log_total() - (x - m); }
-};
+using gdbp::Softmax;
 
 // softcap * tanh(x / softcap) and its derivative 1 - tanh^2, of which the difference would leave nothing for
 // large x.

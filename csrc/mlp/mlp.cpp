@@ -4,17 +4,18 @@
 #include <ATen/ops/empty.h>
 
 #include "common/binding.h"
+#include "mlp/mlp_math.h"
 
 namespace gdbp::mlp {
 namespace {
 
 using at::Tensor;
 
-#ifdef GDBP_WITH_CUDA
-bool takes(const Network& network) { return fits(network, false, shared_bytes_cuda()); }
-#else
-bool takes(const Network&) { return false; }
-#endif
+bool takes(const Network& network) {
+  int (*const shared_bytes)() = GDBP_CUDA_LAUNCHER(shared_bytes_cuda);
+  return shared_bytes && fits(network, false, shared_bytes());
+}
+// There is no such launcher for the CPU.
 int no_cpu(const Infer&, void*) { return 0; }
 
 Dtype half_of(at::ScalarType type) {

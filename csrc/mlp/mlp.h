@@ -73,13 +73,8 @@ struct Infer {
   int most_blocks = 8 * kMaxBlocks;
 };
 
-// How many blocks train_cuda launches.
-int64_t blocks_for(const Network& network, int64_t rows, int shared_bytes);
-
 // Shared memory of a block on the current device, in bytes.
 int shared_bytes_cuda();
-// Whether a kernel holds the network in so much shared memory.
-bool fits(const Network& network, bool trains, int shared_bytes);
 
 int train_cuda(const Train& args, void* stream);
 int infer_cuda(const Infer& args, void* stream);

@@ -51,14 +51,14 @@ struct Block {
   // Weights and biases, zeros around them. A warp takes a row at a time, in fours that are read at once where all begin
   // at such an address.
   __device__ void load_parameters() const {
-    for_dtype(net.parameters, [&](auto type) {
+    cuda::for_dtype(net.parameters, [&](auto type) {
       using P = typename decltype(type)::type;
 #pragma unroll 1
       for (int l = 0; l < net.count; ++l) {
         const Layer& layer = net.layers[l];
         const int cols = padded(layer.inputs), rows = padded(layer.outputs), stride = stride_of(layer.inputs);
         const P *const source = static_cast<const P*>(layer.weight), *const biases = static_cast<const P*>(layer.bias);
-        const bool vectors = layer.inputs % 4 == 0 && cuda::aligned(source, 4 * sizeof(P) < 16 ? 4 * sizeof(P) : 16);
+        const bool vectors = layer.inputs % 4 == 0 && cuda::aligned_for<4>(source);
         T* const weight = slab(at.weight[l]);
         const int k = lane() * 4, inside = layer.inputs - k < 4 ? layer.inputs - k : 4;
         static_assert(kMaxWidth == kWarp * 4);
@@ -82,10 +82,10 @@ struct Block {
   __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
     const int cols = net.inputs(), stride = at.stride(cols);
     T* const to = own(at.input[0], stride);
-    for_dtype(dtype, [&](auto type) {
+    cuda::for_dtype(dtype, [&](auto type) {
       using X = typename decltype(type)::type;
       const X* const from = static_cast<const X*>(input);
-      const bool vectors = cols % 4 == 0 && cuda::aligned(from, 4 * sizeof(X) < 16 ? 4 * sizeof(X) : 16);
+      const bool vectors = cols % 4 == 0 && cuda::aligned_for<4>(from);
       const int c = lane() * 4, inside = cols - c < 4 ? cols - c : 4;
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
@@ -198,7 +198,7 @@ struct Block {
     __syncwarp();
   }
 
-  // f(first output, first input, job's number) for the parts of a layer's weight that are this warp's, 16 x kColumns.
+  // f(first output, first input) for the parts of a layer's weight that are this warp's, 16 x kColumns.
   template <class F>
   __device__ __forceinline__ void for_jobs(const Layer& layer, const F& f) const {
     const int across = (padded(layer.inputs) + kColumns - 1) / kColumns, count = padded(layer.outputs) / 16 * across;
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (a.objective == Objective::cross_entropy) {
       cross_entropy(a, output, stride, first, found);
     } else {
-      for_dtype(a.target_dtype, [&](auto type) {
+      cuda::for_dtype(a.target_dtype, [&](auto type) {
         using Y = typename decltype(type)::type;
         mean_square(a, static_cast<const Y*>(a.target), output, stride, first, found);
       });
@@ -365,10 +365,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     block.load_input(a.input, a.input_dtype, a.rows, first);
     block.forward();
     const int rows = a.rows - first < kWarpRows ? (a.rows > first ? int(a.rows - first) : 0) : kWarpRows;
-    for_dtype(a.output_dtype, [&](auto type) {
+    cuda::for_dtype(a.output_dtype, [&](auto type) {
       using Y = typename decltype(type)::type;
       Y* const to = static_cast<Y*>(a.output) + first * width;
-      const bool vectors = width % 4 == 0 && cuda::aligned(a.output, 4 * sizeof(Y) < 16 ? 4 * sizeof(Y) : 16);
+      const bool vectors = width % 4 == 0 && cuda::aligned_for<4>(static_cast<Y*>(a.output));
       const int c = block.lane() * 4, inside = width - c < 4 ? width - c : 4;
 #pragma unroll 4
       for (int r = 0; r < rows; ++r) {
@@ -383,12 +383,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-int64_t tiles_of(const Layout& at, int64_t rows) { return cuda::ceil_div(rows, at.warps * kWarpRows); }
-int64_t blocks_of(const Layout& at, int64_t rows, int most) {
-  const int64_t tiles = tiles_of(at, rows);
-  return tiles < most ? tiles : most;
-}
-
 template <class Kernel, class Args>
 int launch(const Kernel& kernel, const Args& args, bool trains, void* stream) {
   const Layout at(args.network, trains, shared_bytes_cuda());
@@ -398,14 +392,6 @@ int launch(const Kernel& kernel, const Args& args, bool trains, void* stream) {
 }
 
 }  // namespace
-
-bool fits(const Network& network, bool trains, int shared_bytes) {
-  return Layout(network, trains, shared_bytes).warps > 0;
-}
-
-int64_t blocks_for(const Network& network, int64_t rows, int shared_bytes) {
-  return blocks_of(Layout(network, true, shared_bytes), rows, kMaxBlocks);
-}
 
 #ifdef GDBP_CUDASIM
 int shared_bytes_cuda() { return int(cudasim::kMaxSharedBytes); }

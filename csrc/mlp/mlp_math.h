@@ -1,6 +1,5 @@
-// What lies where in a block's shared memory, and a row's loss.
+// What lies where in a block's shared memory, and how many blocks there are.
 #pragma once
-#include "common/math.h"
 #include "mlp/mlp.h"
 
 namespace gdbp::mlp {
@@ -73,15 +72,21 @@ struct Layout {
   }
 };
 
-// The softmax of a row whose largest logit is m, `others` being the sum of exp(x - m) over the others: all digits of
-// confident rows are kept, as in the loss family.
-struct Softmax {
-  float m, others;
-  GDBP_HD float inverse() const { return 1 / (1 + others); }
-  GDBP_HD float p(float x) const { return math::exp(x - m) * inverse(); }
-  // p - 1
-  GDBP_HD float at_label(float x) const { return x == m ? -others * inverse() : p(x) - 1; }
-  GDBP_HD float loss(float x) const { return math::log1p(others) - (x - m); }
-};
+// Whether a block holds the network in so much shared memory.
+inline bool fits(const Network& network, bool trains, int shared_bytes) {
+  return Layout(network, trains, shared_bytes).warps > 0;
+}
+
+inline int64_t tiles_of(const Layout& at, int64_t rows) {
+  return (rows + at.warps * kWarpRows - 1) / (at.warps * kWarpRows);
+}
+inline int64_t blocks_of(const Layout& at, int64_t rows, int most) {
+  const int64_t tiles = tiles_of(at, rows);
+  return tiles < most ? tiles : most;
+}
+// How many blocks train_cuda launches.
+inline int64_t blocks_for(const Network& network, int64_t rows, int shared_bytes) {
+  return blocks_of(Layout(network, true, shared_bytes), rows, kMaxBlocks);
+}
 
 }  // namespace gdbp::mlp

@@ -4,6 +4,7 @@
 
 #include "common/mma_cuda.cuh"
 #include "common/reduce_cuda.cuh"
+#include "common/softmax.h"
 #include "mlp/mlp.h"
 #include "mlp/mlp_math.h"
 
@@ -12,17 +13,6 @@ namespace {
 
 using cuda::kAllLanes;
 using cuda::kWarp;
-
-// dispatch() of dtype.h on the device, outside of loops: a branch between loads would have each wait for the last.
-template <class F>
-__device__ __forceinline__ void for_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float64: return f(Type<double>{});
-    case Dtype::float32: return f(Type<float>{});
-    case Dtype::bfloat16: return f(Type<BFloat16>{});
-    default: return f(Type<Float16>{});
-  }
-}
 
 // What a lane has found in its rows.
 struct Found {
@@ -55,9 +45,9 @@ __device__ void cross_entropy(const Train& a, T* logits, int stride, int64_t fir
   for (int j = half; j < classes; j += 2)
     if (j != largest) others += math::exp(cuda::widen_fast(x[j]) - m);
   const float others_beside = __shfl_xor_sync(kAllLanes, others, 1);
-  const Softmax softmax{m, half == 0 ? others + others_beside : others_beside + others};
+  const Softmax<float> softmax{m, half == 0 ? others + others_beside : others_beside + others};
   if (counts && !is_bad && half == 0) {
-    found.loss = softmax.loss(cuda::widen_fast(x[label]));
+    found.loss = softmax.nll(cuda::widen_fast(x[label]));
     found.count += 1;
   }
   if (is_bad && row < found.bad_row) found.bad_row = row;
@@ -66,7 +56,7 @@ __device__ void cross_entropy(const Train& a, T* logits, int stride, int64_t fir
     float gradient = 0;
     if (counts && j < classes) {
       const float value = cuda::widen_fast(x[j]);
-      gradient = j == label ? softmax.at_label(value) : softmax.p(value);
+      gradient = j == label ? -softmax.rest(value) : softmax.p(value);
     }
     x[j] = cuda::narrow_fast<T>(gradient);
   }

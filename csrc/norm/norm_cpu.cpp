@@ -8,6 +8,7 @@
 namespace gdbp::norm {
 namespace {
 
+using cpu::kDirect;
 using cpu::Rows;
 
 // One tile: its place in the input, and whose it is.
@@ -89,10 +90,6 @@ constexpr int kUnroll = 4;
 // Rows that pass through a buffer together: a multiple of kUnroll, as kBlock / kColumnTile is one.
 int64_t rows_at_once(int64_t cols) { return std::max<int64_t>(kUnroll, cpu::kBlock / cols / kUnroll * kUnroll); }
 static_assert(cpu::kBlock / kColumnTile >= kUnroll);
-
-// Whether T is computed with as it is stored: then less passes through a buffer.
-template <class T>
-constexpr bool kDirect = std::is_same_v<T, Compute<T>>;
 
 template <int n, class T>
 GDBP_HD void add_moments(const T* x, int64_t step, int64_t cols, const double* pivot, Sums& sums) {

@@ -27,6 +27,8 @@ struct Slot {
   double average_weight = 0;
   uint64_t seed = 0;  // bfloat16 parameters are rounded stochastically, with this seed
   Dtype copy_dtype = {}, average_dtype = {};
+  // Whether there is anything of that: then elements share a scale, or have random numbers by their position.
+  bool has_extra() const { return copy || average || seed != 0 || state_dtype == Dtype::blockwise8; }
 
   // CUDA alone: the gradient is the sum of so many arrays of float32, `part_stride` elements from one to the next, all
   // slots of a call alike; 0 where it is one array.

@@ -363,8 +363,7 @@ int step_in(const Slot* slots, int64_t count, const Control* control, void* stre
   for (int64_t i = 0; i < count; ++i) {
     const Slot& slot = slots[i];
     if ((slot.param_dtype == Dtype::float64) != (sizeof(T) == 8)) continue;
-    const bool has_extra = slot.copy || slot.average || slot.seed || slot.state_dtype == Dtype::blockwise8;
-    const int error = has_extra ? extra.add(slot) : plain.add(slot);
+    const int error = slot.has_extra() ? extra.add(slot) : plain.add(slot);
     if (error != 0) return error;
   }
   const int error = plain.launch();

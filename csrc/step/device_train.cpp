@@ -5,12 +5,12 @@
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <pybind11/stl.h>
 
 #include "common/binding.h"
 #include "common/python.h"
 #include "loss/label_watch.h"
+#include "mlp/mlp_math.h"
 
 namespace gdbp::step {
 
@@ -18,17 +18,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Launchers without a sibling for the CPU.
+// There is no such launcher for the CPU.
 int no_cpu(const mlp::Train&, void*) { return 0; }
-#ifdef GDBP_WITH_CUDA
-int shared_bytes() { return mlp::shared_bytes_cuda(); }
-bool fits(const mlp::Network& n, int bytes) { return mlp::fits(n, true, bytes); }
-int64_t blocks_of(const mlp::Network& n, int64_t rows, int bytes) { return mlp::blocks_for(n, rows, bytes); }
-#else
-int shared_bytes() { return 0; }
-bool fits(const mlp::Network&, int) { return false; }
-int64_t blocks_of(const mlp::Network&, int64_t, int) { return 0; }
-#endif
 
 constexpr const char* kRemedy = "; use strict=False to run it eagerly";
 
@@ -86,10 +77,12 @@ DeviceTrainPlan::DeviceTrainPlan(const py::list& layers, const py::tuple& object
   }
 
   const c10::DeviceGuard guard(device_);
-  shared_bytes_ = shared_bytes();
-  for (int l = 0; l < network_.count; ++l) network_.layers[l].weight_at = network_.layers[l].bias_at = 0;
-  TORCH_CHECK_VALUE(fits(network_, shared_bytes_), "the model has too many or too wide layers for the ", shared_bytes_,
-                    " bytes of shared memory of ", device_, kRemedy);
+  int (*const shared_bytes)() = GDBP_CUDA_LAUNCHER(mlp::shared_bytes_cuda);
+  shared_bytes_ = shared_bytes ? shared_bytes() : 0;
+  // Also with gradients of all parameters.
+  for (size_t k = 0; k < parameters_.size(); ++k) gradient_at(k) = 0;
+  TORCH_CHECK_VALUE(mlp::fits(network_, true, shared_bytes_), "the model has too many or too wide layers for the ",
+                    shared_bytes_, " bytes of shared memory of ", device_, kRemedy);
   const at::TensorOptions options = at::TensorOptions(device_);
   findings_ = at::zeros({mlp::kMaxBlocks + 1, int64_t(sizeof(mlp::Finding))}, options.dtype(at::kByte));
   decided_ = at::zeros({3}, options.dtype(at::kDouble));
@@ -110,9 +103,7 @@ bool DeviceTrainPlan::collect(StepPlan& plan, const std::vector<Group>& groups, 
   gradients_ = 0;
   for (size_t k = 0; k < parameters_.size(); ++k) {
     if (entries_[k] >= 0) trained_[k] = in_plan_[entries_[k]] = parameters_[k].requires_grad();
-    mlp::Layer& layer = network_.layers[k / 2];
-    int64_t& at = k % 2 ? layer.bias_at : layer.weight_at;
-    at = trained_[k] ? gradients_ : -1;
+    gradient_at(k) = trained_[k] ? gradients_ : -1;
     // In fours, which are read at once.
     if (trained_[k]) gradients_ += (parameters_[k].numel() + 3) / 4 * 4;
   }
@@ -145,13 +136,17 @@ void DeviceTrainPlan::check(const at::Tensor& x, const at::Tensor& y) const {
 void DeviceTrainPlan::ready(int64_t rows) {
   void* const stream = at::accelerator::getCurrentStream(device_.index()).native_handle();
   rows_ = rows;
-  blocks_ = blocks_of(network_, rows, shared_bytes_);
+  blocks_ = mlp::blocks_for(network_, rows, shared_bytes_);
   const int64_t needed = std::max<int64_t>(blocks_ * gradients_, 1);
   if (stream != stream_ || !partials_.defined() || partials_.numel() < needed)
     // Zeros, as the gaps between parameters are summed as well where all gradients are.
     partials_ = at::zeros({needed}, at::TensorOptions(device_).dtype(at::kFloat));
-  if (stream != stream_) decided_ = at::zeros_like(decided_);
   stream_ = stream;
+}
+
+int64_t& DeviceTrainPlan::gradient_at(size_t parameter) {
+  mlp::Layer& layer = network_.layers[parameter / 2];
+  return parameter % 2 ? layer.bias_at : layer.weight_at;
 }
 
 // Their memory may have moved since the last step.
@@ -164,12 +159,9 @@ void DeviceTrainPlan::look_up_parameters() {
 }
 
 // Whether every update can sum the gradients itself.
-bool DeviceTrainPlan::can_sum(const StepPlan& plan) const {
-  for (size_t k = 0; k < parameters_.size(); ++k) {
-    if (!trained_[k]) continue;
-    const optim::Slot& slot = const_cast<StepPlan&>(plan).slot(entries_[k]);
-    if (slot.copy || slot.average || slot.seed || slot.state_dtype == Dtype::blockwise8) return false;
-  }
+bool DeviceTrainPlan::can_sum(StepPlan& plan) const {
+  for (size_t k = 0; k < parameters_.size(); ++k)
+    if (trained_[k] && plan.slot(entries_[k]).has_extra()) return false;
   return true;
 }
 
@@ -210,15 +202,14 @@ py::tuple DeviceTrainPlan::step(StepPlan& plan, const at::Tensor& input, const a
 
   if (!limit && !keep_ && can_sum(plan)) {
     use_parts(plan);
-    plan.run(decided_, false);
-    return py::make_tuple(wrap(loss), py::none());
+  } else {
+    use_sums(plan);
   }
-  use_sums(plan);
   if (!limit) {
     plan.run(decided_, false);
     return py::make_tuple(wrap(loss), py::none());
   }
-  at::Tensor norm = plan.norm(limit->first, 1, limit->second);
+  const at::Tensor norm = plan.norm(limit->first, 1, limit->second);
   // The gradients are already those of the mean; a label out of range stops the step here, too.
   norm.select(0, 2).copy_(at::maximum(norm.select(0, 2), decided_.select(0, 2)));
   plan.run(norm, false);
@@ -228,9 +219,8 @@ py::tuple DeviceTrainPlan::step(StepPlan& plan, const at::Tensor& input, const a
 void DeviceTrainPlan::use_parts(StepPlan& plan) {
   for (size_t k = 0; k < parameters_.size(); ++k) {
     if (!trained_[k]) continue;
-    const mlp::Layer& layer = network_.layers[k / 2];
     optim::Slot& slot = plan.slot(entries_[k]);
-    slot.grad = partials_.const_data_ptr<float>() + (k % 2 ? layer.bias_at : layer.weight_at);
+    slot.grad = partials_.const_data_ptr<float>() + gradient_at(k);
     slot.grad_dtype = Dtype::float32;
     slot.parts = int(blocks_);
     slot.part_stride = gradients_;
@@ -245,8 +235,7 @@ void DeviceTrainPlan::use_sums(StepPlan& plan) {
   decided_.select(0, 1).fill_(1);
   for (size_t k = 0; k < parameters_.size(); ++k) {
     if (!trained_[k]) continue;
-    const mlp::Layer& layer = network_.layers[k / 2];
-    const int64_t at = k % 2 ? layer.bias_at : layer.weight_at;
+    const int64_t at = gradient_at(k);
     optim::Slot& slot = plan.slot(entries_[k]);
     slot.grad = sums_.const_data_ptr<float>() + at;
     slot.grad_dtype = Dtype::float32;

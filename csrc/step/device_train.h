@@ -36,7 +36,9 @@ class DeviceTrainPlan {
   void check(const at::Tensor& input, const at::Tensor& target) const;
   void ready(int64_t rows);
   void look_up_parameters();
-  bool can_sum(const StepPlan& plan) const;
+  // Where a parameter's gradient begins among those of all.
+  int64_t& gradient_at(size_t parameter);
+  bool can_sum(StepPlan& plan) const;
   void use_parts(StepPlan& plan);
   void use_sums(StepPlan& plan);
 

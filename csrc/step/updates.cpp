@@ -15,12 +15,6 @@ namespace {
 // Elements of a gradient that are formed and used at a time: they stay in a second-level cache.
 constexpr int64_t kTileElements = 1 << 18;
 
-// Whether parts of the parameter can be updated on their own: not where elements share a scale, or have random
-// numbers by their position.
-bool is_divisible(const optim::Slot& slot) {
-  return slot.seed == 0 && !slot.copy && !slot.average && slot.state_dtype != Dtype::blockwise8;
-}
-
 }  // namespace
 
 int Updates::add(const at::Tensor& parameter) {
@@ -48,7 +42,8 @@ Updates::Outcome Updates::collect(StepPlan& plan, const std::vector<Group>& grou
   }
   if (!plan.collect(groups, state, in_plan_)) return Outcome::stale;
   plan_ = &plan;
-  for (size_t k = 0; k < parameters_.size(); ++k) divisible[k] = trained[k] && is_divisible(plan.slot(entries_[k]));
+  // Whether parts of a parameter can be updated on their own.
+  for (size_t k = 0; k < parameters_.size(); ++k) divisible[k] = trained[k] && !plan.slot(entries_[k]).has_extra();
   const int threads = at::get_num_threads();
   const bool same = trained == trained_ && divisible == divisible_ && options == options_ && threads == threads_;
   trained_ = std::move(trained);

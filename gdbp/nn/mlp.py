@@ -11,6 +11,7 @@ from gdbp.nn._arguments import check_activation
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
 from gdbp.ops import mlp
+from gdbp.ops._function import needs_autograd
 
 
 class MLP(torch.nn.Sequential):
@@ -75,13 +76,18 @@ class MLP(torch.nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, input):
-        layers = list(self._modules.values())
         output = None
         # What torch.fx traces with is no tensor.
-        if torch.is_tensor(input) and input.is_cuda and _is_plain(layers):
-            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-            output = mlp.forward(input, weights, biases, layers[0].activation or "none")
+        if torch.is_tensor(input) and input.is_cuda and not needs_autograd(input, *self.parameters()):
+            output = self._in_one_kernel(input)
         return super().forward(input) if output is None else output
+
+    def _in_one_kernel(self, input):
+        layers = list(self._modules.values())
+        if _is_plain(layers):
+            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+            return mlp.forward(input, weights, biases, layers[0].activation or "none")
+        return None
 
     def __getitem__(self, index):
         # A part of it is a plain Sequential: torch would call the constructor with layers.
