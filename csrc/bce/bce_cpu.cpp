@@ -5,6 +5,7 @@
 #include "bce/bce_math.h"
 #include "common/macros.h"
 #include "common/parallel.h"
+#include "common/reduce_cpu.h"
 
 namespace gdbp::bce {
 namespace {
@@ -37,14 +38,6 @@ class Spread {
   const int64_t period_;
   C values_[kBlock];
 };
-
-template <class T, class C>
-GDBP_CLONES double sum_block(const T* x, const T* t, const C* w, const C* q, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += double(w[i] * loss<C>(widen(x[i]), widen(t[i]), q[i]));
-  return sum;
-}
 
 template <class T, class C>
 GDBP_CLONES void loss_block(const T* x, const T* t, const C* w, const C* q, T* to, int64_t n) {
@@ -103,7 +96,10 @@ void forward(const Forward& a) {
   const C share = share_of<C>(a);
   std::fill_n(sums, tiles(a.numel, kTile), 0.0);
   for_blocks<T>(a, {nullptr, 1}, [&](int64_t tile, int64_t first, int64_t n, const C* w, const C* q, const C* ones) {
-    sums[tile] += sum_block(x + first, t + first, w, q, n);
+    const auto value = [=](int64_t i) __attribute__((always_inline)) {
+      return double(w[i] * loss<C>(widen(x[first + i]), widen(t[first + i]), q[i]));
+    };
+    sums[tile] += cpu::sum<double>(value, 0, n);
     if (grad) input_block(x + first, t + first, w, q, ones, share, grad + first, n);
   });
   double total = 0;

@@ -9,16 +9,17 @@
 
 namespace gdbp::cpu {
 
-// Long float chains lose digits, most where all numbers are equal and round to the same side, so a run is short;
-// long enough to keep the vector units busy.
-constexpr int64_t kRun = 128;
+// Long chains lose digits, most where all numbers are equal and round to the same side, so a run is short; long enough
+// to keep the vector units busy. Half as many doubles, of which a vector holds half as many: the chains are as long.
+template <class T>
+constexpr int64_t kRun = 512 / sizeof(T);
 
 // sum of f(i) for i in [begin, end)
 template <class T, class F>
 GDBP_CLONES double sum(const F f, int64_t begin, int64_t end) {
   double total = 0;
-  for (int64_t lo = begin; lo < end; lo += kRun) {
-    const int64_t hi = std::min(end, lo + kRun);
+  for (int64_t lo = begin; lo < end; lo += kRun<T>) {
+    const int64_t hi = std::min(end, lo + kRun<T>);
     T run = 0;
 #pragma omp simd reduction(+ : run)
     for (int64_t i = lo; i < hi; ++i) run += f(i);
