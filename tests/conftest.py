@@ -1,9 +1,14 @@
-"""What all tests share: seeds, two threads, and a count of the tests left out where there is no GPU."""
+"""What all tests share: seeds, two threads, programs in the background, and a count of the tests left out where there
+is no GPU."""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
 LEFT_OUT = pytest.StashKey[int]()
+OUTCOMES = pytest.StashKey[dict[str, Future]]()
 
 torch.set_num_threads(2)
 
@@ -13,12 +18,33 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _programs(request, tmp_path_factory):
+    """What the programs of :mod:`tests.programs` will have answered."""
+    wanted: dict = {}
+    for item in request.session.items:
+        if "outcome" in item.fixturenames:
+            wanted.setdefault(item.module, []).append(item)
+    outcomes = request.config.stash[OUTCOMES] = {}
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    for module, items in wanted.items():
+        outcomes |= module.start(items, tmp_path_factory.mktemp("programs"), pool)
+    yield
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def outcome(request):
+    return request.config.stash[OUTCOMES][request.node.nodeid].result()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request) -> str:
     return request.param
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: "outcome" in getattr(item, "fixturenames", ()))
     if torch.cuda.is_available():
         return
     needs_gpu = [item for item in items if item.get_closest_marker("cuda")]

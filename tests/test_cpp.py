@@ -5,14 +5,16 @@ instruction set alone that this CPU has, because each rounds in its own places.
 """
 
 import platform
-import subprocess
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.programs import compile_, run_when_built
+
+SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
-PROGRAMS = sorted(path.stem for path in (ROOT / "tests" / "cpp").glob("test_*.cpp"))
+PROGRAMS = sorted(path.stem for path in SOURCES.glob("test_*.cpp"))
 LEVELS = {
     "x86-64": set(),
     "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
@@ -29,14 +31,17 @@ def variants() -> list[str]:
     return ["clones"] + [level for level, needed in LEVELS.items() if needed <= flags]
 
 
+def build(folder: Path, program: str, variant: str) -> Path:
+    target = [] if variant == "clones" else ["-DGDBP_TEST_ONE_TARGET", f"-march={variant}"]
+    return compile_(folder / f"{program}-{variant}", *FLAGS, *target, SOURCES / f"{program}.cpp")
+
+
+def start(items: list[pytest.Item], folder: Path, pool: Executor) -> dict[str, Future]:
+    built = {item.nodeid: pool.submit(build, folder, **item.callspec.params) for item in items}
+    return {node: pool.submit(run_when_built, program) for node, program in built.items()}
+
+
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_program(program, variant, tmp_path):
-    target = [] if variant == "clones" else ["-DGDBP_TEST_ONE_TARGET", f"-march={variant}"]
-    source = ROOT / "tests" / "cpp" / f"{program}.cpp"
-    binary = tmp_path / program
-    command = ["g++", *FLAGS, *target, "-I", str(ROOT / "csrc"), str(source), "-o", str(binary)]
-    build = subprocess.run(command, capture_output=True, text=True)
-    assert build.returncode == 0, build.stderr
-    run = subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_program(program, variant, outcome):
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr

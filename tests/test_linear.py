@@ -182,6 +182,8 @@ def test_not_finite():
                 # In float64, as torch's vectorised float32 makes NaN of gelu(inf).
                 exact = [leaf(x, torch.float64), leaf(w, torch.float64)]
                 other = values_and_grads(torchs(activation), exact, upstream)
+                if activation == "elu":
+                    other[1][0] = math.nan  # torch's slope at NaN is 1 with AVX-512, NaN without
                 torch.testing.assert_close(mine, [t.to(dtype) for t in other], equal_nan=True)
 
 

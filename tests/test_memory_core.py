@@ -4,12 +4,14 @@ Once as it is, and once with each sanitizer that the compiler has.
 """
 
 import subprocess
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "tests" / "cpp" / "memory_cache.cpp"
+from tests.programs import compile_, run_when_built
+
+SOURCE = Path(__file__).parent / "cpp" / "memory_cache.cpp"
 FLAGS = ["-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so", "undefined": "libubsan.so"}
 
@@ -23,12 +25,16 @@ def sanitizers() -> list[str]:
     return [name for name in LIBRARIES if found[name]]
 
 
-@pytest.mark.parametrize("sanitizer", ["none", *sanitizers()])
-def test_core(sanitizer, tmp_path):
+def build(folder: Path, sanitizer: str) -> Path:
     checks = [] if sanitizer == "none" else [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    binary = tmp_path / "memory_cache"
-    command = ["g++", *FLAGS, *checks, "-I", str(ROOT / "csrc"), str(SOURCE), "-o", str(binary)]
-    build = subprocess.run(command, capture_output=True, text=True)
-    assert build.returncode == 0, build.stderr
-    run = subprocess.run([str(binary)], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stdout + run.stderr
+    return compile_(folder / f"memory_cache-{sanitizer}", *FLAGS, *checks, SOURCE)
+
+
+def start(items: list[pytest.Item], folder: Path, pool: Executor) -> dict[str, Future]:
+    built = {item.nodeid: pool.submit(build, folder, **item.callspec.params) for item in items}
+    return {node: pool.submit(run_when_built, program) for node, program in built.items()}
+
+
+@pytest.mark.parametrize("sanitizer", ["none", *sanitizers()])
+def test_core(sanitizer, outcome):
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr

@@ -1,6 +1,7 @@
 // The scheduler of cudasim.h: fibers, barriers, and the sentences for what went wrong.
 #include <dlfcn.h>
 #include <link.h>
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -22,12 +23,15 @@ namespace cudasim {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024, kPageBytes = 4096;
-constexpr int kGarbage = 0xff;  // as a floating point number of any width: NaN
+constexpr size_t kWordBytes = 16;  // the most that a lane hands over at once
+constexpr int kGarbage = 0xff;     // as a floating point number of any width: NaN
 
-// libasan wraps swapcontext and forgets what it knows of a stack at every switch. libc's own function, with
-// the two announcements below, keeps the checks of local arrays alive.
-using Swap = int (*)(ucontext_t*, const ucontext_t*);
-const Swap swap_context = reinterpret_cast<Swap>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "swapcontext"));
+// A fiber enters its stack by setcontext once; from there on it comes and goes by _setjmp and _longjmp, which unlike
+// swapcontext make no system calls, and those took most of the time. libasan's own _longjmp forgets what it knows of
+// a stack at every jump. libc's, with the announcements below, keeps the checks of local arrays alive. Its type hides
+// that it does not return, as the compiler would tell libasan to forget.
+using Jump = void (*)(jmp_buf, int);
+const Jump jump = reinterpret_cast<Jump>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
 
 struct Stack {
   char* base;
@@ -46,14 +50,15 @@ enum class State { runnable, at_block_barrier, at_warp_barrier, done };
 
 struct Fiber {
   Stack stack;
-  ucontext_t context;
+  jmp_buf context;
+  bool entered = false;
   State state = State::done;
   Place place;
   unsigned mask = 0;
   int source = 0;
   bool vote = false;
   unsigned votes = 0;
-  std::vector<unsigned char> sent, received;
+  unsigned char sent[kWordBytes], received[kWordBytes];
 };
 
 struct Engine {
@@ -62,7 +67,7 @@ struct Engine {
   std::vector<std::unique_ptr<Fiber>> pool;
   std::vector<unsigned> warp_order, lane_order;
   unsigned threads = 0, current = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   const std::function<void()>* body = nullptr;
@@ -71,33 +76,42 @@ struct Engine {
 };
 Engine engine;
 
-// Tells the address sanitizer that the stack changes, and changes it. The thread that is done gives up its
-// record of the stack.
-void change_stack(ucontext_t* from, const ucontext_t* to, const void* base, size_t bytes, bool done) {
-#ifdef __SANITIZE_ADDRESS__
-  void* record = nullptr;
-  __sanitizer_start_switch_fiber(done ? nullptr : &record, base, bytes);
-  swap_context(from, to);
-  __sanitizer_finish_switch_fiber(record, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
-#else
-  (void)base, (void)bytes, (void)done;
-  swap_context(from, to);
-#endif
-}
-
+// Back to the scheduler, until it resumes this fiber. The address sanitizer is told that the stack changes; the thread
+// that is done gives up its record of it.
 void leave(State state) {
   Fiber& self = *engine.pool[engine.current];
   self.state = state;
-  change_stack(&self.context, &engine.scheduler, engine.scheduler_stack, engine.scheduler_stack_bytes,
-               state == State::done);
+#ifdef __SANITIZE_ADDRESS__
+  void* record = nullptr;
+  __sanitizer_start_switch_fiber(state == State::done ? nullptr : &record, engine.scheduler_stack,
+                                 engine.scheduler_stack_bytes);
+#endif
+  if (_setjmp(self.context) == 0) jump(engine.scheduler, 1);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(record, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
+#endif
 }
 
+// One thread of every block that is run.
 void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
 #endif
-  (*engine.body)();
-  leave(State::done);
+  for (;;) {
+    (*engine.body)();
+    leave(State::done);
+  }
+}
+
+void enter(Fiber& fiber) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.base;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber_main, 0);
+  fiber.entered = true;
+  setcontext(&context);
 }
 
 std::string name(unsigned thread) { return "thread " + std::to_string(thread); }
@@ -122,7 +136,8 @@ std::string situation(unsigned thread) {
 }
 
 bool same_place(Place a, Place b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  if (a.line() != b.line() || a.column() != b.column()) return false;
+  return a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
 bool same_meeting(const Fiber& a, const Fiber& b) {
@@ -144,8 +159,8 @@ void release_lanes(unsigned first) {
     if (!(mask >> lane & 1)) continue;
     Fiber& fiber = *engine.pool[warp + lane];
     const bool defined = fiber.source >= 0 && fiber.source < warpSize && (mask >> fiber.source & 1);
-    fiber.received.assign(fiber.sent.size(), kGarbage);
-    if (defined) fiber.received = engine.pool[warp + fiber.source]->sent;
+    std::memset(fiber.received, kGarbage, kWordBytes);
+    if (defined) std::memcpy(fiber.received, engine.pool[warp + fiber.source]->sent, kWordBytes);
     fiber.votes = votes;
     fiber.state = State::runnable;
   }
@@ -187,10 +202,13 @@ void resume(unsigned thread) {
 #ifdef __SANITIZE_ADDRESS__
   void* record = nullptr;
   __sanitizer_start_switch_fiber(&record, fiber.stack.base, kStackBytes);
-  swap_context(&engine.scheduler, &fiber.context);
+#endif
+  if (_setjmp(engine.scheduler) == 0) {
+    if (fiber.entered) jump(fiber.context, 1);
+    enter(fiber);
+  }
+#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(record, nullptr, nullptr);
-#else
-  swap_context(&engine.scheduler, &fiber.context);
 #endif
   if (!engine.failure.empty()) throw Error(std::exchange(engine.failure, ""));
 }
@@ -212,17 +230,13 @@ void spoil_shared_memory() {
 }
 
 void start(Fiber& fiber) {
+  // A thread that was abandoned after an error enters anew, and the sanitizer's marks are still on its stack.
+  if (fiber.state != State::done) {
 #ifdef __SANITIZE_ADDRESS__
-  // The sanitizer's marks stay on a stack where functions did not return: the outermost ones of a thread that
-  // is done, all of them where a thread was abandoned after an error.
-  const size_t marked = fiber.state == State::done ? kPageBytes : kStackBytes - kPageBytes;
-  __asan_unpoison_memory_region(fiber.stack.base + kStackBytes - marked, marked);
+    __asan_unpoison_memory_region(fiber.stack.base + kPageBytes, kStackBytes - kPageBytes);
 #endif
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.base;
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, fiber_main, 0);
+    fiber.entered = false;
+  }
   fiber.state = State::runnable;
 }
 
@@ -299,10 +313,10 @@ void warp_exchange(unsigned mask, const void* send, void* receive, size_t bytes,
   self.place = place;
   self.mask = mask;
   self.source = source;
-  const auto* const from = static_cast<const unsigned char*>(send);
-  self.sent.assign(from, from + bytes);
+  if (bytes > kWordBytes) engine.failure = "cudasim: a lane hands over " + std::to_string(bytes) + " bytes at once";
+  if (bytes > 0) std::memcpy(self.sent, send, std::min(bytes, kWordBytes));
   leave(State::at_warp_barrier);
-  if (bytes > 0) std::memcpy(receive, self.received.data(), bytes);
+  if (bytes > 0) std::memcpy(receive, self.received, std::min(bytes, kWordBytes));
 }
 
 unsigned warp_ballot(unsigned mask, bool vote, Place place) {

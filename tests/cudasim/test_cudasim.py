@@ -1,21 +1,21 @@
 """The CUDA kernels, run on a CPU: compiled by g++ against cudasim.h under the address and undefined-behaviour
 sanitizers, and compared with the CPU kernels over awkward sizes, every dtype and three schedules."""
 
-import os
-import shutil
-import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
 
+from tests.programs import CSRC, compile_, run_when_built
+
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-COMPILER = shutil.which("g++")
-# -O1: the optimiser would take longer than the tests do.
+# -O1 and -g1: more would take the compiler longer than the tests.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS = ["-std=c++20", "-O1", "-g", "-DGDBP_CUDASIM", f"-I{CSRC}", f"-I{HERE}", *SANITIZE, *WARNINGS]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-DGDBP_CUDASIM", f"-I{HERE}", *SANITIZE, *WARNINGS]
+
+# The engine switches threads at every barrier, and is not what is tested.
+ENGINE_FLAGS = ["-O2", *(f"--param=asan-{what}=0" for what in ("instrument-reads", "instrument-writes", "stack"))]
 
 SELFTEST = "selftest"
 RIGHT = ["reductions", "shuffles", "indices", "dynamic_shared", "shared_garbage"]
@@ -30,25 +30,18 @@ WRONG = {
     "wrong_mask": "thread 16 of block (0, 0, 0) is not in the mask",
     "short_warp": "a mask that names lanes beyond the block",
 }
+# What compiles longest comes first, for the rest to fill the other cores.
 FAMILIES = {
-    "bce": ["forward", "backward", "nothing"],
-    "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites", "units", "penalties"],
+    "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "parts", "nothing"],
+    "norm": ["forward", "backward", "update"],
+    "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
     "linear": ["forward", "backward"],
     "mlp": ["cross_entropy", "mean_square", "activations", "wide", "frozen", "bad_labels", "inference"],
-    "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
-    "norm": ["forward", "backward", "update"],
-    "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "parts", "nothing"],
     "pointwise": ["forward", "backward"],
+    "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites", "units", "penalties"],
+    "bce": ["forward", "backward", "nothing"],
     "units": ["count"],
 }
-
-
-def compile_(output: Path, *arguments) -> Path:
-    assert COMPILER, "These tests compile with g++, and there is none in PATH: install it."
-    command = [COMPILER, *FLAGS, *map(str, arguments), "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-    return output
 
 
 def build(folder: Path, name: str, engine: Future) -> Path:
@@ -56,48 +49,37 @@ def build(folder: Path, name: str, engine: Future) -> Path:
     if name in FAMILIES:
         # A library of its own: what is thread-local in the program is shared memory to cudasim.
         sources = [CSRC / name / f"{name}_cpu.cpp", CSRC / "common" / "rows_cpu.cpp", HERE / "parallel_serial.cpp"]
-        parts.append(compile_(folder / f"{name}_cuda.o", "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"))
+        parts.append(compile_(folder / f"{name}_cuda.o", *FLAGS, "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"))
         if sources[0].exists():
-            parts.append(compile_(folder / f"lib{name}_cpu.so", "-shared", "-fPIC", *sources))
+            parts.append(compile_(folder / f"lib{name}_cpu.so", *FLAGS, "-shared", "-fPIC", *sources))
     source = HERE / (f"{name}_test.cpp" if name in FAMILIES else f"{name}.cpp")
-    return compile_(folder / name, source, *parts, engine.result(), "-ldl", f"-Wl,-rpath,{folder}")
+    return compile_(folder / name, *FLAGS, source, *parts, engine.result(), "-ldl", f"-Wl,-rpath,{folder}")
 
 
-def run(program: Future, case: str) -> subprocess.CompletedProcess:
-    return subprocess.run([program.result(), case], capture_output=True, text=True, timeout=600)
+def start(items: list[pytest.Item], folder: Path, pool: Executor) -> dict[str, Future]:
+    def program_of(item: pytest.Item) -> str:
+        return item.callspec.params.get("family", SELFTEST)
 
-
-@pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory):
-    """What every selected case did, by program and case: started together, for all cores to work on them."""
-    folder = tmp_path_factory.mktemp("cudasim")
-    wanted = [
-        (item.callspec.params.get("family", SELFTEST), item.callspec.params["case"])
-        for item in request.session.items
-        if item.path == request.path
-    ]
     # First come, first served: when the first case waits for its program, all programs are being built.
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    engine = pool.submit(compile_, folder / "engine.o", "-c", HERE / "engine.cpp")
-    programs = {name: pool.submit(build, folder, name, engine) for name in dict.fromkeys(name for name, _ in wanted)}
-    yield {(name, case): pool.submit(run, programs[name], case) for name, case in wanted}
-    pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize("case", RIGHT)
-def test_simulator_computes(outcomes, case):
-    done = outcomes[SELFTEST, case].result()
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_simulator_notices(outcomes, case):
-    done = outcomes[SELFTEST, case].result()
-    assert done.returncode != 0
-    assert WRONG[case] in done.stderr
+    engine = pool.submit(compile_, folder / "engine.o", *FLAGS, *ENGINE_FLAGS, "-c", HERE / "engine.cpp")
+    programs = {name: pool.submit(build, folder, name, engine) for name in dict.fromkeys(map(program_of, items))}
+    return {
+        item.nodeid: pool.submit(run_when_built, programs[program_of(item)], item.callspec.params["case"])
+        for item in items
+    }
 
 
 @pytest.mark.parametrize(("family", "case"), [(f, c) for f, cases in FAMILIES.items() for c in cases])
-def test_kernels_agree_with_the_cpu(outcomes, family, case):
-    done = outcomes[family, case].result()
-    assert done.returncode == 0, done.stderr
+def test_kernels_agree_with_the_cpu(family, case, outcome):
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_simulator_computes(case, outcome):
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_simulator_notices(case, outcome):
+    assert outcome.returncode != 0
+    assert WRONG[case] in outcome.stderr
