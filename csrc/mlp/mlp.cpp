@@ -11,10 +11,7 @@ namespace {
 
 using at::Tensor;
 
-bool takes(const Network& network) {
-  int (*const shared_bytes)() = GDBP_CUDA_LAUNCHER(shared_bytes_cuda);
-  return shared_bytes && fits(network, false, shared_bytes());
-}
+bool takes(const Network& network) { return fits(network, false, shared_bytes()); }
 // There is no such launcher for the CPU.
 int no_cpu(const Infer&, void*) { return 0; }
 
@@ -88,6 +85,12 @@ bool fits_on(const Tensor& input, at::TensorList weights, const c10::List<std::o
 }
 
 }  // namespace
+
+#ifdef GDBP_WITH_CUDA
+int shared_bytes() { return shared_bytes_cuda(); }
+#else
+int shared_bytes() { return 0; }
+#endif
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, str activation, ScalarType compute) -> Tensor",

@@ -73,7 +73,8 @@ struct Infer {
   int most_blocks = 8 * kMaxBlocks;
 };
 
-// Shared memory of a block on the current device, in bytes.
+// Shared memory of a block on the current device, in bytes, and 0 without CUDA.
+int shared_bytes();
 int shared_bytes_cuda();
 
 int train_cuda(const Train& args, void* stream);

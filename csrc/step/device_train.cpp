@@ -77,8 +77,7 @@ DeviceTrainPlan::DeviceTrainPlan(const py::list& layers, const py::tuple& object
   }
 
   const c10::DeviceGuard guard(device_);
-  int (*const shared_bytes)() = GDBP_CUDA_LAUNCHER(mlp::shared_bytes_cuda);
-  shared_bytes_ = shared_bytes ? shared_bytes() : 0;
+  shared_bytes_ = mlp::shared_bytes();
   // Also with gradients of all parameters.
   for (size_t k = 0; k < parameters_.size(); ++k) gradient_at(k) = 0;
   TORCH_CHECK_VALUE(mlp::fits(network_, true, shared_bytes_), "the model has too many or too wide layers for the ",
