@@ -48,10 +48,12 @@ def cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the sources, with "+" where they were changed since.
+    """The commit of the sources, with "+" where they were changed since; None where there is none.
 
-    In a copy of a checkout, which git knows nothing about, the variable GDBP_COMMIT says it; else None.
+    Of a copy of a checkout git knows nothing, or something else: what the variable GDBP_COMMIT says counts first.
     """
+    if said := os.environ.get("GDBP_COMMIT"):
+        return said
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -62,7 +64,7 @@ def git_commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("GDBP_COMMIT") or None
+        return None
 
 
 def describe(device: str) -> dict[str, Any]:

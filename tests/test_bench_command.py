@@ -43,6 +43,14 @@ def test_run_saves_under_the_machine(tmp_path, monkeypatch, capsys):
     assert files.load(tmp_path / "cpu" / "x.json")["rows"]
 
 
+def test_commit_of_a_copy(monkeypatch):
+    monkeypatch.setenv("GDBP_COMMIT", COMMIT)
+    assert environment.git_commit() == COMMIT
+    monkeypatch.delenv("GDBP_COMMIT")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert environment.git_commit() is None
+
+
 def test_absent_peers_are_said_once(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert bench("run", "-k", "optim.lion", *SMOKE, "--peers", "bitsandbytes") == 0
