@@ -10,6 +10,10 @@ from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, n
 from gdbp.ops.loss import cross_entropy
 
 
+# torch.compile of torch 2.11 loses the gradients of _LinearCrossEntropy without a word; of 2.13 it has them.
+_TRACED_WHOLE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+
+
 class _Logits:
     """Those of one chunk after the other, in the same memory: fresh pages would cost more than the loss. Of half types
     in float32, as the loss is computed and its gradient kept."""
@@ -193,7 +197,7 @@ def linear_cross_entropy(
     """Of (N, in_features) rows, a (C, in_features) weight and (C,) bias, ``rows`` at a time; the rest is as in
     :func:`gdbp.ops.cross_entropy`. Not differentiable in the target."""
     tensors = (x, weight, bias, target, second, share, class_weight, normalizer)
-    if not (_load.available and is_fused(*tensors)):
+    if not (_load.available and is_fused(*tensors)) or (_TRACED_WHOLE and torch.compiler.is_compiling()):
         logits = torch.nn.functional.linear(x, weight, bias)
         return cross_entropy(logits, *tensors[3:], reduction, *options, empty_is_zero)
     inputs = (x, weight, bias)
