@@ -13,7 +13,11 @@ namespace {
 // Elements that pass through stack buffers at a time, where a stored type is not the compute type.
 constexpr int64_t kStage = 1024;
 
-template <class Rule, class T>
+// Whether there are loops of their own for plain surroundings: float64 is rare, and they take time to compile.
+template <class T>
+constexpr bool kPlainToo = sizeof(T) == sizeof(float);
+
+template <bool plain, class Rule, class T>
 GDBP_CLONES void update(const Rule rule, const Surroundings<T> around, T* p, const T* g, T* const* state, int64_t n) {
   T* pointers[Rule::states + 1] = {};
   for (int k = 0; k < Rule::states; ++k) pointers[k] = state[k];
@@ -21,10 +25,10 @@ GDBP_CLONES void update(const Rule rule, const Surroundings<T> around, T* p, con
   for (int64_t i = 0; i < n; ++i) {
     T s[Rule::states + 1];
     for (int k = 0; k < Rule::states; ++k) s[k] = pointers[k][i];
-    const T gradient = around.gradient(g[i], p[i]);
+    const T gradient = around.template gradient<plain>(g[i], p[i]);
     T parameter = p[i] * around.keep;
     rule(parameter, gradient, s);
-    p[i] = around.shrink(parameter);
+    p[i] = around.template shrink<plain>(parameter);
     for (int k = 0; k < Rule::states; ++k) pointers[k][i] = s[k];
   }
 }
@@ -118,18 +122,18 @@ void stage_out(void* base, Dtype dtype, float* scale, int64_t begin, int64_t n, 
 
 // The same in whole vectors only. In what is left over behind them g++ would not join multiplications and additions as
 // it does in them, and an element's update would depend on where it lies.
-template <class Rule, class T>
+template <bool plain, class Rule, class T>
 void update_all_alike(const Rule& rule, const Surroundings<T>& around, T* p, T* g, T* const* state, int64_t n) {
   constexpr int64_t kWhole = 64 / sizeof(T);
   const int64_t whole = n / kWhole * kWhole, rest = n - whole;
-  if (whole > 0) update<Rule, T>(rule, around, p, g, state, whole);
+  if (whole > 0) update<plain, Rule, T>(rule, around, p, g, state, whole);
   if (rest == 0) return;
   alignas(64) T padded[2 + Rule::states][kWhole] = {};
   T* states[Rule::states + 1] = {};
   std::copy_n(p + whole, rest, padded[0]);
   std::copy_n(g + whole, rest, padded[1]);
   for (int k = 0; k < Rule::states; ++k) std::copy_n(state[k] + whole, rest, states[k] = padded[2 + k]);
-  update<Rule, T>(rule, around, padded[0], padded[1], states, kWhole);
+  update<plain, Rule, T>(rule, around, padded[0], padded[1], states, kWhole);
   std::copy_n(padded[0], rest, p + whole);
   for (int k = 0; k < Rule::states; ++k) std::copy_n(padded[2 + k], rest, state[k] + whole);
 }
@@ -147,7 +151,11 @@ void update_piece(const Rule& rule, const Surroundings<T>& around, const Slot& s
     T* state[Rule::states + 1] = {};
     for (int k = 0; k < Rule::states; ++k)
       state[k] = stage_in(slot.state[k], slot.state_dtype, slot.scale[k], lo, n, buffer[2 + k]);
-    update_all_alike<Rule, T>(rule, around, p, g, state, n);
+    if (kPlainToo<T> && around.plain()) {
+      update_all_alike<kPlainToo<T>, Rule, T>(rule, around, p, g, state, n);
+    } else {
+      update_all_alike<false, Rule, T>(rule, around, p, g, state, n);
+    }
     if (slot.seed && slot.param_dtype == Dtype::bfloat16) {
       write_stochastic(p, static_cast<BFloat16*>(slot.param) + lo, n, slot.seed, lo);
     } else {

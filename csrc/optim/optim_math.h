@@ -10,10 +10,11 @@
 
 namespace gdbp::optim {
 
-// torch's lerp picks the form whose error vanishes at the nearer end.
+// As torch's lerp, from the nearer end, where the error vanishes.
 template <class T>
 GDBP_HD T lerp(T from, T to, T weight) {
-  return weight < T(0.5) ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
+  const bool near = weight < T(0.5);
+  return (near ? from : to) + (near ? weight : weight - T(1)) * (to - from);
 }
 
 // torch's maximum: NaN wins.
