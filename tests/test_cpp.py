@@ -5,12 +5,12 @@ instruction set alone that this CPU has, because each rounds in its own places.
 """
 
 import platform
-from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.programs import compile_, run_when_built
+from tests.programs import compile_, one_for_each
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
@@ -36,9 +36,7 @@ def build(folder: Path, program: str, variant: str) -> Path:
     return compile_(folder / f"{program}-{variant}", *FLAGS, *target, SOURCES / f"{program}.cpp")
 
 
-def start(items: list[pytest.Item], folder: Path, pool: Executor) -> dict[str, Future]:
-    built = {item.nodeid: pool.submit(build, folder, **item.callspec.params) for item in items}
-    return {node: pool.submit(run_when_built, program) for node, program in built.items()}
+start = partial(one_for_each, build)
 
 
 @pytest.mark.parametrize("variant", variants())

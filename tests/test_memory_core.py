@@ -4,12 +4,12 @@ Once as it is, and once with each sanitizer that the compiler has.
 """
 
 import subprocess
-from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.programs import compile_, run_when_built
+from tests.programs import compile_, one_for_each
 
 SOURCE = Path(__file__).parent / "cpp" / "memory_cache.cpp"
 FLAGS = ["-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
@@ -30,9 +30,7 @@ def build(folder: Path, sanitizer: str) -> Path:
     return compile_(folder / f"memory_cache-{sanitizer}", *FLAGS, *checks, SOURCE)
 
 
-def start(items: list[pytest.Item], folder: Path, pool: Executor) -> dict[str, Future]:
-    built = {item.nodeid: pool.submit(build, folder, **item.callspec.params) for item in items}
-    return {node: pool.submit(run_when_built, program) for node, program in built.items()}
+start = partial(one_for_each, build)
 
 
 @pytest.mark.parametrize("sanitizer", ["none", *sanitizers()])

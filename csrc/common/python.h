@@ -4,6 +4,8 @@
 // Not torch/csrc/autograd/python_variable.h, which takes the compiler 6 s longer.
 #include <torch/csrc/utils/pybind.h>
 
+#include <utility>
+
 namespace gdbp {
 
 // Undefined for what is no tensor.

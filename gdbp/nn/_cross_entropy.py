@@ -183,7 +183,8 @@ def linear_cross_entropy(
     along with the loss: together they take the three matrix products of the plain layer. ``reduction="none"``, and a
     second backward through one graph, take one more.
 
-    Derivatives of higher order form the logits as a whole, as does a target of probabilities that requires gradients.
+    Derivatives of higher order form the logits as a whole, as does a target of probabilities that requires gradients,
+    and ``torch.compile`` of torch before 2.13, which would lose the gradients.
 
     Raises:
         IndexError: a label out of range. RuntimeError: shapes, dtypes or devices that do not fit. ValueError: an

@@ -10,7 +10,7 @@ from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, n
 from gdbp.ops.loss import cross_entropy
 
 # torch.compile of torch 2.11 loses the gradients of _LinearCrossEntropy without a word; of 2.13 it has them.
-_TRACED_WHOLE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+_TRACED_WHOLE = torch.__version__ < (2, 13)
 
 
 class _Logits:

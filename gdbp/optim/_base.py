@@ -192,6 +192,7 @@ class Fused(torch.optim.Optimizer):
                 yield self.state[p][key] if key in self.state.get(p, ()) else p.detach()
 
     def _update(self, group: dict[str, Any]) -> Update:
+        """The rule for a group; every optimizer has its own."""
         raise NotImplementedError
 
     def step(self, closure=None):
