@@ -44,7 +44,7 @@ QUIET_FLAGS = ["-g0", "-Wno-unknown-pragmas"]
 BINDING_FLAGS = ["-O2"]
 # Reading torch's headers takes g++ several times as long as what a binding adds, so bindings are compiled
 # together: in two units, of which only one needs Python's headers as well.
-WITH_PYTHON = ("grad", "memory", "module.cpp", "step")
+WITH_PYTHON = ("grad", "memory", "module.cpp", "nodes", "step")
 # -O1 is for the host's side; the kernels are always optimised in full.
 NVCC_FLAGS = ["-O1", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]

@@ -4,6 +4,7 @@
 
 #include "grad/gradients.h"
 #include "memory/memory.h"
+#include "nodes/nodes.h"
 #include "step/device_train.h"
 #include "step/plan.h"
 #include "step/train.h"
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_C, module) {
   // Families with host-side objects bind them here, one line each.
   gdbp::grad::bind(module);
   gdbp::memory::bind(module);
+  gdbp::nodes::bind(module);
   gdbp::step::bind(module);
   gdbp::step::bind_train(module);
   gdbp::step::bind_device_train(module);

@@ -147,6 +147,14 @@ GDBP_HD T exp(T x) {
   return exp_of_sum(at_least(at_most(x, Format<T>::exp_max), Format<T>::exp_min), T(-0.0)).times(T(1));
 }
 
+// exp(x) for x <= 0, a sixth cheaper: 2^n in two factors of which the second is always the same, and the product with
+// the first always normal.
+template <class T>
+GDBP_HD T exp_of_nonpositive(T x) {
+  const Exponential<T> e = exp_of_sum(at_least(x, Format<T>::exp_min), T(-0.0));
+  return (T(1) + e.excess) * power_of_two(e.exponent + T(64)) * T(0x1p-64);
+}
+
 // exp(x) - 1 = 2^n (exp(r) - 1) + (2^n - 1), of which half is formed, as 2^n itself may overflow. The
 // rounding error of r is kept: where n = 1 the terms cancel and would magnify it.
 template <class T>

@@ -8,6 +8,7 @@
 #include <ATen/ops/mm.h>
 
 #include <array>
+#include <vector>
 
 #include "common/binding.h"
 
@@ -26,7 +27,10 @@ std::vector<std::string> activations_that_save(c10::string_view what) {
 }
 
 // Not reshape({-1, ...}), which cannot tell the number of rows where they are empty.
-Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
+Tensor as_matrix(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
+}
 
 Tensor as_batch(const Tensor& matrix, const Tensor& like) {
   if (like.dim() == 2) return matrix;
@@ -106,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   const Activation activation = parse_activation(activation_name, "linear");
   check(input, weight, std::nullopt);
   check_same(input, "input", grad_output, "grad_output", "linear_backward");
-  auto expected = input.sizes().vec();
+  at::DimVector expected(input.sizes());
   expected.back() = weight.size(0);
   TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(expected), "linear_backward: grad_output has shape ",
               grad_output.sizes(), "; expected ", at::IntArrayRef(expected), ", the shape of linear(input, weight)");
@@ -123,10 +127,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 
   const Tensor grad_pre = through_activation ? on_huge_pages(at::empty_like(g)) : g;
   Tensor grad_bias, workspace;
+  void* scratch = nullptr;
   const Dtype dtype = dtype_of(g, "linear_backward", "grad_output");
   if (mask[2]) {
     grad_bias = at::empty({g.size(1)}, g.options());
-    workspace = at::empty({workspace_bytes(dtype, g.size(0), g.size(1))}, g.options().dtype(at::kByte));
+    const int64_t bytes = workspace_bytes(dtype, g.size(0), g.size(1));
+    // A tensor costs as much as a small layer's sums.
+    static thread_local std::vector<double> kept_scratch(1024);
+    if (g.is_cpu() && bytes <= int64_t(kept_scratch.size() * sizeof(double))) {
+      scratch = kept_scratch.data();
+    } else {
+      workspace = at::empty({bytes}, g.options().dtype(at::kByte));
+      scratch = workspace.mutable_data_ptr();
+    }
   }
   if (through_activation || mask[2]) {
     const Backward args{dtype,
@@ -137,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                         kept.defined() ? kept.const_data_ptr() : nullptr,
                         through_activation ? grad_pre.mutable_data_ptr() : nullptr,
                         mask[2] ? grad_bias.mutable_data_ptr() : nullptr,
-                        mask[2] ? workspace.mutable_data_ptr() : nullptr};
+                        scratch};
     run_on(g.device(), "linear_backward", backward_cpu, GDBP_CUDA_LAUNCHER(backward_cuda), args);
   }
   Tensor grad_input, grad_weight;

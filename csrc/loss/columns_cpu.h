@@ -52,7 +52,7 @@ class Columns {
       for (int64_t l = 0; l < kLanes; ++l) m_[l] = x[j * kLanes + l] > m_[l] ? x[j * kLanes + l] : m_[l];
     for (int64_t j = 0; j < in_.classes; ++j) {
       for (int64_t l = 0; l < kLanes; ++l) {
-        const C v = x[j * kLanes + l], e = math::exp(v - m_[l]);
+        const C v = x[j * kLanes + l], e = math::exp_of_nonpositive(v - m_[l]);
         others_[l] += v == m_[l] ? C(0) : e;
         largest_[l] += v == m_[l] ? C(1) : C(0);
       }
@@ -81,7 +81,7 @@ class Columns {
       const C w = weight ? weight[j] : C(1);
       const C* const x = x_.data() + j * kLanes;
       for (int64_t l = 0; l < kLanes; ++l) {
-        const C g = of.scale[l] * (math::exp(x[l] - of.m[l]) * of.factor[l] - of.uniform[l] * w);
+        const C g = of.scale[l] * (math::exp_of_nonpositive(x[l] - of.m[l]) * of.factor[l] - of.uniform[l] * w);
         line[l] = of.counts[l] == C(0) ? C(0) : g;
       }
       if (in_.softcap != 0) slope(j, line);

@@ -6,81 +6,11 @@
 #include "loss/columns_cpu.h"
 #include "loss/loss.h"
 #include "loss/loss_math.h"
+#include "loss/pieces_cpu.h"
 #include "loss/stage_cpu.h"
 
 namespace gdbp::loss {
 namespace {
-
-// The loops over the classes of a row. X is what the row is stored as, C what it is computed in; weight is null
-// where all are 1.
-
-template <class X, class C>
-GDBP_CLONES Softmax<C> softmax_of(const X* x, int64_t n, C) {
-  C m = -std::numeric_limits<C>::infinity();
-#pragma omp simd reduction(max : m)
-  for (int64_t j = 0; j < n; ++j) m = widen(x[j]) > m ? widen(x[j]) : m;
-  C others = 0, largest = 0;
-#pragma omp simd reduction(+ : others, largest)
-  for (int64_t j = 0; j < n; ++j) {
-    const C v = widen(x[j]), e = math::exp(v - m);
-    others += v == m ? C(0) : e;
-    largest += v == m ? C(1) : C(0);
-  }
-  // m - m: NaN where there is no finite largest logit.
-  return {m, others + (largest - C(1)) + (m - m)};
-}
-
-// sum of w_j (m - x_j): no term is negative, so none cancels
-template <class X, class C>
-GDBP_CLONES C distance(const X* x, const C* weight, C m, int64_t n) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += (weight ? weight[j] : C(1)) * (m - widen(x[j]));
-  return sum;
-}
-
-template <class X, class C>
-GDBP_CLONES void label_gradient(const X* x, X* grad, const C* weight, C m, C factor, C uniform, C scale, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j)
-    grad[j] = narrow<X>(scale * (math::exp(widen(x[j]) - m) * factor - (weight ? uniform * weight[j] : uniform)));
-}
-
-template <class C>
-struct SoftSums {
-  C loss, total, others;
-};
-
-template <class X, class C>
-GDBP_CLONES SoftSums<C> soft_sums(const X* x, const X* t, const C* weight, C keep, C smooth, C m, C log_total,
-                                  int64_t n) {
-  C loss = 0, total = 0, others = 0;
-#pragma omp simd reduction(+ : loss, total, others)
-  for (int64_t j = 0; j < n; ++j) {
-    const C a = (weight ? weight[j] : C(1)) * (keep * widen(t[j]) + smooth);
-    loss += soft_loss(a, C(widen(x[j])), m, log_total);
-    total += a;
-    others += widen(x[j]) == m ? C(0) : a;
-  }
-  return {loss, total, others};
-}
-
-template <class X, class C>
-GDBP_CLONES void soft_gradient(const X* x, const X* t, X* grad, const C* weight, C keep, C smooth,
-                               const SoftGradient<C> of, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    const C a = (weight ? weight[j] : C(1)) * (keep * widen(t[j]) + smooth);
-    grad[j] = narrow<X>(of(widen(x[j]), a));
-  }
-}
-
-template <class X, class C>
-GDBP_CLONES void target_gradient(const X* x, X* grad, const C* weight, C m, C log_total, C scale, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j)
-    grad[j] = narrow<X>(scale * (weight ? weight[j] : C(1)) * (log_total - (widen(x[j]) - m)));
-}
 
 // The class weights in the compute type, and their sum.
 template <class T>
@@ -88,16 +18,17 @@ struct Weights {
   using C = Compute<T>;
   std::vector<C> each;
   C sum;
+  const bool given;
 
-  explicit Weights(const CrossEntropy& a) : sum(C(a.classes)) {
+  explicit Weights(const CrossEntropy& a) : each(a.classes, C(1)), sum(C(a.classes)), given(a.weight != nullptr) {
+    if (!given) return;
     const T* const weight = static_cast<const T*>(a.weight);
-    if (!weight) return;
     double total = 0;
-    each.resize(a.classes);
     for (int64_t j = 0; j < a.classes; ++j) total += each[j] = widen(weight[j]);
     sum = C(total);
   }
-  const C* data() const { return each.empty() ? nullptr : each.data(); }
+  // Null where all are 1.
+  const C* data() const { return given ? each.data() : nullptr; }
 };
 
 template <class T>
@@ -108,11 +39,11 @@ class Forward {
 
   // x and t are of type T, or C where they are staged.
   template <class X>
-  void operator()(int64_t row, const X* x, const X* t) const {
+  void operator()(int64_t row, const X* x, const X* t, Exponentials<C>& e) const {
     if (t)
-      soft(row, x, t);
+      soft(row, x, t, e);
     else
-      labels(row, x);
+      labels(row, x, e);
   }
 
   // Rows side by side.
@@ -134,14 +65,32 @@ class Forward {
   }
 
  private:
+  // with(m, first, n) is called for each piece, while it is in cache.
+  template <class X, class With>
+  Softmax<C> softmax_of(const X* x, Exponentials<C>& e, const With& with) const {
+    const C m = e.largest(x);
+    Terms<double, kLanes<C>> terms;
+    for_pieces(in_.classes, [&](int64_t first, int64_t n) {
+      e.form(x, m, first, n, &terms);
+      with(m, first, n);
+    });
+    double others = 0, largest = 0;
+    for (const double lane : terms.others) others += lane;
+    for (const double lane : terms.largest) largest += lane;
+    // m - m: NaN where there is no finite largest logit.
+    return {m, C(others + (largest - 1)) + (m - m)};
+  }
+
   template <class X>
-  void labels(int64_t row, const X* x) const {
+  void labels(int64_t row, const X* x, Exponentials<C>& e) const {
     const Labels<C> labels(in_, row);
     if (!labels.counts()) return finish(row, labels, {0, 0}, 0, 0, 0);
-    const Softmax<C> softmax = softmax_of(x, in_.classes, C(0));
-    const C far = labels.uniform > 0 ? distance(x, weights_.data(), softmax.m, in_.classes) : C(0);
+    double far = 0;
+    const Softmax<C> softmax = softmax_of(x, e, [&](C m, int64_t first, int64_t n) {
+      if (labels.uniform > 0) far += distance(x + first, weights_.each.data() + first, m, n);
+    });
     const bool two = labels.second >= 0;
-    finish(row, labels, softmax, widen(x[labels.first]), two ? C(widen(x[labels.second])) : C(0), far);
+    finish(row, labels, softmax, widen(x[labels.first]), two ? C(widen(x[labels.second])) : C(0), C(far));
   }
 
   // The loss of a row with these logits at its labels, and this distance.
@@ -161,19 +110,24 @@ class Forward {
   }
 
   template <class X>
-  void soft(int64_t row, const X* x, const X* t) const {
-    const Softmax<C> softmax = softmax_of(x, in_.classes, C(0));
-    const SoftSums<C> sums =
-        soft_sums(x, t, weights_.data(), in_.keep, in_.smooth, softmax.m, softmax.log_total(), in_.classes);
-    C* const kept = static_cast<C*>(a_.stats) + 4 * row;
-    C value = sums.loss;
+  void soft(int64_t row, const X* x, const X* t, Exponentials<C>& e) const {
+    double far = 0, total = 0, others = 0;
+    const Softmax<C> softmax = softmax_of(x, e, [&](C m, int64_t first, int64_t n) {
+      const C* const weight = weights_.each.data() + first;
+      const SoftTerms<C> piece = soft_terms(x + first, t + first, weight, in_.keep, in_.smooth, m, n);
+      far += piece.distance;
+      total += piece.total;
+      others += piece.others;
+    });
+    C value = C(total * softmax.log_total() + far);
     if (in_.z != 0) value += in_.z * softmax.log_sum_exp() * softmax.log_sum_exp();
     a_.workspace[row] = value;
     a_.workspace[in_.rows + row] = 1;
+    C* const kept = static_cast<C*>(a_.stats) + 4 * row;
     kept[0] = softmax.m;
     kept[1] = softmax.others;
-    kept[2] = sums.total;
-    kept[3] = sums.others;
+    kept[2] = C(total);
+    kept[3] = C(others);
   }
 
   const CrossEntropyForward& a_;
@@ -188,20 +142,24 @@ class Backward {
   explicit Backward(const CrossEntropyBackward& a) : a_(a), in_(a), weights_(a) {}
 
   template <class X>
-  void operator()(int64_t row, const X* x, const X* t, X* grad, X* grad_t) const {
+  void operator()(int64_t row, const X* x, const X* t, X* grad, X* grad_t, Exponentials<C>& e) const {
     if (!t) {
-      labels(row, x, grad);
+      labels(row, x, grad, e);
       return;
     }
     const C scale = upstream(row);
     const C* const kept = static_cast<const C*>(a_.stats) + 4 * row;
     const Softmax<C> softmax{kept[0], kept[1]};
-    // Before the logits, whose place the gradient may take.
-    if (grad_t)
-      target_gradient(x, grad_t, weights_.data(), softmax.m, softmax.log_total(), scale * in_.keep, in_.classes);
-    if (grad)
-      soft_gradient(x, t, grad, weights_.data(), in_.keep, in_.smooth,
-                    SoftGradient<C>(softmax, kept[2], kept[3], in_.z, scale), in_.classes);
+    const SoftGradient<C> of(softmax, kept[2], kept[3], in_.z, scale);
+    for_pieces(in_.classes, [&](int64_t first, int64_t n) {
+      const C* const weight = weights_.each.data() + first;
+      // Before the logits, whose place the gradient may take.
+      if (grad_t)
+        target_gradient(x + first, grad_t + first, weight, softmax.m, softmax.log_total(), scale * in_.keep, n);
+      if (grad)
+        soft_gradient(x + first, t + first, e.get(x, softmax.m, first, n), grad + first, weight, in_.keep, in_.smooth,
+                      of, n);
+    });
   }
 
   // Rows side by side.
@@ -253,7 +211,7 @@ class Backward {
   }
 
   template <class X>
-  void labels(int64_t row, const X* x, X* grad) const {
+  void labels(int64_t row, const X* x, X* grad, Exponentials<C>& e) const {
     const Labels<C> labels(in_, row);
     if (!labels.counts()) {
       std::fill(grad, grad + in_.classes, X{});
@@ -265,7 +223,11 @@ class Backward {
     const bool two = labels.second >= 0;
     const C second =
         two ? of.at_label(labels.b, labels.a, in_.weight_of(labels.second), widen(x[labels.second])) : C(0);
-    label_gradient(x, grad, weights_.data(), of.softmax.m, of.factor(), labels.uniform, of.scale, in_.classes);
+    const C factor = of.factor();
+    for_pieces(in_.classes, [&](int64_t first, int64_t n) {
+      const C* const weight = weights_.given ? weights_.each.data() + first : nullptr;
+      label_gradient(e.get(x, of.softmax.m, first, n), grad + first, weight, factor, labels.uniform, of.scale, n);
+    });
     grad[labels.first] = narrow<X>(first);
     if (two) grad[labels.second] = narrow<X>(second);
   }
@@ -339,9 +301,10 @@ void cross_entropy_forward(const CrossEntropyForward& a) {
   parallel_for(0, rows, grain(a), [&](int64_t lo, int64_t hi) {
     if (Columns<T>::suit(a))
       return grad ? columns_with_gradient(forward, backward, a.classes, lo, hi, grad) : forward.columns(lo, hi);
+    Exponentials<C> e(a.classes, grad != nullptr);
     const auto visit = [&]<class X>(int64_t row, const X* x, const X* t, X* g, X*) {
-      forward(row, x, t);
-      if (g) backward(row, x, t, g, static_cast<X*>(nullptr));
+      forward(row, x, t, e);
+      if (g) backward(row, x, t, g, static_cast<X*>(nullptr), e);
     };
     if (!Stage<T>::needed(a)) {
       for (int64_t row = lo; row < hi; ++row) {
@@ -376,15 +339,16 @@ void cross_entropy_backward(const CrossEntropyBackward& a) {
   T* const grad_t = static_cast<T*>(a.grad_probabilities);
   parallel_for(0, a.rows(), grain(a), [&](int64_t lo, int64_t hi) {
     if (Columns<T>::suit(a)) return backward.columns(lo, hi, grad);
+    Exponentials<C> e(a.classes, false);
     if (!Stage<T>::needed(a)) {
       for (int64_t row = lo; row < hi; ++row) {
         const int64_t at = row * a.classes;
-        backward(row, x + at, t ? t + at : nullptr, grad ? grad + at : nullptr, grad_t ? grad_t + at : nullptr);
+        backward(row, x + at, t ? t + at : nullptr, grad ? grad + at : nullptr, grad_t ? grad_t + at : nullptr, e);
       }
       return;
     }
     Stage<T> stage(a, grad, grad_t);
-    stage.for_rows(lo, hi, [&](int64_t row, const C* x, const C* t, C* g, C* g_t) { backward(row, x, t, g, g_t); });
+    stage.for_rows(lo, hi, [&](int64_t row, const C* x, const C* t, C* g, C* g_t) { backward(row, x, t, g, g_t, e); });
   });
 }
 

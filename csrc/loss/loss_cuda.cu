@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < width; ++k) {
         if (k >= count) continue;
         const C v = logit(in, x[k]), w = in.weight_of(j + k);
-        dx[k] = slope(x[k]) * gradient(v, w * (in.keep * t[k] + in.smooth));
+        dx[k] = slope(x[k]) * gradient(v, math::exp(v - softmax.m), w * (in.keep * t[k] + in.smooth));
         dt[k] = scale * in.keep * w * (log_total - (v - softmax.m));
       }
       if (grad_logits != nullptr) row.write(grad_logits, j, count, dx);

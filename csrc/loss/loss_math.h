@@ -125,7 +125,7 @@ struct LabelGradient {
         labels(labels),
         all_weights(all_weights),
         spread(labels.uniform * all_weights),
-        pull(C(2) * z * labels.weight * softmax.log_sum_exp()),
+        pull(z != C(0) ? C(2) * z * labels.weight * softmax.log_sum_exp() : C(0)),
         scale(scale) {}
   // of exp(x - m)
   GDBP_HD C factor() const { return (labels.a + labels.b + spread + pull) * softmax.inverse(); }
@@ -152,11 +152,12 @@ struct SoftGradient {
         rest(softmax.others * softmax.inverse()),
         total(total),
         others(others),
-        pull(C(2) * z * softmax.log_sum_exp()),
+        pull(z != C(0) ? C(2) * z * softmax.log_sum_exp() : C(0)),
         scale(scale),
         lonely(softmax.others < C(1)) {}
-  GDBP_HD C operator()(C x, C a) const {
-    const C p = math::exp(x - m) * inverse;
+  // e: exp(x - m)
+  GDBP_HD C operator()(C x, C e, C a) const {
+    const C p = e * inverse;
     const C far = p * total - a;
     const C near = p * others - a * rest;
     return scale * ((lonely && x == m ? near : far) + pull * p);

@@ -62,8 +62,10 @@ def cross_entropy(
         target, second, share = _mixture(target)
     input, weight = without_autocast(input, weight)
     _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty)
-    soft = input.dim() > 0 and target.is_floating_point() and input.shape == target.shape and ignore_index < 0
-    if not soft and (input.dim() < 1 or target.is_floating_point() or input.shape == target.shape):
+    dim, is_labels = input.dim(), not target.is_floating_point()
+    same_shape = dim == target.dim() and input.shape == target.shape
+    soft = not is_labels and dim > 0 and same_shape and ignore_index < 0
+    if not soft and (dim < 1 or not is_labels or same_shape):
         # What torch itself refuses.
         return torch.nn.functional.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -73,7 +75,7 @@ def cross_entropy(
             "inplace_backward=True writes the gradient over the logits, and these are a leaf, whose values are yours "
             "to keep; leave it out, or pass logits that were computed"
         )
-    shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+    shape = input.shape[:1] + input.shape[2:] if dim > 1 else ()
     if soft:
         if target.dtype != input.dtype:
             dtype = torch.promote_types(input.dtype, target.dtype)
@@ -83,7 +85,7 @@ def cross_entropy(
         if second is not None:
             second = _labels(second, input, shape)
             share = torch.as_tensor(share, dtype=torch.float64, device=input.device).expand(shape)
-    if input.dim() == 1:
+    if dim == 1:
         input, target, second, share = (None if t is None else t.unsqueeze(0) for t in (input, target, second, share))
     if normalizer is not None:
         normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach()
@@ -91,7 +93,7 @@ def cross_entropy(
         input, target, second, share, weight, normalizer, reduction, ignore_index, max(0.0, label_smoothing),
         z_loss, softcap or 0.0, empty == "zero", inplace_backward,
     )  # fmt: skip
-    return loss.reshape(shape) if reduction == "none" else loss
+    return loss.reshape(shape) if reduction == "none" and loss.shape != shape else loss
 
 
 def _mixture(target: tuple) -> Mixture:
@@ -141,7 +143,7 @@ def _labels(target: torch.Tensor, input: torch.Tensor, shape: tuple[int, ...]) -
                 f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
             )
         raise RuntimeError(f"Expected target size {shape}, got {tuple(target.shape)}; give one label a row")
-    return target.long()
+    return target if target.dtype is torch.int64 else target.long()
 
 
 # Bytes of logits at a time: what stays in a CPU's last cache or near it, what fills a GPU.

@@ -4,6 +4,11 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
+from gdbp import _load
+
+if _load.available:
+    from gdbp import _C
+
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 
 
@@ -90,6 +95,14 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
         if type(t).__torch_dispatch__ is not _NO_DISPATCH and not isinstance(t, FakeTensor):
             return False
     return True
+
+
+def is_direct(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call may go from here straight to C++, graph and all: plain tensors that our kernels take, and nobody
+    who traces, transforms or intercepts what happens on the way. Where not, it goes through a Function."""
+    if torch.compiler.is_compiling() or not _load.available or forward_ad._current_level >= 0:
+        return False
+    return _C.is_direct(*tensors)
 
 
 def why_not_fused(*tensors: torch.Tensor) -> str:

@@ -3,7 +3,10 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_fused, needs_autograd
+from gdbp.ops._function import Function, is_direct, is_fused, needs_autograd
+
+if _load.available:
+    from gdbp import _C
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 # Those whose derivative needs the pre-activation; for the others the output is enough.
@@ -68,6 +71,8 @@ class _LinearWithPre(Function):
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     """See :func:`gdbp.nn.functional.linear`; here ``activation`` is a name, "none" for none."""
+    if is_direct(input, weight, bias):
+        return _C.linear(input, weight, bias, activation)
     if not (_load.available and is_fused(input, weight, bias)):
         return reference.linear(input, weight, bias, activation)
     if not needs_autograd(input, weight, bias):

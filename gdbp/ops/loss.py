@@ -3,7 +3,10 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_fused, is_one, needs_autograd, takes_gradient_at_once
+from gdbp.ops._function import Function, is_direct, is_fused, is_one, needs_autograd, takes_gradient_at_once
+
+if _load.available:
+    from gdbp import _C
 
 
 class _PointwiseLoss(Function):
@@ -208,6 +211,8 @@ def cross_entropy(
     (N, ...) float64 ``share``, or (N, C, ...) probabilities; see :mod:`gdbp.nn.functional`."""
     tensors = (logits, target, second, share, weight, normalizer)
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+    if is_direct(*tensors):
+        return _C.cross_entropy(*tensors, *options, empty_is_zero, inplace)
     if not (_load.available and is_fused(*tensors)):
         return reference.cross_entropy(*tensors, empty_is_zero, *options)
     if needs_autograd(logits, target):

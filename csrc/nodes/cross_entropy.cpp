@@ -1,0 +1,112 @@
+#include <array>
+#include <tuple>
+
+#include "common/dtype.h"
+#include "nodes/node.h"
+#include "nodes/nodes.h"
+
+namespace gdbp::nodes {
+namespace {
+
+enum class Writes { fresh, inplace, at_once };
+
+class CrossEntropyBackward : public Node {
+ public:
+  CrossEntropyBackward(CrossEntropyOptions options, Writes writes)
+      : Node("_CrossEntropyBackward"), options_(std::move(options)), writes_(writes) {}
+
+  Gradients apply(Gradients&& gradients) override {
+    const Tensor& grad_output = gradients[0];
+    if (!grad_output.defined()) return Gradients(2);
+    const std::vector<Tensor> saved = unpack();
+    const Tensor &logits = saved[0], &target = saved[1], &stats = saved[6], &divisor = saved[7];
+    const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
+    const OptionalTensor second = optional(2), share = optional(3), weight = optional(4);
+    const auto& [reduction, ignore_index, smoothing, z_loss, softcap] = options_;
+    if (at::GradMode::is_enabled()) {
+      TORCH_CHECK(writes_ != Writes::inplace,
+                  "cross_entropy: inplace_backward=True writes the gradient over the logits, so it cannot be "
+                  "differentiated again; leave out inplace_backward or create_graph");
+      return from_reference("cross_entropy_backward", grad_output, logits, target, saved[2], saved[3], saved[4],
+                            saved[5], reduction, ignore_index, smoothing, z_loss, softcap);
+    }
+    if (writes_ == Writes::at_once && is_one(grad_output)) return {saved[8], Tensor()};
+    if (writes_ == Writes::inplace) {
+      static const auto op =
+          find<void(const Tensor&, Tensor, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, const Tensor&, const Tensor&, c10::string_view, int64_t, double, double,
+                    double)>("gdbp::cross_entropy_backward_");
+      call(op, grad_output, logits, target, second, share, weight, stats, divisor, reduction, ignore_index, smoothing,
+           z_loss, softcap);
+      return {logits.detach(), Tensor()};
+    }
+    static const auto op =
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                        const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                        c10::string_view, int64_t, double, double, double, std::array<bool, 2>)>(
+            "gdbp::cross_entropy_backward");
+    const std::array<bool, 2> mask{task_should_compute_output(0), task_should_compute_output(1)};
+    auto [for_logits, for_target] = call(op, grad_output, logits, target, second, share, weight, stats, divisor,
+                                         reduction, ignore_index, smoothing, z_loss, softcap, mask);
+    return {std::move(for_logits), std::move(for_target)};
+  }
+
+ private:
+  std::vector<std::string> options() const override {
+    const auto& [reduction, ignore_index, smoothing, z_loss, softcap] = options_;
+    return {reduction,     std::to_string(int(writes_)), std::to_string(ignore_index), exact(smoothing), exact(z_loss),
+            exact(softcap)};
+  }
+  static std::string exact(double x) { return std::to_string(gdbp::bit_cast<uint64_t>(x)); }
+
+  // What the gradient of the forward pass is for. Not one that stands for many (is_grads_batched), or that a mode
+  // watches.
+  static bool is_one(const Tensor& grad_output) {
+    using c10::DispatchKey;
+    constexpr c10::DispatchKeySet others({DispatchKey::Python, DispatchKey::Batched, DispatchKey::FuncTorchBatched});
+    return !grad_output.key_set().has_any(others) && grad_output.item<double>() == 1;
+  }
+
+  const CrossEntropyOptions options_;
+  const Writes writes_;
+};
+
+}  // namespace
+
+Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& second,
+                     const OptionalTensor& share, const OptionalTensor& weight, const OptionalTensor& normalizer,
+                     const CrossEntropyOptions& options, bool empty_is_zero, bool inplace) {
+  using Statistics = std::tuple<Tensor, Tensor, Tensor>;
+  using WithGradient = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+  const auto run = [&]<class Results>(const char* name, Results*) {
+    static const auto op =
+        find<Results(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                     const OptionalTensor&, c10::string_view, int64_t, double, double, double, bool)>(name);
+    return call(op, logits, target, second, share, weight, normalizer, options.reduction, options.ignore_index,
+                options.label_smoothing, options.z_loss, options.softcap, empty_is_zero);
+  };
+  if (!torch::autograd::compute_requires_grad(logits, target))
+    return std::get<0>(run("gdbp::cross_entropy", static_cast<Statistics*>(nullptr)));
+  // On CUDA nobody knows without waiting whether the upstream gradient is the 1 that it would be computed for.
+  const bool at_once = !inplace && options.reduction != "none" && logits.is_cpu() && !target.requires_grad();
+  Tensor loss, stats, divisor, gradient;
+  if (at_once)
+    std::tie(loss, stats, divisor, gradient) =
+        run("gdbp::cross_entropy_with_gradient", static_cast<WithGradient*>(nullptr));
+  else
+    std::tie(loss, stats, divisor) = run("gdbp::cross_entropy", static_cast<Statistics*>(nullptr));
+  const auto node = make_node<CrossEntropyBackward>(options, at_once   ? Writes::at_once
+                                                             : inplace ? Writes::inplace
+                                                                       : Writes::fresh);
+  node->set_next_edges(torch::autograd::collect_next_edges(logits, target));
+  node->save(logits);
+  node->save(target);
+  for (const OptionalTensor& argument : {second, share, weight, normalizer}) node->save(argument);
+  node->save(stats);
+  node->save(divisor);
+  node->save(gradient);
+  torch::autograd::set_history(loss, node);
+  return loss;
+}
+
+}  // namespace gdbp::nodes

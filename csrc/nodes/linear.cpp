@@ -1,0 +1,71 @@
+#include <array>
+#include <tuple>
+
+#include "common/binding.h"
+#include "nodes/node.h"
+#include "nodes/nodes.h"
+
+namespace gdbp::nodes {
+namespace {
+
+class LinearBackward : public Node {
+ public:
+  explicit LinearBackward(std::string activation) : Node("_LinearBackward"), activation_(std::move(activation)) {}
+
+  Gradients apply(Gradients&& gradients) override {
+    const Tensor& grad_output = gradients[0];
+    if (!grad_output.defined()) return Gradients(3);
+    const std::vector<Tensor> saved = unpack();
+    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &kept = saved[3];
+    if (at::GradMode::is_enabled())
+      return from_reference("linear_backward", grad_output, input, weight, bias, activation_);
+    static const auto op =
+        find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                c10::string_view, std::array<bool, 3>)>("gdbp::linear_backward");
+    std::array<bool, 3> mask;
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = task_should_compute_output(i);
+    auto [for_input, for_weight, for_bias] =
+        call(op, grad_output, input, weight, kept.defined() ? kept : grad_output, activation_, mask);
+    return {std::move(for_input), std::move(for_weight), std::move(for_bias)};
+  }
+
+ private:
+  std::vector<std::string> options() const override { return {activation_}; }
+
+  const std::string activation_;
+};
+
+Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation) {
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view)>("gdbp::linear");
+  return call(op, input, weight, bias, activation);
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const std::string& activation) {
+  if (!torch::autograd::compute_requires_grad(input, weight, bias)) return forward(input, weight, bias, activation);
+  Tensor output, pre;
+  const Saved saves = gdbp::saves(parse_activation(activation, "linear"));
+  if (saves == Saved::pre) {
+    static const auto op =
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view)>(
+            "gdbp::linear_with_pre");
+    std::tie(output, pre) = call(op, input, weight, bias, activation);
+  } else {
+    output = forward(input, weight, bias, activation);
+  }
+  const auto node = make_node<LinearBackward>(activation);
+  node->set_next_edges(torch::autograd::collect_next_edges(input, weight, bias));
+  node->save(input);
+  node->save(weight);
+  node->save(bias);
+  torch::autograd::set_history(output, node);
+  if (saves == Saved::output)
+    node->save(output, true);
+  else
+    node->save(pre);
+  return output;
+}
+
+}  // namespace gdbp::nodes

@@ -1,0 +1,110 @@
+// The backward pass of an operator as torch's engine calls it, in C++: what gdbp/ops has in Python for every use, for
+// the usual one alone, where a call of a Python function takes longer than a small layer.
+#pragma once
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/python.h"
+
+namespace gdbp::nodes {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Gradients = torch::autograd::variable_list;
+
+class Node : public torch::autograd::Node {
+ public:
+  // That of the Function in Python.
+  std::string name() const override { return name_; }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (torch::autograd::SavedVariable& saved : saved_) saved.reset_data();
+  }
+  // Compiled autograd traces apply() with tensors of its own in the place of those that were saved.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(name());
+    args.collect(saved_, true);
+    for (const std::string& option : options()) args.collect(option);
+  }
+  Gradients apply_with_saved(const Gradients& inputs, torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    saved.before(saved_);
+    Gradients gradients = apply(Gradients(inputs));
+    saved.after(saved_);
+    return gradients;
+  }
+
+  void save(const Tensor& tensor, bool is_output = false) { saved_.emplace_back(tensor, is_output); }
+  void save(const OptionalTensor& tensor) { saved_.emplace_back(tensor.value_or(Tensor()), false); }
+
+ protected:
+  // All that apply() depends on besides tensors.
+  virtual std::vector<std::string> options() const = 0;
+  explicit Node(const char* name) : name_(name) { saved_.reserve(9); }
+  // What was saved, in order; undefined for what there was not.
+  std::vector<Tensor> unpack() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Tensor> tensors;
+    tensors.reserve(saved_.size());
+    for (const torch::autograd::SavedVariable& saved : saved_) tensors.push_back(saved.unpack(getptr()));
+    return tensors;
+  }
+  // Gradients that will be differentiated again, from plain torch: what `function` of gdbp.reference returns.
+  template <class... Arguments>
+  static Gradients from_reference(const char* function, const Arguments&... arguments) {
+    namespace py = pybind11;
+    const py::gil_scoped_acquire gil;
+    const py::tuple found = py::module_::import("gdbp.reference").attr(function)(as_python(arguments)...);
+    Gradients gradients;
+    for (const py::handle& gradient : found) gradients.push_back(unwrap(gradient));
+    return gradients;
+  }
+
+ private:
+  static pybind11::object as_python(const Tensor& tensor) { return tensor.defined() ? wrap(tensor) : pybind11::none(); }
+  template <class T>
+  static pybind11::object as_python(const T& value) {
+    return pybind11::cast(value);
+  }
+
+  const char* const name_;
+  std::vector<torch::autograd::SavedVariable> saved_;
+  std::mutex mutex_;  // one graph may be gone through by several threads
+};
+
+// torch's graph counts the references to its nodes itself from 2.13 on.
+template <class N, class... Arguments>
+auto make_node(Arguments&&... arguments) {
+  using Pointer = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    // Found where it is used: later releases have no such function.
+    return std::shared_ptr<N>(new N(std::forward<Arguments>(arguments)...), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<N>(std::forward<Arguments>(arguments)...);
+  }
+}
+
+// Below autograd, for which the node stands.
+template <class Signature, class... Arguments>
+auto call(const c10::TypedOperatorHandle<Signature>& op, Arguments&&... arguments) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(std::forward<Arguments>(arguments)...);
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace gdbp::nodes

@@ -1,0 +1,29 @@
+// Operators with the graph behind them, as autograd's Functions in gdbp/ops make it. For plain tensors, and where
+// nobody traces, transforms or intercepts: see is_direct there.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+namespace gdbp::nodes {
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  const std::string& activation);
+
+// The options of cross-entropy, which its backward pass needs again.
+struct CrossEntropyOptions {
+  std::string reduction;
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap;
+};
+// inplace: the gradient is written over the logits.
+at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& second,
+                         const std::optional<at::Tensor>& share, const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& normalizer, const CrossEntropyOptions& options,
+                         bool empty_is_zero, bool inplace);
+
+void bind(pybind11::module_& module);
+
+}  // namespace gdbp::nodes
