@@ -142,7 +142,7 @@ def _labels(target: torch.Tensor, input: torch.Tensor, shape: tuple[int, ...]) -
             raise ValueError(
                 f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
             )
-        raise RuntimeError(f"Expected target size {shape}, got {tuple(target.shape)}; give one label a row")
+        raise RuntimeError(f"Expected target size {tuple(shape)}, got {tuple(target.shape)}; give one label a row")
     return target if target.dtype is torch.int64 else target.long()
 
 
