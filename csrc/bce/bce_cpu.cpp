@@ -42,20 +42,39 @@ class Spread {
 template <class T, class C>
 GDBP_CLONES void loss_block(const T* x, const T* t, const C* w, const C* q, T* to, int64_t n) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(w[i] * loss<C>(widen(x[i]), widen(t[i]), q[i]));
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(w[i] * loss<C>(Logit<C>(widen(x[i])), widen(t[i]), q[i]));
+}
+
+// Both, for an upstream gradient of 1; the values into a buffer, to be summed.
+template <class T, class C>
+GDBP_CLONES void both_block(const T* x, const T* t, const C* w, const C* q, C share, C* values, T* to, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const Logit<C> at(widen(x[i]));
+    const C target = widen(t[i]);
+    values[i] = w[i] * loss<C>(at, target, q[i]);
+    to[i] = narrow<T>(share * (w[i] * input_slope<C>(at, target, q[i])));
+  }
+}
+
+template <class T, class C>
+GDBP_CLONES void value_block(const T* x, const T* t, const C* w, const C* q, C* values, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) values[i] = w[i] * loss<C>(Logit<C>(widen(x[i])), widen(t[i]), q[i]);
 }
 
 template <class T, class C>
 GDBP_CLONES void input_block(const T* x, const T* t, const C* w, const C* q, const C* g, C share, T* to, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i)
-    to[i] = narrow<T>(g[i] * share * (w[i] * input_slope<C>(widen(x[i]), widen(t[i]), q[i])));
+    to[i] = narrow<T>(g[i] * share * (w[i] * input_slope<C>(Logit<C>(widen(x[i])), widen(t[i]), q[i])));
 }
 
 template <class T, class C>
 GDBP_CLONES void target_block(const T* x, const C* w, const C* q, const C* g, C share, T* to, int64_t n) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(g[i] * share * (w[i] * target_slope<C>(widen(x[i]), C(0), q[i])));
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = narrow<T>(g[i] * share * (w[i] * target_slope<C>(Logit<C>(widen(x[i])), q[i])));
 }
 
 // Calls f(tile, first, n, weights, pos_weights, upstream) for every block of every tile.
@@ -95,12 +114,15 @@ void forward(const Forward& a) {
   T* const grad = static_cast<T*>(a.grad_input);
   const C share = share_of<C>(a);
   std::fill_n(sums, tiles(a.numel, kTile), 0.0);
-  for_blocks<T>(a, {nullptr, 1}, [&](int64_t tile, int64_t first, int64_t n, const C* w, const C* q, const C* ones) {
-    const auto value = [=](int64_t i) __attribute__((always_inline)) {
-      return double(w[i] * loss<C>(widen(x[first + i]), widen(t[first + i]), q[i]));
-    };
-    sums[tile] += cpu::sum<double>(value, 0, n);
-    if (grad) input_block(x + first, t + first, w, q, ones, share, grad + first, n);
+  for_blocks<T>(a, {nullptr, 1}, [&](int64_t tile, int64_t first, int64_t n, const C* w, const C* q, const C*) {
+    C values[kBlock];
+    if (grad) {
+      both_block(x + first, t + first, w, q, share, values, grad + first, n);
+    } else {
+      value_block(x + first, t + first, w, q, values, n);
+    }
+    const C* const from = values;
+    sums[tile] += cpu::sum<double>([=](int64_t i) __attribute__((always_inline)) { return double(from[i]); }, 0, n);
   });
   double total = 0;
   for (int64_t tile = 0; tile < tiles(a.numel, kTile); ++tile) total += sums[tile];

@@ -59,7 +59,7 @@ struct Losses {
 
   __device__ void operator()(int64_t begin, int count) const {
     C out[width];
-    elements(begin, count, [&](int k, C x, C t, C w, C q) { out[k] = w * loss(x, t, q); });
+    elements(begin, count, [&](int k, C x, C t, C w, C q) { out[k] = w * loss(Logit<C>(x), t, q); });
     store(output + begin, count, vectors, out);
   }
 };
@@ -86,8 +86,9 @@ struct Gradients {
       for (int k = 0; k < width; ++k) upstream[k] = one;
     }
     elements(begin, count, [&](int k, C x, C t, C w, C q) {
-      dx[k] = upstream[k] * (w * input_slope(x, t, q));
-      dt[k] = upstream[k] * (w * target_slope(x, t, q));
+      const Logit<C> at(x);
+      dx[k] = upstream[k] * (w * input_slope(at, t, q));
+      dt[k] = upstream[k] * (w * target_slope(at, q));
     });
     if (grad_input != nullptr) store(grad_input + begin, count, vectors, dx);
     if (grad_target != nullptr) store(grad_target + begin, count, vectors, dt);
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(int64_t numel, const Ele
   double sum = 0;
   for (int64_t at = first + int64_t(threadIdx.x) * width; at < end; at += kThreads * width) {
     const int count = int(end - at < width ? end - at : width);
-    elements(at, count, [&](int, C x, C t, C w, C q) { sum += double(w * loss(x, t, q)); });
+    elements(at, count, [&](int, C x, C t, C w, C q) { sum += double(w * loss(Logit<C>(x), t, q)); });
   }
   sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;

@@ -6,34 +6,43 @@
 
 namespace gdbp::bce {
 
+// A logit, and what value and slopes have in common; a loop over several forms it once.
+template <class C>
+struct Logit {
+  C x, e, inverse;  // x, exp(-|x|), 1 / (1 + e)
+  GDBP_HD explicit Logit(C x) : x(x), e(math::exp_of_nonpositive(-math::abs(x))) {
+    const C sum = C(1) + e, lost = e - (sum - C(1)), y = C(1) / sum;
+    inverse = y - y * (lost * y);
+  }
+};
+
 // softplus(-x) and softplus(x), the logarithms of 1 / sigmoid(x) and 1 / sigmoid(-x).
 template <class C>
 struct Softplus {
   C minus, plus;
-  GDBP_HD explicit Softplus(C x) {
-    const C tail = math::log1p(math::exp(-math::abs(x)));
-    minus = math::at_least(-x, C(0)) + tail;
-    plus = math::at_least(x, C(0)) + tail;
+  GDBP_HD explicit Softplus(const Logit<C>& at) {
+    const C tail = math::log1p_of_fraction(at.e, at.inverse);
+    minus = math::at_least(-at.x, C(0)) + tail;
+    plus = math::at_least(at.x, C(0)) + tail;
   }
 };
 
 template <class C>
-GDBP_HD C loss(C x, C t, C q) {
-  const Softplus<C> softplus(x);
+GDBP_HD C loss(const Logit<C>& at, C t, C q) {
+  const Softplus<C> softplus(at);
   return q * t * softplus.minus + (C(1) - t) * softplus.plus;
 }
 
 template <class C>
-GDBP_HD C input_slope(C x, C t, C q) {
-  const C e = math::exp(-math::abs(x));
-  return (C(1) - t) * math::logistic(e, x < C(0)) - q * t * math::logistic(e, x > C(0));
+GDBP_HD C input_slope(const Logit<C>& at, C t, C q) {
+  return ((C(1) - t) * (at.x < C(0) ? at.e : C(1)) - q * t * (at.x > C(0) ? at.e : C(1))) * at.inverse;
 }
 
 // q softplus(-x) - softplus(x), the common part of both taken out; at -infinity there would be nothing left
 template <class C>
-GDBP_HD C target_slope(C x, C, C q) {
-  const C slope = (q - C(1)) * Softplus<C>(x).minus - x;
-  return x == -math::Format<C>::infinity ? -q * x : slope;
+GDBP_HD C target_slope(const Logit<C>& at, C q) {
+  const C slope = (q - C(1)) * Softplus<C>(at).minus - at.x;
+  return at.x == -math::Format<C>::infinity ? -q * at.x : slope;
 }
 
 }  // namespace gdbp::bce

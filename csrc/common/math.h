@@ -218,6 +218,14 @@ GDBP_HD T log1p(T x) {
   return abs(x) < half_epsilon<T> ? x : log_or_edge(u, log_of_sum(u, c / u));
 }
 
+// log(1 + e) for 0 <= e <= 1, where 1 / (1 + e) is known.
+template <class T>
+GDBP_HD T log1p_of_fraction(T e, T inverse) {
+  const T u = T(1) + e;
+  const T finite = log_of_sum(u, (e - (u - T(1))) * inverse);
+  return e == e ? finite : e;
+}
+
 // 1 / (1 + exp(-x)), from e = exp(-|x|): an exponential never above 1. What 1 + e loses by rounding is put
 // back, its quotient by 1 + e being wanted to a digit or so: hence 1 - e / 2.
 template <class T>

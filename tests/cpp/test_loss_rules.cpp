@@ -111,10 +111,11 @@ void test_bce() {
     const real e = std::exp(-std::fabs(real(x))), tail = std::log1p(e);
     const real minus = std::max(-real(x), real(0)) + tail, plus = std::max(real(x), real(0)) + tail;
     const real p = x >= 0 ? 1 / (1 + e) : e / (1 + e), rest = x >= 0 ? e / (1 + e) : 1 / (1 + e);
-    value.see(check::ulp_error(bce::loss(x, t, q), q * t * minus + (1 - real(t)) * plus), double(x));
+    const bce::Logit<T> at(x);
+    value.see(check::ulp_error(bce::loss(at, t, q), q * t * minus + (1 - real(t)) * plus), double(x));
     const real positive = q * t * rest, negative = (1 - real(t)) * p;
-    slope.see(error_against(bce::input_slope(x, t, q), negative - positive, {positive, negative}), double(x));
-    target_slope.see(error_against(bce::target_slope(x, t, q), q * minus - plus, {q * minus, plus}), double(x));
+    slope.see(error_against(bce::input_slope(at, t, q), negative - positive, {positive, negative}), double(x));
+    target_slope.see(error_against(bce::target_slope(at, q), q * minus - plus, {q * minus, plus}), double(x));
   }
   check::report("bce", check::type_name<T>, value, 5);
   check::report("bce backward", check::type_name<T>, slope, 5);
