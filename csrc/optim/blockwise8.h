@@ -15,23 +15,29 @@ GDBP_HD T decode8(int8_t code, T scale) {
   return scale * T(1.0 / (127.0 * 127.0 * 127.0)) * (c * c * c);
 }
 
-// Cube root of a number from 1e-9 to 1, to 6e-4, which is enough to find the nearest of 127 codes, and without a
-// division: a guess at 1 / cbrt(x) from the exponent, and one step of third order.
-GDBP_HD float rough_cbrt(float x) {
-  const float guess = bit_cast<float>(int32_t(1419967116.0f - float(bit_cast<int32_t>(x)) * (1.0f / 3)));
-  const float rest = 1 - x * guess * guess * guess;
-  const float inverse = guess + guess * rest * (1.0f / 3 + rest * (2.0f / 9));
-  return x * inverse * inverse;
+// 1 / scale to a few ulp, and finite, without the divider: that is what a step of Adam waits for already.
+GDBP_HD float inverse_scale8(float scale) {
+  const float s = math::at_least(scale, math::Format<float>::smallest_normal);
+  float inverse = bit_cast<float>(0x7ef311c3 - bit_cast<int32_t>(s));
+  for (int k = 0; k < 3; ++k) inverse *= 2 - s * inverse;
+  return inverse;
+}
+
+// 127 cbrt(x) for x from 0 to 1, to 1e-4 of it, which is enough to find the nearest code: x g^2 P(x g^3), with a guess
+// g at 1 / cbrt(x) from the exponent, which is right to 6 %, and P the best parabola for t^(-2/3) over the t that
+// occur.
+GDBP_HD float rough_root(float x) {
+  const float g = bit_cast<float>(int32_t(1421400000.0f - float(bit_cast<int32_t>(x)) * (1.0f / 3)));
+  const float square = x * g * g, t = square * g;
+  return square * (220.281045f + t * (-121.336627f + t * 26.0606343f));
 }
 
 // The nearest code; but never 0 for a number that is not, lest a second moment vanish under its mean.
 template <class T>
 GDBP_HD int8_t encode8(T x, T inverse_scale) {
   const float share = float(math::abs(x) * inverse_scale);
-  // Added, not compared: 1e-9 is less than a twentieth of the least code. At most 127.6, as share is at most 1.
-  const float root = 127 * rough_cbrt(share + 1e-9f) + 0.5f;
-  const float magnitude = root < 1 ? 1.0f : root;
-  return int8_t(int32_t(math::copysign(share > 0 ? magnitude : 0.0f, float(x))));
+  const float root = rough_root(share) + 0.5f, least = share > 0 ? 1.0f : 0.0f;
+  return int8_t(int32_t(math::copysign(root > least ? root : least, float(x))));
 }
 
 }  // namespace gdbp::optim

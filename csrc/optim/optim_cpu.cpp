@@ -10,8 +10,9 @@
 namespace gdbp::optim {
 namespace {
 
-// Elements that pass through stack buffers at a time, where a stored type is not the compute type.
-constexpr int64_t kStage = 1024;
+// Elements that pass through stack buffers at a time, where a stored type is not the compute type: few, so that while
+// one lot waits for its divisions, another is converted.
+constexpr int64_t kStage = kQuantBlock;
 
 // Whether there are loops of their own for plain surroundings: float64 is rare, and they take time to compile.
 template <class T>
@@ -48,39 +49,53 @@ GDBP_CLONES void write_stochastic(const T* from, BFloat16* to, int64_t n, uint64
   for (int64_t i = 0; i < n; ++i) to[i] = narrow_stochastic(float(from[i]), random_bits(seed, uint64_t(position + i)));
 }
 
+// One block of states in 8 bits.
 template <class T>
-GDBP_CLONES void read8(const int8_t* from, const float* scale, T* to, int64_t n) {
-  for (int64_t lo = 0; lo < n; lo += kQuantBlock) {
-    const T s = T(scale[lo / kQuantBlock]);
-    const int64_t hi = std::min(n, lo + kQuantBlock);
-    for (int64_t i = lo; i < hi; ++i) to[i] = decode8(from[i], s);
-  }
+GDBP_CLONES void decode_block(const int8_t* from, float scale, T* to) {
+  for (int64_t i = 0; i < kQuantBlock; ++i) to[i] = decode8(from[i], T(scale));
 }
 
 template <class T>
-GDBP_CLONES void write8(const T* from, int8_t* to, float* scale, int64_t n) {
-  for (int64_t lo = 0; lo < n; lo += kQuantBlock) {
-    const int64_t hi = std::min(n, lo + kQuantBlock);
-    T largest = 0;
-    int broken = 0;
-#pragma omp simd reduction(max : largest) reduction(| : broken)
-    for (int64_t i = lo; i < hi; ++i) {
-      const T magnitude = math::abs(from[i]);
-      largest = magnitude > largest ? magnitude : largest;
-      broken |= !(magnitude <= T(std::numeric_limits<float>::max()));
-    }
-    // A number that is not finite makes its block so, as it must stay visible.
-    if (broken) {
-      scale[lo / kQuantBlock] = std::numeric_limits<float>::quiet_NaN();
-      std::fill(to + lo, to + hi, int8_t(127));
-      continue;
-    }
-    // As stored: decoding and encoding must agree on it.
-    const T s = T(float(largest));
-    scale[lo / kQuantBlock] = float(s);
-    const T inverse = s > 0 ? T(1) / s : T(0);
-    for (int64_t i = lo; i < hi; ++i) to[i] = encode8(from[i], inverse);
+GDBP_CLONES void encode_block(const T* from, int8_t* to, float* scale) {
+  // Magnitudes are compared as integers, in whose order what is not a number comes after all numbers.
+  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Bits most = 0;
+  for (int64_t i = 0; i < kQuantBlock; ++i) most = std::max(most, bit_cast<Bits>(math::abs(from[i])));
+  const T largest = bit_cast<T>(most);
+  // A number that is not finite makes its block so, as it must stay visible.
+  if (!(largest <= T(std::numeric_limits<float>::max()))) {
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    std::fill_n(to, kQuantBlock, int8_t(127));
+    return;
   }
+  // As stored: decoding and encoding must agree on it.
+  *scale = float(largest);
+  const T inverse = T(inverse_scale8(*scale));
+  for (int64_t i = 0; i < kQuantBlock; ++i) to[i] = encode8(from[i], inverse);
+}
+
+template <class T>
+void read8(const int8_t* from, const float* scale, T* to, int64_t n) {
+  const int64_t whole = n / kQuantBlock * kQuantBlock;
+  for (int64_t i = 0; i < whole; i += kQuantBlock) decode_block(from + i, *scale++, to + i);
+  if (whole == n) return;
+  int8_t codes[kQuantBlock] = {};
+  std::copy(from + whole, from + n, codes);
+  T values[kQuantBlock];
+  decode_block(codes, *scale, values);
+  std::copy_n(values, n - whole, to + whole);
+}
+
+template <class T>
+void write8(const T* from, int8_t* to, float* scale, int64_t n) {
+  const int64_t whole = n / kQuantBlock * kQuantBlock;
+  for (int64_t i = 0; i < whole; i += kQuantBlock) encode_block(from + i, to + i, scale++);
+  if (whole == n) return;
+  T values[kQuantBlock] = {};
+  std::copy(from + whole, from + n, values);
+  int8_t codes[kQuantBlock];
+  encode_block(values, codes, scale);
+  std::copy_n(codes, n - whole, to + whole);
 }
 
 template <class T>

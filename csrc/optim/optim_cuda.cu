@@ -128,7 +128,7 @@ __device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, 
   // As on the CPU: what is not finite makes its block so, and decoding and encoding agree on the stored scale.
   const float stored = broken ? std::numeric_limits<float>::quiet_NaN() : float(largest);
   if (at % kQuantBlock == 0 && count > 0) scale[at / kQuantBlock] = stored;
-  const T inverse = stored > 0 ? T(1) / T(stored) : T(0);
+  const T inverse = T(inverse_scale8(stored));
 #pragma unroll
   for (int k = 0; k < kWidth; ++k)
     if (k < count) codes[at + k] = broken ? int8_t(127) : encode8(from[k], inverse);
