@@ -71,12 +71,10 @@ inline at::Tensor on_huge_pages(at::Tensor fresh) {
 // ---- what the layers share ----
 
 inline Activation parse_activation(c10::string_view name, const char* op) {
+  for (Activation activation : kActivations)
+    if (name == kActivationNames[int(activation)]) return activation;
   std::string names;
-  for (Activation activation : kActivations) {
-    const char* const known = kActivationNames[int(activation)];
-    if (name == known) return activation;
-    names += (names.empty() ? "" : ", ") + std::string(known);
-  }
+  for (const char* known : kActivationNames) names += (names.empty() ? "" : ", ") + std::string(known);
   TORCH_CHECK_VALUE(false, op, ": activation is '", name, "'; expected one of ", names,
                     "; pass activation=None for none");
 }

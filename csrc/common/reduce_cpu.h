@@ -14,7 +14,7 @@ namespace gdbp::cpu {
 template <class T>
 constexpr int64_t kRun = 512 / sizeof(T);
 
-// sum of f(i) for i in [begin, end)
+// sum of f(i) for i in [begin, end); what f writes on the way must not overlap what it reads, but element on element
 template <class T, class F>
 GDBP_CLONES double sum(const F f, int64_t begin, int64_t end) {
   double total = 0;
@@ -28,17 +28,12 @@ GDBP_CLONES double sum(const F f, int64_t begin, int64_t end) {
   return total;
 }
 
-// The same over [0, n) in tiles, each tile's sum left in `partial` before they are added in order. then(begin, end) is
-// called for each tile while what f has read is in cache.
-template <class T, class F, class Then>
-double tiled_sum(int64_t n, int64_t tile, double* partial, const F& f, const Then& then) {
+// The same over [0, n) in tiles, each tile's sum left in `partial` before they are added in order.
+template <class T, class F>
+double tiled_sum(int64_t n, int64_t tile, double* partial, const F& f) {
   const int64_t tiles = (n + tile - 1) / tile;
   parallel_for(0, tiles, 2, [&](int64_t lo, int64_t hi) {
-    for (int64_t t = lo; t < hi; ++t) {
-      const int64_t begin = t * tile, end = std::min(n, begin + tile);
-      partial[t] = sum<T>(f, begin, end);
-      then(begin, end);
-    }
+    for (int64_t t = lo; t < hi; ++t) partial[t] = sum<T>(f, t * tile, std::min(n, (t + 1) * tile));
   });
   double total = 0;
   for (int64_t t = 0; t < tiles; ++t) total += partial[t];

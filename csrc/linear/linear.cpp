@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/binding.h"
+#include "common/gemm.h"
 
 namespace gdbp::linear {
 namespace {
@@ -60,8 +61,31 @@ void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor
   }
 }
 
+// A matrix as a BLAS takes it, where it does: by rows, or by columns.
+std::optional<Operand> as_operand(const Tensor& x) {
+  const int64_t rows = x.size(0), cols = x.size(1);
+  if ((x.stride(1) == 1 || cols == 1) && (x.stride(0) >= cols || rows == 1))
+    return Operand{x.const_data_ptr(), rows == 1 ? cols : x.stride(0)};
+  if (x.stride(0) == 1 && x.stride(1) >= rows) return Operand{x.const_data_ptr(), x.stride(1), true};
+  return std::nullopt;
+}
+
+// A small product with the arguments of at::mm, which would take as long again to come to it; undefined where it would
+// not, or has to do it.
+Tensor small_product(const Tensor& a, const Tensor& b) {
+  const int64_t m = a.size(0), n = b.size(1), k = a.size(1);
+  const Dtype dtype = dtype_of(a, "linear", "input");
+  if (!a.is_cpu() || k == 0 || !gemm_is_faster(dtype, m, n, k)) return {};
+  const std::optional<Operand> left = as_operand(a), right = as_operand(b);
+  if (!left || !right) return {};
+  Tensor result = at::empty({m, n}, a.options());
+  gemm(dtype, m, n, k, *left, *right, result.mutable_data_ptr(), n);
+  return result;
+}
+
 // a @ b, plus the bias where there is one.
 Tensor product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  if (Tensor small = bias ? Tensor() : small_product(a, b); small.defined()) return small;
   if (a.size(0) * b.size(1) * a.element_size() < kLargeBytes) return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
   Tensor result = on_huge_pages(at::empty({a.size(0), b.size(1)}, a.options()));
   return bias ? at::addmm_out(result, *bias, a, b) : at::mm_out(result, a, b);
@@ -74,11 +98,12 @@ std::pair<Tensor, Tensor> compute(const Tensor& input, const Tensor& weight, con
   const Activation activation = parse_activation(activation_name, "linear");
   check(input, weight, bias);
   const Tensor x = as_matrix(input);
+  Tensor pre = small_product(x, weight.t());
   // The library adds the bias where there is no activation, hence no pass of ours to do it in, and for half
   // types, whose product would be rounded before the sum: where the two cancel, few digits would be left.
-  const bool add_bias_here = bias && activation != Activation::none && input.element_size() > 2;
-  const Tensor pre = product(x, weight.t(), add_bias_here ? std::nullopt : bias);
-  if (activation == Activation::none && !keep_pre) return {as_batch(pre, input), Tensor()};
+  const bool add_bias_here = bias && (pre.defined() || (activation != Activation::none && input.element_size() > 2));
+  if (!pre.defined()) pre = product(x, weight.t(), add_bias_here ? std::nullopt : bias);
+  if (activation == Activation::none && !keep_pre && !add_bias_here) return {as_batch(pre, input), Tensor()};
   const Tensor output = keep_pre ? on_huge_pages(at::empty_like(pre)) : pre;
   const Tensor bias_values = add_bias_here ? bias->contiguous() : Tensor();
   const Forward args{dtype_of(pre, "linear", "input"),

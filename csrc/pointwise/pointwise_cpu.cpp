@@ -21,13 +21,14 @@ void forward(const Forward& a) {
   }
   T* const grad_input = static_cast<T*>(a.grad_input);
   const C factor = C(a.reduction == Reduction::mean ? 1 / double(a.numel) : 1);
-  const auto slope = [=](int64_t i) __attribute__((always_inline)) {
-    grad_input[i] = narrow<T>(factor * Op::backward(widen(input[i]) - widen(target[i]), parameter));
+  const auto both = [=](int64_t i) __attribute__((always_inline)) {
+    const C d = widen(input[i]) - widen(target[i]);
+    grad_input[i] = narrow<T>(factor * Op::backward(d, parameter));
+    return Op::forward(d, parameter);
   };
-  const auto gradient = [&](int64_t begin, int64_t end) {
-    if (grad_input) cpu::loop(slope, begin, end);
-  };
-  double total = cpu::tiled_sum<C>(a.numel, kTile, static_cast<double*>(a.workspace), loss, gradient);
+  double* const sums = static_cast<double*>(a.workspace);
+  double total =
+      grad_input ? cpu::tiled_sum<C>(a.numel, kTile, sums, both) : cpu::tiled_sum<C>(a.numel, kTile, sums, loss);
   if (a.reduction == Reduction::mean) total /= double(a.numel);
   output[0] = narrow<T>(C(total));
 }

@@ -1,10 +1,10 @@
 #include "step/layers.h"
 
 #include "common/binding.h"
+#include "common/gemm.h"
 #include "common/random.h"
 #include "linear/linear.h"
 #include "step/elementwise.h"
-#include "step/gemm.h"
 
 namespace gdbp::step {
 namespace {

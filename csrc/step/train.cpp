@@ -8,9 +8,9 @@
 #include <cstring>
 
 #include "common/binding.h"
+#include "common/gemm.h"
 #include "common/python.h"
 #include "common/random.h"
-#include "step/gemm.h"
 
 namespace gdbp::step {
 

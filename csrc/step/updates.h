@@ -5,10 +5,10 @@
 
 #include <vector>
 
+#include "common/gemm.h"
 #include "common/parallel.h"
 #include "grad/grad.h"
 #include "step/arena.h"
-#include "step/gemm.h"
 #include "step/plan.h"
 
 namespace gdbp::step {

@@ -1,4 +1,4 @@
-// Matrix products of a training step: row-major, into memory that is there, and the same bits for any number
+// Matrix products without a library's threads: row-major, into memory that is there, and the same bits for any number
 // of threads.
 #pragma once
 #include <cstdint>
@@ -6,7 +6,7 @@
 #include "common/dtype.h"
 #include "common/parallel.h"
 
-namespace gdbp::step {
+namespace gdbp {
 
 // A row-major matrix, `stride` elements from row to row, or its transpose.
 struct Operand {
@@ -27,6 +27,9 @@ struct Operand {
 // out (m, n) = a (m, k) b (k, n), for float32 and float64; 0 where k is 0. On the calling thread alone.
 void gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, void* out,
           int64_t out_stride);
+
+// Whether gemm() takes less time than at::mm would: the product is small, and computed by a BLAS called directly.
+bool gemm_is_faster(Dtype dtype, int64_t m, int64_t n, int64_t k);
 
 // Into how many pieces a product of m rows is cut: a function of its size alone, which makes the results so, too.
 int64_t gemm_tiles(int64_t m, int64_t n, int64_t k);
@@ -67,4 +70,4 @@ const char* gemm_name();
 // For tests of what runs where it can't.
 void allow_blas(bool allowed);
 
-}  // namespace gdbp::step
+}  // namespace gdbp

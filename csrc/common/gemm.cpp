@@ -1,4 +1,4 @@
-#include "step/gemm.h"
+#include "common/gemm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -19,7 +19,7 @@ __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const in
 __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 }
 
-namespace gdbp::step {
+namespace gdbp {
 namespace {
 
 bool blas_allowed = true;
@@ -82,6 +82,10 @@ void gemm(Dtype dtype, int64_t m, int64_t n, int64_t k, const Operand& a, const 
   at::mm_out(to, view(a, m, k, type), view(b, k, n, type));
 }
 
+bool gemm_is_faster(Dtype dtype, int64_t m, int64_t n, int64_t k) {
+  return (dtype == Dtype::float32 || dtype == Dtype::float64) && 2 * m * n * k < kTileWork && has_blas();
+}
+
 int64_t gemm_tiles(int64_t m, int64_t n, int64_t k) {
   const int64_t wanted = std::min(2 * m * n * k / kTileWork, std::max(kLeastTiles, 1 + m / kRowsForAPiece));
   const int64_t possible = m / kTileStep;
@@ -104,4 +108,4 @@ void allow_blas(bool allowed) { blas_allowed = allowed; }
 
 const char* gemm_name() { return has_blas() ? "sgemm" : "at::mm"; }
 
-}  // namespace gdbp::step
+}  // namespace gdbp
