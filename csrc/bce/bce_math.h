@@ -10,10 +10,8 @@ namespace gdbp::bce {
 template <class C>
 struct Logit {
   C x, e, inverse;  // x, exp(-|x|), 1 / (1 + e)
-  GDBP_HD explicit Logit(C x) : x(x), e(math::exp_of_nonpositive(-math::abs(x))) {
-    const C sum = C(1) + e, lost = e - (sum - C(1)), y = C(1) / sum;
-    inverse = y - y * (lost * y);
-  }
+  GDBP_HD explicit Logit(C x)
+      : x(x), e(math::exp_of_nonpositive(-math::abs(x))), inverse(math::inverse_of_one_plus(e)) {}
 };
 
 // softplus(-x) and softplus(x), the logarithms of 1 / sigmoid(x) and 1 / sigmoid(-x).

@@ -65,7 +65,7 @@ struct Softplus {
   static constexpr Saved saves = Saved::output;
   template <class T>
   static GDBP_HD T forward(T z) {
-    const T e = z > T(20) ? T(0) : math::exp(-math::abs(z));
+    const T e = z > T(20) ? T(0) : math::exp_of_nonpositive(-math::abs(z));
     return math::at_least(z, T(0)) + math::log1p(e);
   }
   template <class T>
@@ -116,7 +116,7 @@ struct GeluTanh {
     const T product = x_high * sum_high;
     const T product_low = (x - x_high) * (sum_high + sum_low) + x_high * sum_low;
     const T high = math::upper_half(product), low = (product - high) + product_low;
-    return math::exp_of_sum(-K::c_high * high, -(K::c_high * low + K::c_low * (high + low))).times(T(1));
+    return math::exp_of_sum(-K::c_high * high, -(K::c_high * low + K::c_low * (high + low))).times_below_one(T(1));
   }
 
   template <class T>
@@ -128,9 +128,9 @@ struct GeluTanh {
     using K = Constants<T>;
     const T x = math::at_most(math::abs(z), K::limit);
     const T e = exponential(x);
-    const T s = math::logistic(e, z < T(0)), rest = math::logistic(e, z >= T(0));
+    const T inverse = math::inverse_of_one_plus(e), small = e * inverse;
     const T slope = (K::c_high + K::c_low) * (K::k + T(3) * x * x);
-    return math::normal(g * (s + z * (s * rest * slope)));
+    return math::normal(g * ((z < T(0) ? small : inverse) + z * (small * inverse * slope)));
   }
 };
 
@@ -143,9 +143,8 @@ struct Silu {
   }
   template <class T>
   static GDBP_HD T backward(T g, T z) {
-    const T e = math::exp(-math::abs(z));
-    const T s = math::logistic(e, z < T(0)), rest = math::logistic(e, z >= T(0));
-    return math::normal(g * (s + z * (s * rest)));
+    const T e = math::exp_of_nonpositive(-math::abs(z)), inverse = math::inverse_of_one_plus(e), small = e * inverse;
+    return math::normal(g * ((z < T(0) ? small : inverse) + z * (small * inverse)));
   }
 };
 

@@ -118,6 +118,12 @@ struct Exponential {
     const T half = nearest_integer(exponent * T(0.5));
     return (factor + factor * excess) * power_of_two(half) * power_of_two(exponent - half);
   }
+  // The same, a few operations less, for exponents <= 0: of the two powers one is always the same, and the product with
+  // the other is always normal as long as the factor is above 2^-8.
+  GDBP_HD T times_below_one(T factor) const {
+    constexpr T shift = is_float<T> ? T(64) : T(256), back = is_float<T> ? T(0x1p-64) : T(0x1p-256);
+    return (factor + factor * excess) * power_of_two(exponent + shift) * back;
+  }
 };
 
 // (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2
@@ -147,12 +153,10 @@ GDBP_HD T exp(T x) {
   return exp_of_sum(at_least(at_most(x, Format<T>::exp_max), Format<T>::exp_min), T(-0.0)).times(T(1));
 }
 
-// exp(x) for x <= 0, a sixth cheaper: 2^n in two factors of which the second is always the same, and the product with
-// the first always normal.
+// exp(x) for x <= 0, a sixth cheaper
 template <class T>
 GDBP_HD T exp_of_nonpositive(T x) {
-  const Exponential<T> e = exp_of_sum(at_least(x, Format<T>::exp_min), T(-0.0));
-  return (T(1) + e.excess) * power_of_two(e.exponent + T(64)) * T(0x1p-64);
+  return exp_of_sum(at_least(x, Format<T>::exp_min), T(-0.0)).times_below_one(T(1));
 }
 
 // exp(x) - 1 = 2^n (exp(r) - 1) + (2^n - 1), of which half is formed, as 2^n itself may overflow. The
@@ -226,6 +230,13 @@ GDBP_HD T log1p_of_fraction(T e, T inverse) {
   return e == e ? finite : e;
 }
 
+// 1 / (1 + e) for 0 <= e <= 1; what 1 + e loses by rounding is put back.
+template <class T>
+GDBP_HD T inverse_of_one_plus(T e) {
+  const T sum = T(1) + e, lost = e - (sum - T(1)), y = T(1) / sum;
+  return y - y * (lost * y);
+}
+
 // 1 / (1 + exp(-x)), from e = exp(-|x|): an exponential never above 1. What 1 + e loses by rounding is put
 // back, its quotient by 1 + e being wanted to a digit or so: hence 1 - e / 2.
 template <class T>
@@ -237,7 +248,7 @@ GDBP_HD T logistic(T e, bool negative) {
 }
 template <class T>
 GDBP_HD T sigmoid(T x) {
-  return logistic(exp(-abs(x)), x < T(0));
+  return logistic(exp_of_nonpositive(-abs(x)), x < T(0));
 }
 
 // A polynomial around 0, 1 - 2 / (exp(2x) + 1) from where that no longer cancels.

@@ -32,7 +32,7 @@ GDBP_HD T normal_upper_tail(T a) {
                    2.7181238940500646e-07, -1.5497993604244351e-07, -8.5422206441667584e-08, 1.3289007028680458e-08,
                    1.963146509980107e-08, 1.9181639992074244e-09, -2.5261891551101453e-09, -7.2753001071716054e-10);
   }
-  return gaussian(x).times(p * w);
+  return gaussian(x).times_below_one(p * w);
 }
 
 // Phi(x), the standard normal distribution function
@@ -45,7 +45,7 @@ GDBP_HD T normal_cdf(T x) {
 // Its density, exp(-x^2 / 2) / sqrt(2 pi)
 template <class T>
 GDBP_HD T normal_pdf(T x) {
-  return gaussian(at_most(abs(x), Format<T>::normal_max)).times(T(0.3989422804014327));
+  return gaussian(at_most(abs(x), Format<T>::normal_max)).times_below_one(T(0.3989422804014327));
 }
 
 // A polynomial around 0; from 1 on the tail is small enough for its error not to matter.
