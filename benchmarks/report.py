@@ -19,7 +19,9 @@ NOT_MEASURED = {
 }
 
 
-# Where a document has the tables of a device: of the rows in whose titles one of the words occurs, or of all.
+# Where a document has the tables of a device: of the rows in whose titles one of the words occurs, or of all; measured
+# with the heap that a word like heap:default names, or with any.
+HEAP = "heap:"
 PLACE = re.compile(
     r"<!-- benchmarks:(?P<what>(?P<device>cpu|cuda)(?P<words>( [^ >]+)*)) -->\n.*?<!-- /benchmarks:(?P=what) -->", re.S
 )
@@ -53,8 +55,11 @@ def updated(document: str, reports: list[Report], devices: list[str]) -> str:
         device, what = match["device"], match["what"]
         if device not in devices:
             return match[0]
-        chosen = [report for report in reports if report["environment"]["device"] == device]
-        text = tables(chosen, match["words"].split()) or NOT_MEASURED[device]
+        heaps = [word.removeprefix(HEAP) for word in match["words"].split() if word.startswith(HEAP)]
+        words = [word for word in match["words"].split() if not word.startswith(HEAP)]
+        environments = ((report, report["environment"]) for report in reports)
+        chosen = [r for r, found in environments if found["device"] == device and (not heaps or found["heap"] in heaps)]
+        text = tables(chosen, words) or NOT_MEASURED[device]
         return f"<!-- benchmarks:{what} -->\n{text}\n<!-- /benchmarks:{what} -->"
 
     return PLACE.sub(fill, document)

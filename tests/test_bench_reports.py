@@ -42,6 +42,16 @@ def test_a_document_may_show_some_rows(save):
     assert "loss.first" in text and "loss.third" in text and "loss.second" not in text
 
 
+def test_a_document_may_show_one_heap(save):
+    made = [example_report(example_row(case=f"of_{heap}")) for heap in ("default", "kept")]
+    made[1]["environment"]["heap"] = "kept"
+    paths = [save(f"{i}.json", content) for i, content in enumerate(made)]
+    document = save("README.md", "<!-- benchmarks:cpu loss. heap:kept -->\n<!-- /benchmarks:cpu loss. heap:kept -->\n")
+    assert bench("report", "--update", document, *paths) == 0
+    text = document.read_text()
+    assert "loss.of_kept" in text and "loss.of_default" not in text
+
+
 def test_report_keeps_a_document_up_to_date(save, capsys):
     file = save("cpu.json", example_report())
     document = save("README.md", "before\n<!-- benchmarks:cpu -->\nold\n<!-- /benchmarks:cpu -->\nafter\n")
