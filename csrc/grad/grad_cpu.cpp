@@ -33,27 +33,19 @@ GDBP_CLONES double accumulate(const Terms terms, const T* x, int64_t n) {
 
 template <class T>
 GDBP_CLONES Health health_of(const T* x, int64_t n) {
-  constexpr int64_t kWidth = 8;
-  // One array a sum, not one sum a Health: that is what vectorises.
-  double squares[kWidth] = {}, largest[kWidth] = {}, sum[kWidth] = {}, nans[kWidth] = {}, infinities[kWidth] = {},
-         zeros[kWidth] = {};
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    for (int64_t j = 0; j < kWidth; ++j) {
-      const double value = double(widen(x[i + j])), size = fabs(value);
-      squares[j] += value * value;
-      largest[j] = size > largest[j] ? size : largest[j];
-      sum[j] += value;
-      nans[j] += value != value ? 1.0 : 0.0;
-      infinities[j] += size > kLargest ? 1.0 : 0.0;
-      zeros[j] += value == 0 ? 1.0 : 0.0;
-    }
+  double squares = 0, largest = 0, sum = 0;
+  int64_t nans = 0, infinities = 0, zeros = 0;
+#pragma omp simd reduction(+ : squares, sum, nans, infinities, zeros) reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = double(widen(x[i])), size = fabs(value);
+    squares += value * value;
+    largest = size > largest ? size : largest;
+    sum += value;
+    nans += value != value;
+    infinities += size > kLargest;
+    zeros += value == 0;
   }
-  Health total = {};
-  for (int64_t j = 0; j < kWidth; ++j)
-    add(total, Health{squares[j], largest[j], sum[j], nans[j], infinities[j], zeros[j]});
-  for (; i < n; ++i) add(total, double(widen(x[i])));
-  return total;
+  return {squares, largest, sum, double(nans), double(infinities), double(zeros)};
 }
 
 // Calls f(x, begin, end, chunk, source) for every chunk of every source, x typed, chunks numbered through, after
