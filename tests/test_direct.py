@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdbp
-from gdbp.nn.functional import cross_entropy, linear
+from gdbp.nn.functional import batch_norm, cross_entropy, linear, linear_batch_norm
 from gdbp.ops import _function
 
 pytestmark = pytest.mark.skipif(not gdbp._load.available, reason="what is tested is the compiled part")
@@ -40,7 +40,20 @@ def loss(reduction="mean", target=LABELS, **options):
     return of
 
 
+def norm(training, activation, running=True):
+    """The bias is an offset, which in training only moves the running mean."""
+
+    def of(x, w, b):
+        mean, variance = (b.detach() / 10, b.detach() ** 2 + 0.5) if running else (None, None)
+        return linear_batch_norm(x, w, b, mean, variance, w.sum(1), w[:, 0], training, activation=activation)
+
+    return of
+
+
 CALLS = {
+    "batch norm": norm(True, "silu"),
+    "batch norm, nothing running": norm(True, None, running=False),
+    "batch norm, running": norm(False, "tanh"),
     **{str(name): layer(name) for name in (None, "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus")},
     "no bias": lambda x, w, b: linear(x, w, None, activation="elu"),
     "mean": loss(),
@@ -59,7 +72,7 @@ each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.fixture
 def through_functions(monkeypatch):
     def switch():
-        for name in ("linear", "loss"):
+        for name in ("linear", "loss", "norm"):
             monkeypatch.setattr(sys.modules[f"gdbp.ops.{name}"], "is_direct", lambda *_: False)
 
     return switch
@@ -116,7 +129,9 @@ def test_backward_twice(call):
         output.backward()
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "tanh", "mean", "none", "probabilities", "z, capped"])
+@pytest.mark.parametrize(
+    "name", ["relu", "gelu", "tanh", "mean", "none", "probabilities", "z, capped", "batch norm", "batch norm, running"]
+)
 def test_second_derivatives(name, through_functions):
     def second():
         inputs = tensors(torch.float64)
@@ -127,6 +142,31 @@ def test_second_derivatives(name, through_functions):
     directly = second()
     through_functions()
     torch.testing.assert_close(directly, second())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics(momentum, through_functions):
+    def after():
+        layer = gdbp.nn.BatchNorm1d(4, momentum=momentum, activation="relu")
+        version = layer.running_mean._version
+        for seed in range(3):
+            layer(torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)))
+        assert layer.running_mean._version > version
+        return list(layer.buffers())
+
+    directly = after()
+    through_functions()
+    for here, there in zip(directly, after(), strict=True):
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+
+
+def test_batch_norm_may_be_written_over():
+    """It keeps its input alone."""
+    x = torch.randn(6, 4, requires_grad=True)
+    batch_norm(x, None, None, training=True, activation="relu").mul_(2).sum().backward()
+    found, x.grad = x.grad, None
+    (2 * batch_norm(x, None, None, training=True, activation="relu")).sum().backward()
+    torch.testing.assert_close(found, x.grad)
 
 
 def test_in_place_gradients_are_not_differentiated_again():
@@ -161,7 +201,8 @@ def test_hooks(call):
     seen = []
     output = call(*inputs)
     node = output.grad_fn
-    assert node.name() in ("_LinearBackward", "_CrossEntropyBackward") and len(node.next_functions) in (2, 3)
+    arguments = {"_LinearBackward": 3, "_CrossEntropyBackward": 2, "_BatchNormBackward": 4}
+    assert len(node.next_functions) == arguments[node.name()]
     node.register_prehook(lambda grads: tuple(2 * g for g in grads))
     node.register_hook(lambda grads, outputs: seen.append(len(grads)))
     upstream = torch.linspace(-1, 2, output.numel()).reshape(output.shape)

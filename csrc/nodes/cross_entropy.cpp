@@ -1,7 +1,6 @@
 #include <array>
 #include <tuple>
 
-#include "common/dtype.h"
 #include "nodes/node.h"
 #include "nodes/nodes.h"
 
@@ -20,8 +19,7 @@ class CrossEntropyBackward : public Node {
     if (!grad_output.defined()) return Gradients(2);
     const std::vector<Tensor> saved = unpack();
     const Tensor &logits = saved[0], &target = saved[1], &stats = saved[6], &divisor = saved[7];
-    const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
-    const OptionalTensor second = optional(2), share = optional(3), weight = optional(4);
+    const OptionalTensor second = optional(saved[2]), share = optional(saved[3]), weight = optional(saved[4]);
     const auto& [reduction, ignore_index, smoothing, z_loss, softcap] = options_;
     if (at::GradMode::is_enabled()) {
       TORCH_CHECK(writes_ != Writes::inplace,
@@ -57,7 +55,6 @@ class CrossEntropyBackward : public Node {
     return {reduction,     std::to_string(int(writes_)), std::to_string(ignore_index), exact(smoothing), exact(z_loss),
             exact(softcap)};
   }
-  static std::string exact(double x) { return std::to_string(gdbp::bit_cast<uint64_t>(x)); }
 
   // What the gradient of the forward pass is for. Not one that stands for many (is_grads_batched), or that a mode
   // watches.

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/python.h"
 
 namespace gdbp::nodes {
@@ -51,6 +52,11 @@ class Node : public torch::autograd::Node {
  protected:
   // All that apply() depends on besides tensors.
   virtual std::vector<std::string> options() const = 0;
+  // A number without a digit lost.
+  static std::string exact(double x) { return std::to_string(gdbp::bit_cast<uint64_t>(x)); }
+  static OptionalTensor optional(const Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+  }
   explicit Node(const char* name) : name_(name) { saved_.reserve(9); }
   // What was saved, in order; undefined for what there was not.
   std::vector<Tensor> unpack() {

@@ -47,6 +47,7 @@ void bind(py::module_& module) {
   using WithoutLock = py::call_guard<py::gil_scoped_release>;
   module.def("is_direct", &is_direct);
   module.def("linear", &linear, WithoutLock());
+  module.def("batch_norm", &batch_norm, WithoutLock());
   module.def(
       "cross_entropy",
       [](const Tensor& logits, const Tensor& target, const OptionalTensor& second, const OptionalTensor& share,

@@ -12,6 +12,13 @@ namespace gdbp::nodes {
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   const std::string& activation);
 
+// In training the batch's statistics normalise, and move the running ones, if there are any.
+at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& offset,
+                      const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                      const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
+                      const std::optional<at::Tensor>& batches, bool training, std::optional<double> momentum,
+                      double eps, const std::string& activation);
+
 // The options of cross-entropy, which its backward pass needs again.
 struct CrossEntropyOptions {
   std::string reduction;

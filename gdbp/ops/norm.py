@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_fused, needs_autograd
+from gdbp.ops._function import Function, is_direct, is_fused, needs_autograd
+
+if _load.available:
+    from gdbp import _C
 
 
 class _BatchNorm(Function):
@@ -70,6 +73,9 @@ def batch_norm(
     ``num_batches_tracked``, where given, is counted up; with ``momentum=None`` the running statistics become the
     mean over that many batches. ``offset``, (channels,), is added to the input on the way.
     """
+    if is_direct(input, running_mean, running_var, weight, bias, num_batches_tracked, offset):
+        running = (running_mean, running_var, num_batches_tracked)
+        return _C.batch_norm(input, offset, weight, bias, *running, training, momentum, eps, activation)
     known = running_mean is not None
     update = training and known
     if not (_load.available and is_fused(input, running_mean, running_var, weight, bias, offset)):
