@@ -55,11 +55,12 @@ def updated(document: str, reports: list[Report], devices: list[str]) -> str:
         device, what = match["device"], match["what"]
         if device not in devices:
             return match[0]
-        heaps = [word.removeprefix(HEAP) for word in match["words"].split() if word.startswith(HEAP)]
-        words = [word for word in match["words"].split() if not word.startswith(HEAP)]
-        environments = ((report, report["environment"]) for report in reports)
-        chosen = [r for r, found in environments if found["device"] == device and (not heaps or found["heap"] in heaps)]
-        text = tables(chosen, words) or NOT_MEASURED[device]
+        words = match["words"].split()
+        heaps = [word.removeprefix(HEAP) for word in words if word.startswith(HEAP)]
+        chosen = [report for report in reports if report["environment"]["device"] == device]
+        if heaps:
+            chosen = [report for report in chosen if report["environment"]["heap"] in heaps]
+        text = tables(chosen, [word for word in words if not word.startswith(HEAP)]) or NOT_MEASURED[device]
         return f"<!-- benchmarks:{what} -->\n{text}\n<!-- /benchmarks:{what} -->"
 
     return PLACE.sub(fill, document)

@@ -39,10 +39,10 @@ class Spread {
   C values_[kBlock];
 };
 
-template <class T, class C>
-GDBP_CLONES void loss_block(const T* x, const T* t, const C* w, const C* q, T* to, int64_t n) {
+template <class T, class C, class To>
+GDBP_CLONES void loss_block(const T* x, const T* t, const C* w, const C* q, To* to, int64_t n) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(w[i] * loss<C>(Logit<C>(widen(x[i])), widen(t[i]), q[i]));
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow<To>(w[i] * loss<C>(Logit<C>(widen(x[i])), widen(t[i]), q[i]));
 }
 
 // Both, for an upstream gradient of 1; the values into a buffer, to be summed.
@@ -55,12 +55,6 @@ GDBP_CLONES void both_block(const T* x, const T* t, const C* w, const C* q, C sh
     values[i] = w[i] * loss<C>(at, target, q[i]);
     to[i] = narrow<T>(share * (w[i] * input_slope<C>(at, target, q[i])));
   }
-}
-
-template <class T, class C>
-GDBP_CLONES void value_block(const T* x, const T* t, const C* w, const C* q, C* values, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) values[i] = w[i] * loss<C>(Logit<C>(widen(x[i])), widen(t[i]), q[i]);
 }
 
 template <class T, class C>
@@ -119,7 +113,7 @@ void forward(const Forward& a) {
     if (grad) {
       both_block(x + first, t + first, w, q, share, values, grad + first, n);
     } else {
-      value_block(x + first, t + first, w, q, values, n);
+      loss_block(x + first, t + first, w, q, values, n);
     }
     const C* const from = values;
     sums[tile] += cpu::sum<double>([=](int64_t i) __attribute__((always_inline)) { return double(from[i]); }, 0, n);

@@ -84,11 +84,15 @@ Tensor small_product(const Tensor& a, const Tensor& b) {
 }
 
 // a @ b, plus the bias where there is one.
-Tensor product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
-  if (Tensor small = bias ? Tensor() : small_product(a, b); small.defined()) return small;
+Tensor library_product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
   if (a.size(0) * b.size(1) * a.element_size() < kLargeBytes) return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
   Tensor result = on_huge_pages(at::empty({a.size(0), b.size(1)}, a.options()));
   return bias ? at::addmm_out(result, *bias, a, b) : at::mm_out(result, a, b);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor small = small_product(a, b);
+  return small.defined() ? small : library_product(a, b);
 }
 
 // The output and, where it is kept, the pre-activation (else undefined).
@@ -102,7 +106,7 @@ std::pair<Tensor, Tensor> compute(const Tensor& input, const Tensor& weight, con
   // The library adds the bias where there is no activation, hence no pass of ours to do it in, and for half
   // types, whose product would be rounded before the sum: where the two cancel, few digits would be left.
   const bool add_bias_here = bias && (pre.defined() || (activation != Activation::none && input.element_size() > 2));
-  if (!pre.defined()) pre = product(x, weight.t(), add_bias_here ? std::nullopt : bias);
+  if (!pre.defined()) pre = library_product(x, weight.t(), add_bias_here ? std::nullopt : bias);
   if (activation == Activation::none && !keep_pre && !add_bias_here) return {as_batch(pre, input), Tensor()};
   const Tensor output = keep_pre ? on_huge_pages(at::empty_like(pre)) : pre;
   const Tensor bias_values = add_bias_here ? bias->contiguous() : Tensor();

@@ -69,13 +69,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& offset, const Optio
   }
   if (!torch::autograd::compute_requires_grad(input, offset, weight, bias)) return output;
   const auto node = make_node<BatchNormBackward>(training, eps, activation);
-  node->set_next_edges(torch::autograd::collect_next_edges(input, offset, weight, bias));
-  node->save(input);
-  node->save(offset);
-  node->save(weight);
-  node->save(bias);
+  connect(node, output, input, offset, weight, bias);
   node->save(stats);
-  torch::autograd::set_history(output, node);
   return output;
 }
 

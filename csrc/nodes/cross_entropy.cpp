@@ -95,14 +95,11 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
   const auto node = make_node<CrossEntropyBackward>(options, at_once   ? Writes::at_once
                                                              : inplace ? Writes::inplace
                                                                        : Writes::fresh);
-  node->set_next_edges(torch::autograd::collect_next_edges(logits, target));
-  node->save(logits);
-  node->save(target);
+  connect(node, loss, logits, target);
   for (const OptionalTensor& argument : {second, share, weight, normalizer}) node->save(argument);
   node->save(stats);
   node->save(divisor);
   node->save(gradient);
-  torch::autograd::set_history(loss, node);
   return loss;
 }
 

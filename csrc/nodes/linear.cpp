@@ -56,11 +56,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
     output = forward(input, weight, bias, activation);
   }
   const auto node = make_node<LinearBackward>(activation);
-  node->set_next_edges(torch::autograd::collect_next_edges(input, weight, bias));
-  node->save(input);
-  node->save(weight);
-  node->save(bias);
-  torch::autograd::set_history(output, node);
+  connect(node, output, input, weight, bias);
   if (saves == Saved::output)
     node->save(output, true);
   else

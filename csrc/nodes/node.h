@@ -101,6 +101,14 @@ auto make_node(Arguments&&... arguments) {
   }
 }
 
+// Hangs the node behind an output, as a function of these inputs, which it saves in this order before anything else.
+template <class Pointer, class... Inputs>
+void connect(const Pointer& node, const Tensor& output, const Inputs&... inputs) {
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  (node->save(inputs), ...);
+  torch::autograd::set_history(output, node);
+}
+
 // Below autograd, for which the node stands.
 template <class Signature, class... Arguments>
 auto call(const c10::TypedOperatorHandle<Signature>& op, Arguments&&... arguments) {

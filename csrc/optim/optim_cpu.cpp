@@ -11,7 +11,7 @@ namespace gdbp::optim {
 namespace {
 
 // Elements that pass through stack buffers at a time, where a stored type is not the compute type: few, so that while
-// one lot waits for its divisions, another is converted.
+// one lot waits for its divisions, another is converted; and never more than a block of 8-bit states.
 constexpr int64_t kStage = kQuantBlock;
 
 // Whether there are loops of their own for plain surroundings: float64 is rare, and they take time to compile.
@@ -58,7 +58,7 @@ GDBP_CLONES void decode_block(const int8_t* from, float scale, T* to) {
 template <class T>
 GDBP_CLONES void encode_block(const T* from, int8_t* to, float* scale) {
   // Magnitudes are compared as integers, in whose order what is not a number comes after all numbers.
-  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using Bits = typename math::Format<T>::Bits;
   Bits most = 0;
   for (int64_t i = 0; i < kQuantBlock; ++i) most = std::max(most, bit_cast<Bits>(math::abs(from[i])));
   const T largest = bit_cast<T>(most);
@@ -74,28 +74,25 @@ GDBP_CLONES void encode_block(const T* from, int8_t* to, float* scale) {
   for (int64_t i = 0; i < kQuantBlock; ++i) to[i] = encode8(from[i], inverse);
 }
 
+// The same of a block that may be shorter, as the last one of an array is.
 template <class T>
-void read8(const int8_t* from, const float* scale, T* to, int64_t n) {
-  const int64_t whole = n / kQuantBlock * kQuantBlock;
-  for (int64_t i = 0; i < whole; i += kQuantBlock) decode_block(from + i, *scale++, to + i);
-  if (whole == n) return;
+void read8(const int8_t* from, float scale, T* to, int64_t n) {
+  if (n == kQuantBlock) return decode_block(from, scale, to);
   int8_t codes[kQuantBlock] = {};
-  std::copy(from + whole, from + n, codes);
+  std::copy_n(from, n, codes);
   T values[kQuantBlock];
-  decode_block(codes, *scale, values);
-  std::copy_n(values, n - whole, to + whole);
+  decode_block(codes, scale, values);
+  std::copy_n(values, n, to);
 }
 
 template <class T>
 void write8(const T* from, int8_t* to, float* scale, int64_t n) {
-  const int64_t whole = n / kQuantBlock * kQuantBlock;
-  for (int64_t i = 0; i < whole; i += kQuantBlock) encode_block(from + i, to + i, scale++);
-  if (whole == n) return;
+  if (n == kQuantBlock) return encode_block(from, to, scale);
   T values[kQuantBlock] = {};
-  std::copy(from + whole, from + n, values);
+  std::copy_n(from, n, values);
   int8_t codes[kQuantBlock];
   encode_block(values, codes, scale);
-  std::copy_n(codes, n - whole, to + whole);
+  std::copy_n(codes, n, to);
 }
 
 template <class T>
@@ -117,7 +114,7 @@ T* stage_in(const void* base, Dtype dtype, const float* scale, int64_t begin, in
   const void* from = at(base, dtype, begin);
   if (dtype == kComputeDtype<T>) return const_cast<T*>(static_cast<const T*>(from));
   if (dtype == Dtype::blockwise8) {
-    read8(static_cast<const int8_t*>(from), scale + begin / kQuantBlock, buffer, n);
+    read8(static_cast<const int8_t*>(from), scale[begin / kQuantBlock], buffer, n);
   } else {
     dispatch(dtype, [&](auto type) { read(static_cast<const typename decltype(type)::type*>(from), buffer, n); });
   }
