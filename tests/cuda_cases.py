@@ -65,7 +65,7 @@ def optimizers(device: str, dtype: torch.dtype) -> None:
 
 
 def whole_networks(device: str, dtype: torch.dtype) -> None:
-    """In one kernel, which takes 16-bit types: sums in shared memory and beside it, one tile and several."""
+    """In one kernel: sums in shared memory and beside it, one tile and several; what does not fit as a graph."""
     for sizes, rows in (((3, 2), 1), ((33, 20, 17, 5), 300), ((64, 64, 64, 10), 129), ((128, 128, 128, 128, 7), 200)):
         for activation in ("relu", "silu"):
             model = nn.MLP(sizes, activation, device=device, dtype=dtype)
@@ -87,8 +87,10 @@ def main(device: str = "cuda", *dtypes: str) -> None:
     for dtype in (getattr(torch, name) for name in dtypes) if dtypes else DTYPES:
         layers_and_losses(device, dtype)
         optimizers(device, dtype)
-        if dtype in (torch.bfloat16, torch.float16) and device != "cpu":
-            whole_networks(device, dtype)
+        if device != "cpu":
+            for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):
+                torch.backends.cuda.matmul.fp32_precision = precision
+                whole_networks(device, dtype)
     print(f"cuda_cases: all cases ran on {device}")
 
 

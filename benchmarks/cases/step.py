@@ -25,6 +25,7 @@ from benchmarks.work import (
     Work,
     powers,
 )
+from gdbp.ops.mlp import factors_of
 
 SMALL = (64, 64, 64, 10)
 OPTIMIZERS = {"sgd": ("SGD", {"lr": 0.1, "momentum": 0.9}), "adam": ("Adam", {}), "adamw": ("AdamW", {"lr": 1e-3})}
@@ -33,12 +34,15 @@ ADAM_BYTES = 28
 
 
 class Row(NamedTuple):
-    """Steps of a network. `steps`: in one repetition, over as many batches; more than one is TrainStep.many."""
+    """Steps of a network. `steps`: in one repetition, over as many batches; more than one is TrainStep.many.
+    `narrow`: in one kernel on CUDA, where there is no bare product to compare with."""
 
     sizes: tuple[int, ...]
     batch: int
     goal: Goal
     steps: int = 1
+    narrow: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 # Peers are torch's eager loop (its fused optimizer among them) and torch.compile; the limit is the bare products, and
@@ -55,9 +59,10 @@ ROWS = (
 
 # On CUDA, in one kernel; there torch.compile captures CUDA graphs.
 NARROW_ROWS = (
-    Row((64,) * 5 + (10,), 2**16, Goal(ratio=4, peer=COMPILED)),
-    Row((128,) * 4 + (10,), 2**16, Goal(ratio=2.5, peer=COMPILED)),
-    Row((64,) * 5 + (10,), 256, Goal(ratio=4, peer=COMPILED)),
+    Row((64,) * 5 + (10,), 2**16, Goal(ratio=4, peer=COMPILED), narrow=True, dtype=torch.bfloat16),
+    Row((128,) * 4 + (10,), 2**16, Goal(ratio=2.5, peer=COMPILED), narrow=True, dtype=torch.bfloat16),
+    Row((64,) * 5 + (10,), 256, Goal(ratio=4, peer=COMPILED), narrow=True, dtype=torch.bfloat16),
+    Row((64,) * 5 + (10,), 2**16, Goal(peer=COMPILED), narrow=True),
 )
 INFERENCE_ROWS = (
     Row((64,) * 5 + (64,), 2**20, Goal(limit=0.5)),
@@ -73,7 +78,7 @@ def cases(smoke: bool) -> Iterator[Case]:
     for row in NARROW_ROWS[:1] if smoke else NARROW_ROWS:
         row = _smoke(row) if smoke else row
         build = partial(_build, row, "sgd" if smoke else "adam", True)
-        yield Case("step", "train_narrow", _title(row), build, row.goal, torch.bfloat16, "cuda")
+        yield Case("step", "train_narrow", _title(row), build, row.goal, row.dtype, "cuda")
     for row in INFERENCE_ROWS[:1] if smoke else INFERENCE_ROWS:
         row = _smoke(row) if smoke else row
         yield Case("step", "infer", _title(row), partial(_infer, row), row.goal, torch.bfloat16, "cuda")
@@ -90,7 +95,8 @@ def series(smoke: bool) -> Iterator[Series]:
 
 
 def _smoke(row: Row) -> Row:
-    return Row(tuple(min(size, 12) for size in row.sizes[-4:]), min(row.batch, 4), row.goal, min(row.steps, 4))
+    sizes = tuple(min(size, 12) for size in row.sizes[-4:])
+    return row._replace(sizes=sizes, batch=min(row.batch, 4), steps=min(row.steps, 4))
 
 
 def _compile(network: nn.Module, device: str) -> Callable:
@@ -151,9 +157,8 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
         return run, lambda keep: None
 
     def one_call(network, loss, optimizer, x, target) -> tuple[Callable, Callable]:
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        narrow = max(sizes) <= 128 and not x.is_cpu
-        step = gdbp.TrainStep(network, loss, optimizer, strict=half if narrow else x.is_cpu and not half)
+        # Half types have no fused form on the CPU.
+        step = gdbp.TrainStep(network, loss, optimizer, strict=not x.is_cpu or x.element_size() > 2)
         if steps == 1:
             return lambda: step(x, target), partial(setattr, step, "keep_grads")
         return lambda: step.many((x, target), batch, shuffle=False)[-1], partial(setattr, step, "keep_grads")
@@ -163,9 +168,8 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
 
     ours = training(_our_network(sizes), gdbp.nn, gdbp.optim, x, target, one_call if in_one_call else loop)
     contenders = {OURS: ours, "torch": torchs(x, target), "torch fused": torchs(x, target, fused=True)}
-    in_kernel = in_one_call and setup.device == "cuda" and setup.dtype is torch.bfloat16
     # Where it is the peer that the goal names, unasked.
-    if setup.compile or in_kernel:
+    if setup.compile or row.narrow:
         contenders[COMPILED] = torchs(x, target, compiled=True, fused=True)
     if optimizer_name == "adam":
         setup.add(contenders, "jax", lambda optax: peers_jax.training(optax, weights, x, target, batch))
@@ -175,8 +179,8 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
         torchs(*wide).results,
         tolerance=4096,
         floor="rms",
-        limit=_products(row, setup) if in_one_call and not in_kernel else None,
-        flops=6 * batch * steps * sum(inputs * outputs for inputs, outputs in pairwise(sizes)) if in_kernel else 0,
+        limit=_products(row, setup) if in_one_call and not row.narrow else None,
+        flops=6 * batch * steps * sum(inputs * outputs for inputs, outputs in pairwise(sizes)) if row.narrow else 0,
         hot=True,
     )
 
@@ -200,7 +204,7 @@ def _infer(row: Row, setup: Setup) -> Work:
     def in_one_kernel(net: nn.Module) -> Callable:
         # Also beyond the rows where it is of use.
         layers = [(layer.weight, layer.bias) for layer in net]
-        return lambda x: torch.ops.gdbp.mlp(x, *map(list, zip(*layers)), "relu", x.dtype)
+        return lambda x: torch.ops.gdbp.mlp(x, *map(list, zip(*layers)), "relu", factors_of(x.dtype))
 
     contenders = {
         OURS: contender(in_one_kernel(network(gdbp.nn.MLP, setup.dtype)), x),

@@ -1,22 +1,49 @@
-// Products of small matrices by a warp: the tensor cores' m16n8k16 for bfloat16 and float16, summed in float, and the
-// loads that put 8x8 matrices of shared memory where it wants them. tests/cudasim computes the same from what the
-// lanes hold (PTX ISA, "Matrix fragments for mma.m16n8k16"), so that indices are tested without a GPU.
+// Products of small matrices by a warp, 16 x 16 times 16 x 8, summed in float: the tensor cores' m16n8k16 for bfloat16
+// and float16, two m16n8k8 for tf32, and the loads that put parts of shared memory where these want them. tests/cudasim
+// computes the same from what the lanes hold (PTX ISA, "Matrix fragments for mma"), so that indices are tested
+// without a GPU.
 //
 // With g = lane / 4 and t = lane % 4 a lane holds, two 16-bit elements in a register:
 //   a (16 x 16): rows g, g + 8, g, g + 8, columns 2t and 2t + 1 (in the last two registers 8 further right)
 //   b (16 x 8):  rows 2t and 2t + 1 (in the second register 8 further down), column g
 //   c (16 x 8):  row g, columns 2t and 2t + 1; row g + 8, the same
+// and of 32-bit elements, of which a product takes 8 of the 16 at a time, one in a register:
+//   a (16 x 8):  rows g, g + 8, g, g + 8, columns t (in the last two registers t + 4)
+//   b (8 x 8):   row t (in the second register t + 4), column g
+// Which of the 8 is called t does not matter, if it is the same for both factors: here it is 2t, and 2t + 1 for t + 4,
+// so that a lane reads neighbours.
 #pragma once
 #include "common/dtype_cuda.cuh"
 #include "common/reduce_cuda.cuh"
 
 namespace gdbp::cuda {
 
-struct FragmentA {
-  unsigned r[4];
+// What the factors of products are: BFloat16, Float16, or float in one of two ways.
+struct Tf32 {};  // rounded to 10 bits behind the point
+struct Fp32 {};  // each as a sum of two such: three products, and some 2^-21 of one is lost
+
+template <class F>
+struct ElementOf {
+  using type = F;
 };
+template <>
+struct ElementOf<Tf32> {
+  using type = float;
+};
+template <>
+struct ElementOf<Fp32> {
+  using type = float;
+};
+template <class F>
+using Element = typename ElementOf<F>::type;
+
+template <class F>
+struct FragmentA {
+  unsigned r[2 * sizeof(Element<F>)];
+};
+template <class F>
 struct FragmentB {
-  unsigned r[2];
+  unsigned r[sizeof(Element<F>)];
 };
 struct FragmentC {
   float r[4] = {};
@@ -24,10 +51,6 @@ struct FragmentC {
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarp; }
 
-template <class T>
-__device__ __forceinline__ unsigned pack(float low, float high) {
-  return unsigned(narrow_fast<T>(low).bits) | unsigned(narrow_fast<T>(high).bits) << 16;
-}
 template <class T>
 __device__ __forceinline__ float low_of(unsigned pair) {
   return widen_fast(T{uint16_t(pair & 0xffffu)});
@@ -37,11 +60,37 @@ __device__ __forceinline__ float high_of(unsigned pair) {
   return widen_fast(T{uint16_t(pair >> 16)});
 }
 
+// Two neighbouring elements in shared memory.
+template <class T>
+struct Pair {
+  unsigned bits;
+  __device__ __forceinline__ static Pair of(float low, float high) {
+    return {unsigned(narrow_fast<T>(low).bits) | unsigned(narrow_fast<T>(high).bits) << 16};
+  }
+  __device__ __forceinline__ float low() const { return low_of<T>(bits); }
+  __device__ __forceinline__ float high() const { return high_of<T>(bits); }
+};
+template <>
+struct alignas(8) Pair<float> {
+  float first, second;
+  __device__ __forceinline__ static Pair of(float low, float high) { return {low, high}; }
+  __device__ __forceinline__ float low() const { return first; }
+  __device__ __forceinline__ float high() const { return second; }
+};
+template <class T>
+__device__ __forceinline__ Pair<T>& pair_at(T* first) {
+  return *reinterpret_cast<Pair<T>*>(first);
+}
+template <class T>
+__device__ __forceinline__ const Pair<T>& pair_at(const T* first) {
+  return *reinterpret_cast<const Pair<T>*>(first);
+}
+
 #ifndef GDBP_CUDASIM
 
 // c += a b
 template <class T>
-__device__ __forceinline__ void multiply(FragmentC& c, const FragmentA& a, const FragmentB& b) {
+__device__ __forceinline__ void multiply_halves(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c.r[0]), "+f"(c.r[1]), "+f"(c.r[2]), "+f"(c.r[3])
@@ -51,6 +100,20 @@ __device__ __forceinline__ void multiply(FragmentC& c, const FragmentA& a, const
         : "+f"(c.r[0]), "+f"(c.r[1]), "+f"(c.r[2]), "+f"(c.r[3])
         : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
   }
+}
+
+// c += a b of 8 columns and rows.
+__device__ __forceinline__ void multiply_tf32(FragmentC& c, const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c.r[0]), "+f"(c.r[1]), "+f"(c.r[2]), "+f"(c.r[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// To nearest, ties away from zero.
+__device__ __forceinline__ unsigned to_tf32(float x) {
+  unsigned rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return rounded;
 }
 
 // Four 8x8 matrices from shared memory, whose rows lie anywhere at 16 bytes: lane 8i + r says where row r of matrix i
@@ -73,26 +136,50 @@ __device__ __forceinline__ void load_matrices(const T* row, unsigned& r0, unsign
 
 #else
 
-template <class T>
-void multiply(FragmentC& c, const FragmentA& a, const FragmentB& b) {
+// Both instructions have their elements in the same lanes: a row of a in the four lanes 4g + k, a column of b likewise,
+// and in the second half of the registers what is further right or down. dot(x, y): of what two registers hold.
+template <int registers_a, int registers_b, class Dot>
+void multiply_lanes(FragmentC& c, const unsigned (&a)[registers_a], const unsigned (&b)[registers_b], const Dot& dot) {
+  struct A {
+    unsigned r[registers_a];
+  };
+  struct B {
+    unsigned r[registers_b];
+  };
   const cudasim::Place here = cudasim::Place::current();
   const int g = lane_id() / 4, t = lane_id() % 4;
-  FragmentA rows[4];
-  FragmentB columns[2][4];
-  for (int k = 0; k < 4; ++k) rows[k] = cudasim::shuffle(kAllLanes, a, 4 * g + k, here);
+  A own_a;
+  B own_b;
+  std::copy(a, a + registers_a, own_a.r);
+  std::copy(b, b + registers_b, own_b.r);
+  A rows[4];
+  B columns[2][4];
+  for (int k = 0; k < 4; ++k) rows[k] = cudasim::shuffle(kAllLanes, own_a, 4 * g + k, here);
   for (int n = 0; n < 2; ++n)
-    for (int k = 0; k < 4; ++k) columns[n][k] = cudasim::shuffle(kAllLanes, b, 4 * (2 * t + n) + k, here);
+    for (int k = 0; k < 4; ++k) columns[n][k] = cudasim::shuffle(kAllLanes, own_b, 4 * (2 * t + n) + k, here);
   for (int i = 0; i < 4; ++i) {
-    const int row = i / 2, column = i % 2;
     float sum = 0;
-    for (int half = 0; half < 2; ++half) {
-      for (int k = 0; k < 4; ++k) {
-        const unsigned x = rows[k].r[row + 2 * half], y = columns[column][k].r[half];
-        sum += low_of<T>(x) * low_of<T>(y) + high_of<T>(x) * high_of<T>(y);
-      }
-    }
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 4; ++k) sum += dot(rows[k].r[i / 2 + 2 * half], columns[i % 2][k].r[half]);
     c.r[i] += sum;
   }
+}
+
+template <class T>
+void multiply_halves(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b) {
+  multiply_lanes(c, a.r, b.r,
+                 [](unsigned x, unsigned y) { return low_of<T>(x) * low_of<T>(y) + high_of<T>(x) * high_of<T>(y); });
+}
+
+// What lies behind the 10 bits is not looked at.
+inline void multiply_tf32(FragmentC& c, const unsigned (&a)[4], const unsigned (&b)[2]) {
+  constexpr unsigned seen = 0xffffe000u;
+  multiply_lanes(c, a, b, [](unsigned x, unsigned y) { return bit_cast<float>(x & seen) * bit_cast<float>(y & seen); });
+}
+
+inline unsigned to_tf32(float x) {
+  const auto bits = bit_cast<unsigned>(x);
+  return x - x == 0 ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
 template <bool transposed, class T>
@@ -115,32 +202,108 @@ void load_matrices(const T* row, unsigned& r0, unsigned& r1, unsigned& r2, unsig
 
 #endif
 
+// A factor as it goes into a product, or where that takes more than one, as it is.
+template <class F>
+__device__ __forceinline__ unsigned factor(float x) {
+  return std::is_same_v<F, Tf32> ? to_tf32(x) : bit_cast<unsigned>(x);
+}
+
+template <int count>
+__device__ __forceinline__ void split(const unsigned* x, unsigned (&large)[count], unsigned (&small)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    large[i] = to_tf32(bit_cast<float>(x[i]));
+    small[i] = to_tf32(bit_cast<float>(x[i]) - bit_cast<float>(large[i]));
+  }
+}
+
+// c += a b
+template <class F>
+__device__ __forceinline__ void multiply(FragmentC& c, const FragmentA<F>& a, const FragmentB<F>& b) {
+  if constexpr (sizeof(Element<F>) == 2) {
+    multiply_halves(c, a, b);
+  } else {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const unsigned *const x = a.r + 4 * step, *const y = b.r + 2 * step;
+      if constexpr (std::is_same_v<F, Tf32>) {
+        multiply_tf32(c, {x[0], x[1], x[2], x[3]}, {y[0], y[1]});
+      } else {
+        unsigned large_x[4], small_x[4], large_y[2], small_y[2];
+        split(x, large_x, small_x);
+        split(y, large_y, small_y);
+        multiply_tf32(c, small_x, large_y);
+        multiply_tf32(c, large_x, small_y);
+        multiply_tf32(c, large_x, large_y);
+      }
+    }
+  }
+}
+
 // Of a matrix in shared memory, `stride` elements from row to row: its 16x16 part that begins at `at`, as `a`.
-template <class T>
-__device__ __forceinline__ FragmentA load_a(const T* at, int stride) {
-  const int i = lane_id() / 8, r = lane_id() % 8;
-  FragmentA a;
-  load_matrices<false>(at + (r + i % 2 * 8) * stride + i / 2 * 8, a.r[0], a.r[1], a.r[2], a.r[3]);
+template <class F>
+__device__ __forceinline__ FragmentA<F> load_a(const Element<F>* at, int stride) {
+  FragmentA<F> a;
+  if constexpr (sizeof(Element<F>) == 2) {
+    const int i = lane_id() / 8, r = lane_id() % 8;
+    load_matrices<false>(at + (r + i % 2 * 8) * stride + i / 2 * 8, a.r[0], a.r[1], a.r[2], a.r[3]);
+  } else {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Pair<float> pair = pair_at(at + (g + i % 2 * 8) * stride + i / 2 * 8 + 2 * t);
+      a.r[i / 2 * 4 + i % 2] = factor<F>(pair.low());
+      a.r[i / 2 * 4 + i % 2 + 2] = factor<F>(pair.high());
+    }
+  }
   return a;
 }
 // The same of its transpose, which is to be multiplied: at[k * stride + m].
-template <class T>
-__device__ __forceinline__ FragmentA load_a_transposed(const T* at, int stride) {
-  const int i = lane_id() / 8, r = lane_id() % 8;
-  FragmentA a;
-  load_matrices<true>(at + (r + i / 2 * 8) * stride + i % 2 * 8, a.r[0], a.r[1], a.r[2], a.r[3]);
+template <class F>
+__device__ __forceinline__ FragmentA<F> load_a_transposed(const Element<F>* at, int stride) {
+  FragmentA<F> a;
+  if constexpr (sizeof(Element<F>) == 2) {
+    const int i = lane_id() / 8, r = lane_id() % 8;
+    load_matrices<true>(at + (r + i / 2 * 8) * stride + i % 2 * 8, a.r[0], a.r[1], a.r[2], a.r[3]);
+  } else {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a.r[i] = factor<F>(at[(i / 4 * 8 + 2 * t + i / 2 % 2) * stride + g + i % 2 * 8]);
+  }
   return a;
 }
 // Two neighbouring 16x8 parts as `b`: at[k * stride + n], and of a matrix that is to be transposed, at[n * stride + k].
-template <class T>
-__device__ __forceinline__ void load_b(const T* at, int stride, FragmentB& left, FragmentB& right) {
-  const int i = lane_id() / 8, r = lane_id() % 8;
-  load_matrices<true>(at + (r + i % 2 * 8) * stride + i / 2 * 8, left.r[0], left.r[1], right.r[0], right.r[1]);
+template <class F>
+__device__ __forceinline__ void load_b(const Element<F>* at, int stride, FragmentB<F>& left, FragmentB<F>& right) {
+  if constexpr (sizeof(Element<F>) == 2) {
+    const int i = lane_id() / 8, r = lane_id() % 8;
+    load_matrices<true>(at + (r + i % 2 * 8) * stride + i / 2 * 8, left.r[0], left.r[1], right.r[0], right.r[1]);
+  } else {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const row = at + (i / 2 * 8 + 2 * t + i % 2) * stride + g;
+      left.r[i] = factor<F>(row[0]);
+      right.r[i] = factor<F>(row[8]);
+    }
+  }
 }
-template <class T>
-__device__ __forceinline__ void load_b_transposed(const T* at, int stride, FragmentB& left, FragmentB& right) {
-  const int i = lane_id() / 8, r = lane_id() % 8;
-  load_matrices<false>(at + (r + i / 2 * 8) * stride + i % 2 * 8, left.r[0], left.r[1], right.r[0], right.r[1]);
+template <class F>
+__device__ __forceinline__ void load_b_transposed(const Element<F>* at, int stride, FragmentB<F>& left,
+                                                  FragmentB<F>& right) {
+  if constexpr (sizeof(Element<F>) == 2) {
+    const int i = lane_id() / 8, r = lane_id() % 8;
+    load_matrices<false>(at + (r + i / 2 * 8) * stride + i % 2 * 8, left.r[0], left.r[1], right.r[0], right.r[1]);
+  } else {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Pair<float> pair = pair_at(at + (g + i / 2 * 8) * stride + i % 2 * 8 + 2 * t);
+      FragmentB<F>& part = i / 2 == 0 ? left : right;
+      part.r[i % 2 * 2] = factor<F>(pair.low());
+      part.r[i % 2 * 2 + 1] = factor<F>(pair.high());
+    }
+  }
 }
 
 }  // namespace gdbp::cuda

@@ -1,11 +1,12 @@
 // Labels out of range on CUDA, told without waiting: the kernel's finding travels to the host behind the kernel,
-// and the next call raises it.
+// and the next call raises it. While a graph is recorded, findings are held back for whoever will replay it.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <mutex>
+#include <utility>
 
 #include "loss/label_slots.h"
 
@@ -20,6 +21,10 @@ class LabelWatch {
 
   // bad: the first bad row, else -1, and its label, on the device.
   void follow(const at::Tensor& bad) {
+    if (held().active) {
+      held().bad = bad;
+      return;
+    }
     const std::lock_guard lock(mutex_);
     if (slots_.empty()) {
       memory_ = at::empty({LabelSlots::kSlots, 2}, at::TensorOptions(at::kLong).pinned_memory(true));
@@ -27,6 +32,10 @@ class LabelWatch {
     }
     memory_.select(0, slots_.next()).copy_(bad, /*non_blocking=*/true);
   }
+
+  // From now on the last finding of this thread is kept, until release() returns it; undefined if there was none.
+  void hold() { held() = {true, {}}; }
+  at::Tensor release() { return std::exchange(held(), {}).bad; }
 
   // Raises what has arrived by now.
   void raise_arrived() {
@@ -37,6 +46,15 @@ class LabelWatch {
   }
 
  private:
+  struct Held {
+    bool active = false;
+    at::Tensor bad;
+  };
+  static Held& held() {
+    static thread_local Held held;
+    return held;
+  }
+
   std::mutex mutex_;
   LabelSlots slots_;
   at::Tensor memory_;

@@ -15,19 +15,17 @@ bool takes(const Network& network) { return fits(network, false, shared_bytes())
 // There is no such launcher for the CPU.
 int no_cpu(const Infer&, void*) { return 0; }
 
-Dtype half_of(at::ScalarType type) {
-  TORCH_CHECK_VALUE(type == at::kBFloat16 || type == at::kHalf, "mlp: compute is ", type,
-                    "; expected bfloat16 or float16");
-  return type == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
+at::ScalarType scalar_type_of(Factors factors) {
+  return factors == Factors::bfloat16 ? at::kBFloat16 : factors == Factors::float16 ? at::kHalf : at::kFloat;
 }
 
 // Weights of shape (outputs, inputs), and a bias or None for each.
 Network network_of(const at::TensorList& weights, const c10::List<std::optional<Tensor>>& biases, Activation activation,
-                   at::ScalarType compute) {
+                   c10::string_view factors) {
   TORCH_CHECK_VALUE(!weights.empty() && weights.size() <= kMaxLayers && biases.size() == weights.size(), "mlp: got ",
                     weights.size(), " weights and ", biases.size(), " biases; expected as many, 1 to ", kMaxLayers);
   Network network{};
-  network.compute = half_of(compute);
+  network.factors = parse_factors(factors);
   network.parameters = dtype_of(weights[0], "mlp", "a weight");
   for (size_t l = 0; l < weights.size(); ++l) {
     const Tensor& w = weights[l];
@@ -53,8 +51,8 @@ Network network_of(const at::TensorList& weights, const c10::List<std::optional<
 }
 
 Tensor forward(const Tensor& input, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
-               c10::string_view activation, at::ScalarType compute) {
-  const Network network = network_of(weights, biases, parse_activation(activation, "mlp"), compute);
+               c10::string_view activation, c10::string_view factors) {
+  const Network network = network_of(weights, biases, parse_activation(activation, "mlp"), factors);
   check_same(weights[0], "weights", input.to(weights[0].scalar_type()), "input", "mlp");
   TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == network.inputs(), "mlp: input has shape ", input.sizes(),
                     "; expected (*, ", network.inputs(), ")");
@@ -63,11 +61,11 @@ Tensor forward(const Tensor& input, at::TensorList weights, const c10::List<std:
   const Tensor x = input.contiguous();
   at::DimVector sizes(input.sizes());
   sizes.back() = network.outputs();
-  const Tensor output = at::empty(sizes, input.options().dtype(compute));
+  const Tensor output = at::empty(sizes, input.options().dtype(scalar_type_of(network.factors)));
   const Infer args{network,
                    input.numel() / network.inputs(),
                    dtype_of(x, "mlp", "input"),
-                   network.compute,
+                   kept_in(network.factors),
                    x.const_data_ptr(),
                    output.mutable_data_ptr()};
   run_on(input.device(), "mlp", no_cpu, GDBP_CUDA_LAUNCHER(infer_cuda), args);
@@ -76,15 +74,21 @@ Tensor forward(const Tensor& input, at::TensorList weights, const c10::List<std:
 
 // Whether mlp() takes them, on this device.
 bool fits_on(const Tensor& input, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
-             c10::string_view activation) {
+             c10::string_view activation, c10::string_view factors) {
   const c10::DeviceGuard guard(input.device());
   for (const Tensor& w : weights)
     if (w.dim() != 2 || !w.is_contiguous() || w.size(0) > kMaxWidth || w.size(1) > kMaxWidth) return false;
   return weights.size() <= kMaxLayers &&
-         takes(network_of(weights, biases, parse_activation(activation, "mlp"), at::kBFloat16));
+         takes(network_of(weights, biases, parse_activation(activation, "mlp"), factors));
 }
 
 }  // namespace
+
+Factors parse_factors(std::string_view name) {
+  for (Factors factors : {Factors::bfloat16, Factors::float16, Factors::tf32, Factors::float32})
+    if (name == kFactorNames[int(factors)]) return factors;
+  TORCH_CHECK_VALUE(false, "mlp: factors is '", name, "'; expected bfloat16, float16, tf32 or float32");
+}
 
 #ifdef GDBP_WITH_CUDA
 int shared_bytes() { return shared_bytes_cuda(); }
@@ -93,9 +97,9 @@ int shared_bytes() { return 0; }
 #endif
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
-  m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, str activation, ScalarType compute) -> Tensor",
+  m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, str activation, str factors) -> Tensor",
         {at::Tag::pt2_compliant_tag});
-  m.def("mlp_fits(Tensor input, Tensor[] weights, Tensor?[] biases, str activation) -> bool");
+  m.def("mlp_fits(Tensor input, Tensor[] weights, Tensor?[] biases, str activation, str factors) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {

@@ -2,6 +2,7 @@
 // in shared memory. On CUDA alone; on the CPU step/network.h runs the layers, which is as good there.
 #pragma once
 #include <cstdint>
+#include <string_view>
 
 #include "common/activations.h"
 #include "common/dtype.h"
@@ -21,10 +22,22 @@ struct Layer {
   int64_t weight_at, bias_at;
 };
 
+// What all products are formed of, and summed in float. Activations and gradients are kept in as many bits, those of
+// tf32 in float32.
+enum class Factors : int { bfloat16, float16, tf32, float32 };
+constexpr const char* kFactorNames[] = {"bfloat16", "float16", "tf32", "float32"};
+
+GDBP_HD constexpr Dtype kept_in(Factors factors) {
+  return factors == Factors::bfloat16 ? Dtype::bfloat16 : factors == Factors::float16 ? Dtype::float16 : Dtype::float32;
+}
+
+// Of a name; raises torch's ValueError for others.
+Factors parse_factors(std::string_view name);
+
 struct Network {
   int count;
-  Dtype parameters;  // of weights and biases: float32, or `compute`
-  Dtype compute;     // of the factors of all products: bfloat16 or float16; sums are float
+  Dtype parameters;  // of weights and biases
+  Factors factors;
   Layer layers[kMaxLayers];
 
   GDBP_HD int inputs() const { return layers[0].inputs; }

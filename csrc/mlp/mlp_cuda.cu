@@ -16,6 +16,7 @@ using cuda::FragmentB;
 using cuda::FragmentC;
 using cuda::kAllLanes;
 using cuda::kWarp;
+using cuda::pair_at;
 
 constexpr int kMaxThreads = kMaxWarps * kWarp;
 // Columns of a product that a warp computes at a time, and their parts.
@@ -32,17 +33,21 @@ __device__ __forceinline__ void for_activation(Activation activation, const F& f
   }
 }
 
-__device__ __forceinline__ unsigned& pair_at(void* pairs) { return *static_cast<unsigned*>(pairs); }
-
-// What a block holds; T: bfloat16 or float16.
-template <class T>
+// What a block holds. Factor: see mma_cuda.cuh.
+template <class Factor>
 struct Block {
+  using T = cuda::Element<Factor>;
+  using Pair = cuda::Pair<T>;
+
   const Network& net;
   const Layout& at;
   unsigned char* shared;
 
   __device__ __forceinline__ static int warp() { return int(threadIdx.x) / kWarp; }
   __device__ __forceinline__ static int lane() { return cuda::lane_id(); }
+  __device__ __forceinline__ static int stride_of(int width) { return mlp::stride_of(width, sizeof(T)); }
+  // Of what a layer reads or writes.
+  __device__ __forceinline__ int stride(int width) const { return stride_of(at.trains ? width : at.widest); }
   __device__ __forceinline__ T* slab(int place) const { return reinterpret_cast<T*>(shared + place); }
   __device__ __forceinline__ float* floats(int place) const { return reinterpret_cast<float*>(shared + place); }
   // A slab's rows of this warp.
@@ -67,8 +72,8 @@ struct Block {
           float w[4];
           cuda::load(source + int64_t(n) * layer.inputs + k, n < layer.outputs && inside > 0 ? inside : 0, vectors, w);
           if (k < cols) {
-            pair_at(weight + n * stride + k) = cuda::pack<T>(w[0], w[1]);
-            pair_at(weight + n * stride + k + 2) = cuda::pack<T>(w[2], w[3]);
+            pair_at(weight + n * stride + k) = Pair::of(w[0], w[1]);
+            pair_at(weight + n * stride + k + 2) = Pair::of(w[2], w[3]);
           }
         }
         float* const bias = floats(at.bias[l]);
@@ -80,7 +85,7 @@ struct Block {
 
   // Rows `first` and further of the input, zeros behind the last; likewise in fours.
   __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
-    const int cols = net.inputs(), stride = at.stride(cols);
+    const int cols = net.inputs(), stride = this->stride(cols);
     T* const to = own(at.input[0], stride);
     cuda::for_dtype(dtype, [&](auto type) {
       using X = typename decltype(type)::type;
@@ -93,8 +98,8 @@ struct Block {
         float x[4];
         cuda::load(from + row * cols + c, row < rows && inside > 0 ? inside : 0, vectors, x);
         if (c < padded(cols)) {
-          pair_at(to + r * stride + c) = cuda::pack<T>(x[0], x[1]);
-          pair_at(to + r * stride + c + 2) = cuda::pack<T>(x[2], x[3]);
+          pair_at(to + r * stride + c) = Pair::of(x[0], x[1]);
+          pair_at(to + r * stride + c + 2) = Pair::of(x[2], x[3]);
         }
       }
     });
@@ -107,10 +112,10 @@ struct Block {
   __device__ __forceinline__ void multiply(const T* x, int x_stride, const T* w, int w_stride, int depth, int width,
                                            const Epilogue& epilogue) const {
     constexpr int most = kMaxWidth / 16;
-    FragmentA a[most];
+    FragmentA<Factor> a[most];
 #pragma unroll
     for (int k = 0; k < most; ++k)
-      if (k * 16 < depth) a[k] = cuda::load_a(x + k * 16, x_stride);
+      if (k * 16 < depth) a[k] = cuda::load_a<Factor>(x + k * 16, x_stride);
     // What follows may write where x was.
     __syncwarp();
 #pragma unroll 1
@@ -122,14 +127,14 @@ struct Block {
 #pragma unroll
         for (int part = 0; part < kParts; part += 2) {
           if (n + part * 8 >= width) break;
-          FragmentB left, right;
+          FragmentB<Factor> left, right;
           if constexpr (transposed) {
-            cuda::load_b_transposed(w + (n + part * 8) * w_stride + k * 16, w_stride, left, right);
+            cuda::load_b_transposed<Factor>(w + (n + part * 8) * w_stride + k * 16, w_stride, left, right);
           } else {
-            cuda::load_b(w + k * 16 * w_stride + n + part * 8, w_stride, left, right);
+            cuda::load_b<Factor>(w + k * 16 * w_stride + n + part * 8, w_stride, left, right);
           }
-          cuda::multiply<T>(c[part], a[k], left);
-          cuda::multiply<T>(c[part + 1], a[k], right);
+          cuda::multiply<Factor>(c[part], a[k], left);
+          cuda::multiply<Factor>(c[part + 1], a[k], right);
         }
       }
       epilogue(n, c);
@@ -153,7 +158,8 @@ struct Block {
 #pragma unroll 1
     for (int l = 0; l < net.count; ++l) {
       const Layer& layer = net.layers[l];
-      const int width = padded(layer.outputs), in_stride = at.stride(layer.inputs), stride = at.stride(layer.outputs);
+      const int width = padded(layer.outputs), in_stride = this->stride(layer.inputs),
+                stride = this->stride(layer.outputs);
       const float* const bias = floats(at.bias[l]);
       T* const output = own(at.input[l + 1], stride);
       T* const pre = at.pre[l] >= 0 ? own(at.pre[l], stride) : nullptr;
@@ -164,15 +170,15 @@ struct Block {
                          high += bias[column + 1];
                          if (pre != nullptr) {
                            // What the backward pass will see is what the activation gets.
-                           const unsigned rounded = cuda::pack<T>(low, high);
+                           const Pair rounded = Pair::of(low, high);
                            pair_at(pre + row * stride + column) = rounded;
-                           low = cuda::low_of<T>(rounded);
-                           high = cuda::high_of<T>(rounded);
+                           low = rounded.low();
+                           high = rounded.high();
                          }
                        });
                        for_activation(layer.activation, [&](auto op) {
                          for_pairs(first, width, c, [&](int row, int column, float low, float high) {
-                           pair_at(output + row * stride + column) = cuda::pack<T>(op.forward(low), op.forward(high));
+                           pair_at(output + row * stride + column) = Pair::of(op.forward(low), op.forward(high));
                          });
                        });
                      });
@@ -189,9 +195,8 @@ struct Block {
                     width, [&](int first, FragmentC(&c)[kParts]) {
                       for_activation(net.layers[l - 1].activation, [&](auto op) {
                         for_pairs(first, width, c, [&](int row, int column, float low, float high) {
-                          unsigned& pair = pair_at(saved + row * stride + column);
-                          pair = cuda::pack<T>(op.backward(low, cuda::low_of<T>(pair)),
-                                               op.backward(high, cuda::high_of<T>(pair)));
+                          Pair& pair = pair_at(saved + row * stride + column);
+                          pair = Pair::of(op.backward(low, pair.low()), op.backward(high, pair.high()));
                         });
                       });
                     });
@@ -225,7 +230,7 @@ struct Block {
   // Adds this tile's gradient of a weight to those before it. All rows of the tile have to be there.
   __device__ void add_weight(int l, bool first_tile, float* gradients) const {
     const Layer& layer = net.layers[l];
-    const int in_stride = at.stride(layer.inputs), out_stride = at.stride(layer.outputs), rows = at.warps * kWarpRows;
+    const int in_stride = stride(layer.inputs), out_stride = this->stride(layer.outputs), rows = at.warps * kWarpRows;
     const int width = padded(layer.inputs);
     const T *const x = slab(at.input[l]), *const dz = slab(at.gradient(l));
     float* const before = gradients + layer.weight_at;
@@ -244,14 +249,14 @@ struct Block {
       }
 #pragma unroll 2
       for (int row = 0; row < rows; row += 16) {
-        const FragmentA a = cuda::load_a_transposed(dz + row * out_stride + n, out_stride);
+        const FragmentA<Factor> a = cuda::load_a_transposed<Factor>(dz + row * out_stride + n, out_stride);
 #pragma unroll
         for (int part = 0; part < kParts; part += 2) {
           if (k + part * 8 >= width) break;
-          FragmentB left, right;
-          cuda::load_b(x + row * in_stride + k + part * 8, in_stride, left, right);
-          cuda::multiply<T>(c[part], a, left);
-          cuda::multiply<T>(c[part + 1], a, right);
+          FragmentB<Factor> left, right;
+          cuda::load_b<Factor>(x + row * in_stride + k + part * 8, in_stride, left, right);
+          cuda::multiply<Factor>(c[part], a, left);
+          cuda::multiply<Factor>(c[part + 1], a, right);
         }
       }
       if (at.sums[l] < 0) return for_elements(layer, n, k, c, [&](int64_t place, float sum) { before[place] = sum; });
@@ -272,9 +277,9 @@ struct Block {
       float low = 0, high = 0;
 #pragma unroll
       for (int row = 0; row < kWarpRows; ++row) {
-        const unsigned pair = *reinterpret_cast<const unsigned*>(dz + row * stride + c);
-        low += cuda::low_of<T>(pair);
-        high += cuda::high_of<T>(pair);
+        const Pair pair = pair_at(dz + row * stride + c);
+        low += pair.low();
+        high += pair.high();
       }
       sums[c] = first_tile ? low : sums[c] + low;
       sums[c + 1] = first_tile ? high : sums[c + 1] + high;
@@ -309,12 +314,12 @@ struct Block {
   }
 };
 
-template <class T>
+template <class Factor>
 __global__ void __launch_bounds__(kMaxThreads)
     train_kernel(GDBP_GRID_CONSTANT(Train) a, GDBP_GRID_CONSTANT(Layout) at, int64_t tiles) {
   GDBP_DYNAMIC_SHARED(unsigned char, shared);
-  const Block<T> block{a.network, at, shared};
-  const int last = a.network.count - 1, stride = stride_of(a.network.outputs());
+  const Block<Factor> block{a.network, at, shared};
+  const int last = a.network.count - 1, stride = Block<Factor>::stride_of(a.network.outputs());
   float* const gradients = a.partials + blockIdx.x * a.gradients;
   block.load_parameters();
   __syncthreads();
@@ -324,7 +329,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
     block.load_input(a.input, a.input_dtype, a.rows, first);
     block.forward();
-    T* const output = block.own(at.gradient(last), stride);
+    cuda::Element<Factor>* const output = block.own(at.gradient(last), stride);
     if (a.objective == Objective::cross_entropy) {
       cross_entropy(a, output, stride, first, found);
     } else {
@@ -351,15 +356,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   conclude(a, found);
 }
 
-template <class T>
+template <class Factor>
 __global__ void __launch_bounds__(kMaxThreads)
     infer_kernel(GDBP_GRID_CONSTANT(Infer) a, GDBP_GRID_CONSTANT(Layout) at, int64_t tiles) {
   GDBP_DYNAMIC_SHARED(unsigned char, shared);
-  const Block<T> block{a.network, at, shared};
+  const Block<Factor> block{a.network, at, shared};
   block.load_parameters();
   __syncthreads();
-  const int width = a.network.outputs(), stride = at.stride(width);
-  const T* const output = block.own(at.input[a.network.count], stride);
+  const int width = a.network.outputs(), stride = block.stride(width);
+  const cuda::Element<Factor>* const output = block.own(at.input[a.network.count], stride);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
     block.load_input(a.input, a.input_dtype, a.rows, first);
@@ -373,13 +378,23 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll 4
       for (int r = 0; r < rows; ++r) {
         if (inside <= 0) break;
-        const uint2 four = *reinterpret_cast<const uint2*>(output + r * stride + c);
-        const float y[4] = {cuda::low_of<T>(four.x), cuda::high_of<T>(four.x), cuda::low_of<T>(four.y),
-                            cuda::high_of<T>(four.y)};
+        float y[4];
+        cuda::load(output + r * stride + c, 4, true, y);
         cuda::store(to + int64_t(r) * width + c, inside, vectors, y);
       }
     });
     __syncwarp();
+  }
+}
+
+// f of what the factors of a network's products are.
+template <class F>
+int with_factors(const Network& network, const F& f) {
+  switch (network.factors) {
+    case Factors::bfloat16: return f(Type<BFloat16>{});
+    case Factors::float16: return f(Type<Float16>{});
+    case Factors::tf32: return f(Type<cuda::Tf32>{});
+    default: return f(Type<cuda::Fp32>{});
   }
 }
 
@@ -406,14 +421,16 @@ int shared_bytes_cuda() {
 
 int train_cuda(const Train& args, void* stream) {
   if (args.rows == 0) return 0;
-  return args.network.compute == Dtype::bfloat16 ? launch(train_kernel<BFloat16>, args, true, stream)
-                                                 : launch(train_kernel<Float16>, args, true, stream);
+  return with_factors(args.network, [&](auto factors) {
+    return launch(train_kernel<typename decltype(factors)::type>, args, true, stream);
+  });
 }
 
 int infer_cuda(const Infer& args, void* stream) {
   if (args.rows == 0) return 0;
-  return args.network.compute == Dtype::bfloat16 ? launch(infer_kernel<BFloat16>, args, false, stream)
-                                                 : launch(infer_kernel<Float16>, args, false, stream);
+  return with_factors(args.network, [&](auto factors) {
+    return launch(infer_kernel<typename decltype(factors)::type>, args, false, stream);
+  });
 }
 
 }  // namespace gdbp::mlp

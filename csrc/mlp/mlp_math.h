@@ -8,12 +8,15 @@ constexpr int kWarpRows = 16;  // of a tile, for each warp
 constexpr int kMaxWarps = 8;
 
 GDBP_HD constexpr int padded(int width) { return (width + 15) / 16 * 16; }
-// Elements from row to row: 16 bytes more than a multiple of 32, so that eight rows lie in different banks.
-GDBP_HD constexpr int stride_of(int width) { return padded(width) + 8; }
+// Elements from row to row, of so many bytes each: 16 bytes more than a multiple of 32, so that rows that are read
+// together lie in different banks.
+GDBP_HD constexpr int stride_of(int width, int bytes) { return padded(width) + 16 / bytes; }
 
 // Places in bytes; below 0 for none.
 struct Layout {
   bool trains;
+  // Of all layers. Without a backward pass inputs and outputs are in one slab, all with its stride, or the rows of one
+  // warp would lie where another's were.
   int widest = 0;
   int warps = 0;  // as many rows of a tile as they have together
   int weight[kMaxLayers], bias[kMaxLayers];
@@ -27,9 +30,6 @@ struct Layout {
   int bias_sums[kMaxLayers];  // of each warp
   int bytes = 0;
 
-  // Elements from row to row of what a layer reads or writes. Without a backward pass all are in one slab, and have the
-  // same, or the rows of one warp would lie where another's were.
-  GDBP_HD int stride(int width) const { return stride_of(trains ? width : widest); }
   GDBP_HD int gradient(int layer) const { return pre[layer] >= 0 ? pre[layer] : input[layer + 1]; }
 
   // As it is in `room` bytes; `warps` is 0 where it does not fit.
@@ -50,12 +50,12 @@ struct Layout {
   bool place(const Network& network, int tried, int room) {
     warps = tried;
     bytes = 0;
-    const int rows = warps * kWarpRows;
-    const auto slab = [&](int width) { return take(rows * stride(width) * 2); };
+    const int rows = warps * kWarpRows, element = int(size_of(kept_in(network.factors)));
+    const auto slab = [&](int width) { return take(rows * stride_of(width, element) * element); };
     const int shared = trains ? -1 : slab(widest);
     for (int l = 0; l < network.count; ++l) {
       const Layer& layer = network.layers[l];
-      weight[l] = take(padded(layer.outputs) * stride_of(layer.inputs) * 2);
+      weight[l] = take(padded(layer.outputs) * stride_of(layer.inputs, element) * element);
       bias[l] = take(padded(layer.outputs) * 4);
       input[l] = trains ? slab(layer.inputs) : shared;
       const bool last = l + 1 == network.count;

@@ -21,19 +21,16 @@ namespace {
 // There is no such launcher for the CPU.
 int no_cpu(const mlp::Train&, void*) { return 0; }
 
-constexpr const char* kRemedy = "; use strict=False to run it eagerly";
-
 }  // namespace
 
 DeviceTrainPlan::DeviceTrainPlan(const py::list& layers, const py::tuple& objective, Watched watched, bool flattens)
     : watched_(std::move(watched)), flattens_(flattens), device_(at::kCUDA) {
-  TORCH_CHECK_VALUE(py::len(layers) <= mlp::kMaxLayers, "the model has ", py::len(layers), " layers; expected at most ",
-                    mlp::kMaxLayers, " on CUDA", kRemedy);
+  TORCH_CHECK_VALUE(py::len(layers) <= mlp::kMaxLayers, "it has ", py::len(layers), " layers, and that at most ",
+                    mlp::kMaxLayers);
   for (const py::handle& handle : layers) {
     const auto d = handle.cast<py::tuple>();
     const auto kind = d[0].cast<std::string>(), name = d[1].cast<std::string>();
-    TORCH_CHECK_VALUE(kind == "linear", name, " has no fused form on CUDA; expected Linear layers and activations",
-                      kRemedy);
+    TORCH_CHECK_VALUE(kind == "linear", name, " is no Linear and no activation behind one");
     const at::Tensor weight = unwrap(d[2]), bias = unwrap(d[3]);
     if (parameters_.empty()) device_ = weight.device();
     mlp::Layer& layer = network_.layers[network_.count++];
@@ -42,23 +39,19 @@ DeviceTrainPlan::DeviceTrainPlan(const py::list& layers, const py::tuple& object
     layer.activation = parse_activation(d[4].cast<std::string>(), "TrainStep");
     TORCH_CHECK_VALUE(weight.size(0) > 0 && weight.size(1) > 0 && weight.size(0) <= mlp::kMaxWidth &&
                           weight.size(1) <= mlp::kMaxWidth,
-                      name, " has a weight of ", weight.sizes(), "; expected 1 to ", mlp::kMaxWidth,
-                      " features in and out on CUDA", kRemedy);
+                      name, " has a weight of ", weight.sizes(), ", and that 1 to ", mlp::kMaxWidth,
+                      " features in and out");
     for (const at::Tensor& t : {weight, bias}) {
       TORCH_CHECK_VALUE(!t.defined() || (t.device() == device_ && t.is_contiguous() &&
                                          t.scalar_type() == unwrap(layers[0].cast<py::tuple>()[2]).scalar_type()),
-                        name, " has a parameter that is not contiguous, or of another dtype or device than the first",
-                        kRemedy);
+                        name, " has a parameter that is not contiguous, or of another dtype or device than the first");
       parameters_.push_back(t);
     }
   }
   const at::ScalarType type = parameters_[0].scalar_type();
-  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "the parameters are ", type,
-                    "; expected float32, bfloat16 or float16 on CUDA", kRemedy);
-  TORCH_CHECK_VALUE(network_.layers[network_.count - 1].activation == Activation::none,
-                    "the model ends with an activation; expected a Linear as the last layer on CUDA", kRemedy);
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "the parameters are ", type);
+  TORCH_CHECK_VALUE(network_.layers[network_.count - 1].activation == Activation::none, "it ends with an activation");
   network_.parameters = dtype_of(parameters_[0], "TrainStep", "a parameter");
-  network_.compute = Dtype::bfloat16;
 
   const auto name = objective[0].cast<std::string>();
   mean_ = objective[1].cast<std::string>() == "mean";
@@ -69,9 +62,7 @@ DeviceTrainPlan::DeviceTrainPlan(const py::list& layers, const py::tuple& object
                        objective[5].cast<double>() == 0 && objective[6].cast<double>() == 0 &&
                        !objective[7].cast<bool>();
     TORCH_CHECK_VALUE(plain, name,
-                      " has no fused form on CUDA with these options; expected cross_entropy with no more "
-                      "than ignore_index and reduction, or mse_loss",
-                      kRemedy);
+                      " is neither mse_loss nor cross_entropy with no more than ignore_index and reduction");
     objective_ = mlp::Objective::cross_entropy;
     ignore_index_ = objective[3].cast<int64_t>();
   }
@@ -80,12 +71,18 @@ DeviceTrainPlan::DeviceTrainPlan(const py::list& layers, const py::tuple& object
   shared_bytes_ = mlp::shared_bytes();
   // Also with gradients of all parameters.
   for (size_t k = 0; k < parameters_.size(); ++k) gradient_at(k) = 0;
-  TORCH_CHECK_VALUE(mlp::fits(network_, true, shared_bytes_), "the model has too many or too wide layers for the ",
-                    shared_bytes_, " bytes of shared memory of ", device_, kRemedy);
+  TORCH_CHECK_VALUE(fits("bfloat16"), "it is too large for the ", shared_bytes_, " bytes of shared memory of ",
+                    device_);
   const at::TensorOptions options = at::TensorOptions(device_);
   findings_ = at::zeros({mlp::kMaxBlocks + 1, int64_t(sizeof(mlp::Finding))}, options.dtype(at::kByte));
   decided_ = at::zeros({3}, options.dtype(at::kDouble));
   bad_ = at::zeros({2}, options.dtype(at::kLong));
+}
+
+bool DeviceTrainPlan::fits(const std::string& factors) const {
+  mlp::Network network = network_;
+  network.factors = mlp::parse_factors(factors);
+  return mlp::fits(network, true, shared_bytes_);
 }
 
 bool DeviceTrainPlan::collect(StepPlan& plan, const std::vector<Group>& groups, const py::dict& state, bool keep) {
@@ -165,14 +162,14 @@ bool DeviceTrainPlan::can_sum(StepPlan& plan) const {
 }
 
 py::tuple DeviceTrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target,
-                                const std::string& half, const std::optional<std::pair<double, bool>>& limit) {
+                                const std::string& factors, const std::optional<std::pair<double, bool>>& limit) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const bool labels = objective_ == mlp::Objective::cross_entropy;
   if (labels) loss::LabelWatch::instance().raise_arrived();
   const at::Tensor x = (flattens_ && input.dim() > 2 ? input.flatten(1) : input).contiguous(), y = target.contiguous();
   check(x, y);
   const c10::DeviceGuard guard(device_);
-  network_.compute = half == "float16" ? Dtype::float16 : Dtype::bfloat16;
+  network_.factors = mlp::parse_factors(factors);
   ready(x.size(0));
   look_up_parameters();
   const at::Tensor loss = at::empty({}, at::TensorOptions(device_).dtype(at::kFloat));
@@ -250,6 +247,22 @@ std::tuple<int64_t, int64_t, int64_t> DeviceTrainPlan::memory() const {
 }
 
 void bind_device_train(py::module_& module) {
+  using loss::LabelWatch;
+  module.def("hold_labels", [] { LabelWatch::instance().hold(); }, "Keeps back what is found of labels on CUDA.");
+  module.def(
+      "release_labels",
+      []() -> py::object {
+        const at::Tensor bad = LabelWatch::instance().release();
+        return bad.defined() ? wrap(bad) : py::none();
+      },
+      "Ends hold_labels(); the last finding, row and label or -1, or None.");
+  module.def(
+      "follow_labels", [](const py::object& bad) { LabelWatch::instance().follow(unwrap(bad)); },
+      "Has such a finding raised when it has arrived.");
+  module.def("raise_labels", [] { LabelWatch::instance().raise_arrived(); }, "Raises what has arrived.");
+  py::class_<Watched>(module, "Watched", "What a plan was made of.")
+      .def(py::init<const py::list&, const py::list&>(), py::arg("values"), py::arg("lengths"))
+      .def("unchanged", &Watched::unchanged);
   py::class_<DeviceTrainPlan>(module, "DeviceTrainPlan", "TrainPlan's counterpart for narrow networks on CUDA.")
       .def(py::init([](const py::list& layers, const py::tuple& objective, const py::list& values,
                        const py::list& lengths, bool flattens) {
@@ -257,11 +270,12 @@ void bind_device_train(py::module_& module) {
            }),
            py::arg("layers"), py::arg("objective"), py::arg("values"), py::arg("lengths"), py::arg("flattens"))
       .def("unchanged", &DeviceTrainPlan::unchanged)
+      .def("fits", &DeviceTrainPlan::fits, py::arg("factors"))
       .def("collect", &DeviceTrainPlan::collect)
       .def("step",
            [](DeviceTrainPlan& self, StepPlan& plan, const py::object& input, const py::object& target,
-              const std::string& half, const std::optional<std::pair<double, bool>>& limit) {
-             return self.step(plan, unwrap(input), unwrap(target), half, limit);
+              const std::string& factors, const std::optional<std::pair<double, bool>>& limit) {
+             return self.step(plan, unwrap(input), unwrap(target), factors, limit);
            })
       .def("completed", &DeviceTrainPlan::completed)
       .def("memory", &DeviceTrainPlan::memory);

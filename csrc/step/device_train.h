@@ -17,16 +17,18 @@ namespace gdbp::step {
 
 class DeviceTrainPlan {
  public:
-  // layers, objective: descriptions from gdbp/step. Raises an error that says what the kernels don't take.
+  // layers, objective: descriptions from gdbp/step. Raises a ValueError that says why the kernels don't take the model.
   DeviceTrainPlan(const pybind11::list& layers, const pybind11::tuple& objective, Watched watched, bool flattens);
 
   bool unchanged() const { return watched_.unchanged(); }
+  // Whether the network fits into a block, with factors of products as mlp::kFactorNames calls them.
+  bool fits(const std::string& factors) const;
   // Readies the optimizer's tensors; false where it needs another StepPlan. keep: whether gradients go to .grad.
   bool collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state, bool keep);
-  // The step that was readied. half: "bfloat16" or "float16", in which products are formed. limit: of the norm of all
-  // gradients, and whether a step is skipped where it is not finite. Returns the loss, float32, and the three numbers
-  // of grad::Norm or None. Nothing waits for the device.
-  pybind11::tuple step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const std::string& half,
+  // The step that was readied. factors: see fits(). limit: of the norm of all gradients, and whether a step is skipped
+  // where it is not finite. Returns the loss, float32, and the three numbers of grad::Norm or None. Nothing waits for
+  // the device.
+  pybind11::tuple step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const std::string& factors,
                        const std::optional<std::pair<double, bool>>& limit);
   int64_t completed() { return std::exchange(completed_, 0); }
   // (rows, bytes, bytes) of the last step, see TrainPlan.

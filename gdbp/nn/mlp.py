@@ -33,8 +33,9 @@ class MLP(torch.nn.Sequential):
     Shape:
         input (\\*, sizes[0]), or (N, sizes[0]) with ``batch_norm``; output (\\*, sizes[-1]).
 
-    On CUDA, without gradients, and in bfloat16 or float16 (or under autocast), up to 65,536 rows go through layers up
-    to 128 wide in one kernel, activations in shared memory.
+    On CUDA, without gradients, and in float32, bfloat16 or float16 (or under autocast), up to 65,536 rows go through
+    layers up to 128 wide in one kernel, activations in shared memory. Products of float32 are those of tf32 where
+    ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", and else three of these, exact to some 2^-21.
 
     Raises:
         ValueError: fewer than two sizes or one below 1, an unknown activation or scheme, all-zero weights asked

@@ -40,9 +40,10 @@ def _(grad_output, input, weight, saved, activation, mask):
 
 
 @torch.library.register_fake("gdbp::mlp")
-def _(input, weights, biases, activation, compute):
+def _(input, weights, biases, activation, factors):
     _check_devices("mlp", input=input, weight=weights[0])
-    return input.new_empty((*input.shape[:-1], weights[-1].shape[0]), dtype=compute)
+    dtype = getattr(torch, factors, torch.float32)  # tf32 is kept in float32
+    return input.new_empty((*input.shape[:-1], weights[-1].shape[0]), dtype=dtype)
 
 
 @torch.library.register_fake("gdbp::batch_norm")

@@ -6,6 +6,7 @@ import torch
 
 from gdbp import _load
 from gdbp.step import _loss, _optimizer, _ranks
+from gdbp.step._device import DevicePlan
 from gdbp.step._model import Layers
 from gdbp.step._watch import CannotFuse
 
@@ -46,11 +47,14 @@ class TrainStep:
             ``torch.initial_seed()``. The masks are others than torch's.
 
     float32 and float64 on the CPU; input (rows, features), or (rows, ...) where the model begins with ``Flatten``.
-    On CUDA networks of ``Linear`` and activations, up to 128 wide, with cross-entropy of labels or MSE, in bfloat16 or
-    float16: of parameters of that dtype, or of float32 ones under ``torch.autocast``, as there. Sums are float32, and
-    so are the loss and the gradients that the update sees. A step is then two launches, and nothing waits for the
-    device: a label out of range leaves the parameters as they are and raises at a later call, ``skip_nonfinite``
-    counts the steps that it skips.
+    On CUDA any of these networks in any dtype, also under ``torch.autocast``, and nothing waits for the device: a label
+    out of range leaves the parameters as they are and raises at a later call, ``skip_nonfinite`` counts the steps that
+    it skips. Networks of ``Linear`` and activations, up to 128 wide, with cross-entropy of labels or MSE take two
+    launches a step. Their products are of bfloat16 or float16, or of float32: as tf32's where
+    ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", and else three of these, exact to some 2^-21. Sums are
+    float32, and so are the loss and the gradients that the update sees. Of other networks forward, loss and backward
+    are a CUDA graph, recorded at the second batch of a shape, and what the modules' functions compute; dropout draws
+    from torch's generator there. Gradients that are kept are overwritten by the next step.
     Results do not depend on the number of threads. Step hooks of the optimizer and hooks of modules are refused.
 
     Attributes:
@@ -87,7 +91,6 @@ class TrainStep:
         self.steps = 0
         self._plan = self._rules = self._layers = None
         self._on_device = False
-        self._half = ""  # the dtype of products on CUDA
         self._waits = False  # whether the updates of this step wait for the norm of all gradients
         self._reason: str | None = None  # why the last step, or the next, is not fused
         if not self._make_plan() and strict:
@@ -101,7 +104,7 @@ class TrainStep:
             return self._eager(input, target)
         try:
             if self._on_device:
-                return self._run(self._launch, input, target)
+                return self._plan.step(self._run, self.optimizer.param_groups, self.keep_grads, input, target)
             return self._run(self._plan.step if self.process_group is None else self._reduced, input, target)
         except (ValueError, TypeError) as error:
             if self.strict:
@@ -154,13 +157,12 @@ class TrainStep:
         """What runs, and why: a line for each layer, the loss and the optimizer."""
         if not self._is_fused():
             return f"eager: {self._reason}"
-        updates = "after the norm of all gradients" if self._limit() else "right after its gradient"
+        waits = bool(self._limit())
         if self._on_device:
-            updates = (
-                "after the sum of all gradients" if self._limit() or self.keep_grads else "as its gradient is summed"
-            )
-        products = f"in two launches on tensor cores, in {self._half}" if self._on_device else f"by {_C.gemm_name()}"
-        lines = [f"fused: one call a step, products {products}"]
+            lines, updates = self._plan.explain(waits or self.keep_grads)
+        else:
+            lines = [f"fused: one call a step, products by {_C.gemm_name()}"]
+            updates = "after the norm of all gradients" if waits else "right after its gradient"
         for kind, label, *options in self._layers.found:
             suffix = f" + {options[-1]}" if isinstance(options[-1], str) and options[-1] != "none" else ""
             lines.append(f"  {label}: {kind if kind != 'activation' else 'on its own'}{suffix}")
@@ -188,25 +190,20 @@ class TrainStep:
             layers.add(self.model, "")
             objective = _loss.describe(self.loss, layers)
             _check_layers(layers)
-            self._on_device = next(self.model.parameters()).is_cuda
-            if self._on_device and (self.process_group is not None or layers.output_dims != 2):
-                raise CannotFuse(
-                    "process_group= and a last Flatten that joins rows have no fused form on CUDA; use strict=False"
-                )
+            self._on_device = _is_on_device(self.model)
+            if self._on_device and self.process_group is not None:
+                raise CannotFuse("process_group= has no fused form on CUDA; use strict=False")
         except CannotFuse as error:
             self._reason = str(error)
             return False
-        watch = layers.watch
         self._layers, self._reason = layers, None
-        parts = (layers.found, objective, watch.values, watch.lengths, layers.flattens)
-        if not self._on_device:
-            self._plan = _C.TrainPlan(*parts, layers.output_dims)
-            return True
-        try:
-            self._plan = _C.DeviceTrainPlan(*parts)
-        except ValueError as error:
-            self._reason = str(error)
-            return False
+        if self._on_device:
+            self._plan = DevicePlan(layers, objective, next(self.model.parameters()).dtype)
+        else:
+            watch = layers.watch
+            self._plan = _C.TrainPlan(
+                layers.found, objective, watch.values, watch.lengths, layers.flattens, layers.output_dims
+            )
         return True
 
     def _is_fused(self) -> bool:
@@ -215,7 +212,7 @@ class TrainStep:
             try:
                 _optimizer.check(self.optimizer)
                 if self._on_device:
-                    self._half = _half_of(self.model)
+                    self._plan.choose()
                 elif torch.is_autocast_enabled("cpu"):
                     raise CannotFuse(
                         "autocast is on, and a fused step computes in the parameters' dtype; switch it off"
@@ -246,10 +243,6 @@ class TrainStep:
         value, gradients = self._plan.backward(input, target, seed, number)
         _ranks.average(self.process_group, gradients)
         return value, *self._plan.update(plan, limit)
-
-    def _launch(self, plan, input, target, limit, seed, number) -> tuple:
-        # Whether the device skips the step is not waited for: it counts.
-        return *self._plan.step(plan, input, target, self._half, limit), True
 
     def _run(self, run, *arguments) -> torch.Tensor:
         """One of the plan's methods, with the optimizer readied before and settled after it."""
@@ -316,21 +309,8 @@ class TrainStep:
         return value.detach()
 
 
-def _half_of(model: torch.nn.Module) -> str:
-    """The dtype that products on CUDA are formed in.
-
-    Raises:
-        CannotFuse: float32, and no autocast that says which.
-    """
-    own = next(model.parameters()).dtype
-    if torch.is_autocast_enabled("cuda"):
-        own = torch.get_autocast_dtype("cuda") if own is torch.float32 else own
-    if own not in (torch.bfloat16, torch.float16):
-        raise CannotFuse(
-            f"parameters on CUDA are {own}; expected bfloat16 or float16, or float32 under "
-            'torch.autocast("cuda", torch.bfloat16); or use strict=False to run eagerly'
-        )
-    return str(own).removeprefix("torch.")
+def _is_on_device(model: torch.nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 def _check_layers(layers: Layers) -> None:

@@ -1,6 +1,6 @@
 // The kernels of whole networks against the same in double, rounded where they round: weights, inputs, activations,
-// gradients of pre-activations. A flipped rounding is passed on by the layers, so the bound is a few units of the
-// compute type at the size of the largest value.
+// gradients of pre-activations, and for tf32 the factors of products. A flipped rounding is passed on by the layers, so
+// the bound is a few units of what is rounded to, at the size of the largest value.
 #include <algorithm>
 
 #include "mlp/mlp.h"
@@ -19,7 +19,9 @@ struct Setup {
   int64_t rows;
   Activation activation = Activation::relu;
   Objective objective = Objective::cross_entropy;
-  Dtype parameters = Dtype::float32, compute = Dtype::bfloat16, input = Dtype::float32;
+  Dtype parameters = Dtype::float32;
+  Factors factors = Factors::bfloat16;
+  Dtype input = Dtype::float32;
   bool mean = true, bias = true;
   int frozen = -1;  // a layer
   int most_blocks = kMaxBlocks;
@@ -33,7 +35,7 @@ struct Model {
   Model(const Setup& s, std::mt19937& generator) {
     network.count = int(s.widths.size()) - 1;
     network.parameters = s.parameters;
-    network.compute = s.compute;
+    network.factors = s.factors;
     weights.reserve(network.count);
     biases.reserve(network.count);
     const auto place = [&](int64_t size) {
@@ -65,6 +67,23 @@ double rounded(double x, Dtype to) {
   });
 }
 
+// As a factor of a product.
+double factor(double x, const Setup& s) {
+  const double kept = rounded(x, kept_in(s.factors));
+  if (s.factors != Factors::tf32) return kept;
+  const auto bits = bit_cast<uint32_t>(float(kept)) + 0x1000u;
+  return double(bit_cast<float>(bits & 0xffffe000u));
+}
+
+// Of which results are some units off. A factor of float32 is two of tf32, and the product of the smaller ones is lost.
+double unit_of(const Setup& s) {
+  switch (s.factors) {
+    case Factors::tf32: return 0x1p-10;
+    case Factors::float32: return 0x1p-21;
+    default: return epsilon(kept_in(s.factors));
+  }
+}
+
 // What the kernel is to find, in double.
 struct Expected {
   double loss = 0, count = 0;
@@ -75,20 +94,19 @@ struct Expected {
            int64_t ignored)
       : gradients(m.gradients) {
     const int layers = m.network.count;
-    const auto weight = [&](int l, int n, int k) {
-      return rounded(m.weights[l].get(int64_t(n) * s.widths[l] + k), s.compute);
-    };
+    const auto weight = [&](int l, int n, int k) { return factor(m.weights[l].get(int64_t(n) * s.widths[l] + k), s); };
     for (int64_t row = 0; row < s.rows; ++row) {
       Rows x(layers + 1), pre(layers);
-      for (int k = 0; k < s.widths[0]; ++k) x[0].push_back(rounded(input.get(row * s.widths[0] + k), s.compute));
+      for (int k = 0; k < s.widths[0]; ++k)
+        x[0].push_back(rounded(input.get(row * s.widths[0] + k), kept_in(s.factors)));
       for (int l = 0; l < layers; ++l) {
         const Activation activation = m.network.layers[l].activation;
         for (int n = 0; n < s.widths[l + 1]; ++n) {
           double z = s.bias ? m.biases[l].get(n) : 0;
-          for (int k = 0; k < s.widths[l]; ++k) z += weight(l, n, k) * x[l][k];
-          if (saves(activation) == Saved::pre) z = rounded(z, s.compute);
+          for (int k = 0; k < s.widths[l]; ++k) z += weight(l, n, k) * factor(x[l][k], s);
+          if (saves(activation) == Saved::pre) z = rounded(z, kept_in(s.factors));
           pre[l].push_back(z);
-          x[l + 1].push_back(rounded(dispatch(activation, [&](auto op) { return op.forward(z); }), s.compute));
+          x[l + 1].push_back(rounded(dispatch(activation, [&](auto op) { return op.forward(z); }), kept_in(s.factors)));
         }
       }
       const std::vector<double>& output = x[layers];
@@ -111,14 +129,15 @@ struct Expected {
         count += 1;
       }
       for (int l = layers - 1; l >= 0; --l) {
-        for (double& v : dz) v = rounded(v, s.compute);
+        for (double& v : dz) v = rounded(v, kept_in(s.factors));
         const Layer& layer = m.network.layers[l];
         std::vector<double> dx(s.widths[l]);
         for (int n = 0; n < s.widths[l + 1]; ++n) {
           if (layer.bias_at >= 0) gradients[layer.bias_at + n] += dz[n];
           for (int k = 0; k < s.widths[l]; ++k) {
-            if (layer.weight_at >= 0) gradients[layer.weight_at + int64_t(n) * s.widths[l] + k] += dz[n] * x[l][k];
-            dx[k] += weight(l, n, k) * dz[n];
+            if (layer.weight_at >= 0)
+              gradients[layer.weight_at + int64_t(n) * s.widths[l] + k] += factor(dz[n], s) * factor(x[l][k], s);
+            dx[k] += weight(l, n, k) * factor(dz[n], s);
           }
         }
         if (l == 0) break;
@@ -143,7 +162,7 @@ std::string describe(const Setup& s) {
   std::string text;
   for (int width : s.widths) text += std::to_string(width) + "-";
   return text + " rows " + std::to_string(s.rows) + " " + kActivationNames[int(s.activation)] + " " +
-         kDtypeNames[int(s.compute)];
+         kFactorNames[int(s.factors)];
 }
 
 void check(const Setup& s) {
@@ -177,7 +196,7 @@ void check(const Setup& s) {
                    s.most_blocks};
   expect(train_cuda(args, nullptr) == 0, "the launch fails");
   expect(finished == 0 && bad[0] == -1 && decision.skip == 0, "what the last block leaves");
-  const double unit = 4 * epsilon(s.compute);
+  const double unit = 4 * unit_of(s);
   expect_near(decision.coefficient, s.mean ? 1 / expected.count : 1, 1e-12, "coefficient");
   const double value = s.mean ? expected.loss / expected.count : expected.loss;
   expect_near(loss, value, unit * std::max(1.0, std::abs(value)), "loss");
@@ -202,19 +221,26 @@ void check(const Setup& s) {
 void cross_entropy() {
   check({.widths = {3, 5, 2}, .rows = 1});
   check({.widths = {3, 1}, .rows = 40});
-  check({.widths = {33, 20, 17, 10}, .rows = 150, .compute = Dtype::float16, .input = Dtype::float16});
+  check({.widths = {33, 20, 17, 10}, .rows = 150, .factors = Factors::float16, .input = Dtype::float16});
   check({.widths = {7, 24, 3}, .rows = 300, .mean = false, .most_blocks = 1});
   check({.widths = {16, 16, 16, 16}, .rows = 129, .bias = false, .most_blocks = 2});
+  for (Factors factors : {Factors::tf32, Factors::float32}) {
+    check({.widths = {3, 5, 2}, .rows = 1, .factors = factors});
+    check({.widths = {33, 20, 17, 10}, .rows = 150, .factors = factors});
+    check({.widths = {16, 49, 3}, .rows = 70, .factors = factors, .input = Dtype::float16, .most_blocks = 1});
+  }
 }
 
 void mean_square() {
   check({.widths = {5, 9, 1}, .rows = 77, .objective = Objective::mse});
-  check({.widths = {5, 9, 4}, .rows = 30, .objective = Objective::mse, .compute = Dtype::float16, .mean = false});
+  check({.widths = {5, 9, 4}, .rows = 30, .objective = Objective::mse, .factors = Factors::float16, .mean = false});
+  check({.widths = {5, 9, 4}, .rows = 30, .objective = Objective::mse, .factors = Factors::float32});
 }
 
 void activations() {
   for (Activation activation : kActivations)
-    check({.widths = {6, 18, 4}, .rows = 20, .activation = activation, .compute = Dtype::float16});
+    for (Factors factors : {Factors::float16, Factors::float32})
+      check({.widths = {6, 18, 4}, .rows = 20, .activation = activation, .factors = factors});
 }
 
 // Sums of some layers do not fit into shared memory, and tiles of the last one are half as high.
@@ -224,6 +250,7 @@ void wide() {
          .activation = Activation::silu,
          .parameters = Dtype::bfloat16,
          .most_blocks = 1});
+  check({.widths = {128, 100, 128}, .rows = 66, .factors = Factors::float32, .most_blocks = 1});
 }
 
 void frozen() {
@@ -254,8 +281,8 @@ void bad_labels() {
 }
 
 void inference() {
-  for (Dtype output : {Dtype::float32, Dtype::bfloat16}) {
-    const Setup s{.widths = {10, 40, 128, 5}, .rows = 140, .activation = Activation::gelu};
+  const auto check = [](Dtype output, Factors factors) {
+    const Setup s{.widths = {10, 40, 128, 5}, .rows = 140, .activation = Activation::gelu, .factors = factors};
     context = describe(s);
     std::mt19937 generator(3);
     const Model m(s, generator);
@@ -265,8 +292,10 @@ void inference() {
     const Infer args{m.network, s.rows, s.input, output, input.data(), got.data(), 1};
     expect(infer_cuda(args, nullptr) == 0, "the launch fails");
     for (int64_t i = 0; i < s.rows * 5; ++i)
-      expect_near(got.get(i), expected.outputs[i / 5][i % 5], 8 * epsilon(s.compute), "output " + std::to_string(i));
-  }
+      expect_near(got.get(i), expected.outputs[i / 5][i % 5], 8 * unit_of(s), "output " + std::to_string(i));
+  };
+  for (Factors factors : {Factors::bfloat16, Factors::tf32, Factors::float32}) check(Dtype::float32, factors);
+  check(Dtype::bfloat16, Factors::bfloat16);
 }
 
 }  // namespace
