@@ -72,6 +72,9 @@ def whole_networks(device: str, dtype: torch.dtype) -> None:
             x = torch.randn(rows, sizes[0], device=device, dtype=dtype)
             with torch.no_grad():
                 assert torch.isfinite(model(x)).all()
+            model(x.requires_grad_()).sum().backward()
+            assert torch.isfinite(x.grad).all()
+            x = x.detach()
             labels = torch.randint(sizes[-1], (rows,), device=device)
             values = torch.rand(rows, sizes[-1], device=device)
             for loss, target in ((nn.CrossEntropyLoss(), labels), (nn.MSELoss(), values.to(dtype))):

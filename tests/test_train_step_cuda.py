@@ -377,8 +377,26 @@ def test_inference(sizes, activation, half):
             assert errors[0] <= 2 * errors[1] + rounding * wanted.abs().max()
 
 
-def test_inference_with_gradients_is_differentiable():
-    model = nn.MLP((12, 16, 5)).cuda()
-    with autocast(BF16):
-        model(torch.randn(4, 12, device="cuda")).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+@pytest.mark.parametrize("half", [BF16, FP16, torch.float32])
+@pytest.mark.parametrize("activation", ["relu", "gelu", None])
+@pytest.mark.parametrize("rows", [(), (1,), (3, 50), (3000,), (0,)])
+def test_gradients_of_an_mlp(rows, activation, half):
+    torch.manual_seed(0)
+    model = nn.MLP((33, 64, 40, 5), activation).cuda()
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(*rows, 33, device="cuda", requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    with autocast(half):
+        y, layers = model(x), torch.nn.Sequential.forward(model, x)
+        assert "MLP" in type(y.grad_fn).__name__
+    weights = torch.randn_like(y)
+    tensors, wanted = [x, *model.parameters()], [wide, *exact.parameters()]
+    ours = torch.autograd.grad(y, tensors, weights)
+    others = torch.autograd.grad(layers, tensors, weights)
+    true = torch.autograd.grad(exact(wide), wanted, weights.double())
+    for mine, other, right in zip(ours, others, true, strict=True):
+        assert mine.dtype is other.dtype and mine.shape == other.shape
+        if right.numel():
+            errors = [(got.double() - right).abs().max() for got in (mine, other)]
+            rounding = 2**-18 if half is torch.float32 else 8 * torch.finfo(half).eps
+            assert errors[0] <= 3 * errors[1] + rounding * right.abs().max()

@@ -44,7 +44,8 @@ struct Network {
   GDBP_HD int outputs() const { return layers[count - 1].outputs; }
 };
 
-enum class Objective : int { cross_entropy, mse };
+// upstream: none; the gradient of the output comes from elsewhere.
+enum class Objective : int { cross_entropy, mse, upstream };
 
 // What becomes of the gradients, found out on the device.
 struct Decision {
@@ -63,17 +64,19 @@ struct Train {
   int64_t rows;
   Dtype input_dtype, target_dtype;
   const void* input;   // (rows, inputs)
-  const void* target;  // labels, int64 (rows); or (rows, outputs) of target_dtype
+  const void* target;  // labels, int64 (rows); or (rows, outputs) of target_dtype: values, or the output's gradient
   Objective objective;
   int64_t ignore_index;
   bool mean;
-  int64_t gradients;   // of all parameters, their number
-  float* partials;     // (blocks_for(rows), gradients): the gradients of each block's rows, of the loss's sum
+  int64_t gradients;  // of all parameters, their number
+  float* partials;    // (blocks_for(rows), gradients): the gradients of each block's rows, of the loss's sum
+  // What follows is only written where there is an objective.
   Finding* findings;   // (kMaxBlocks)
   unsigned* finished;  // 0 at first, and again afterwards
   float* loss;
   Decision* decision;
-  int64_t* bad;  // row and label of the first that is out of range; else -1 and whatever
+  int64_t* bad;                    // row and label of the first that is out of range; else -1 and whatever
+  void* input_gradient = nullptr;  // (rows, inputs) of input_dtype; null where nobody wants it
   int most_blocks = kMaxBlocks;
 };
 

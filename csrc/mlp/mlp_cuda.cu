@@ -83,13 +83,12 @@ struct Block {
     });
   }
 
-  // Rows `first` and further of the input, zeros behind the last; likewise in fours.
-  __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
-    const int cols = net.inputs(), stride = this->stride(cols);
-    T* const to = own(at.input[0], stride);
+  // Rows `first` and further of a matrix into this warp's, zeros behind the last; likewise in fours.
+  __device__ void load_rows(const void* matrix, Dtype dtype, int cols, int64_t rows, int64_t first, T* to,
+                            int stride) const {
     cuda::for_dtype(dtype, [&](auto type) {
       using X = typename decltype(type)::type;
-      const X* const from = static_cast<const X*>(input);
+      const X* const from = static_cast<const X*>(matrix);
       const bool vectors = cols % 4 == 0 && cuda::aligned_for<4>(from);
       const int c = lane() * 4, inside = cols - c < 4 ? cols - c : 4;
 #pragma unroll
@@ -104,6 +103,11 @@ struct Block {
       }
     });
     __syncwarp();
+  }
+
+  __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
+    const int cols = net.inputs(), stride = this->stride(cols);
+    load_rows(input, dtype, cols, rows, first, own(at.input[0], stride), stride);
   }
 
   // epilogue(column, c) for the warp's rows of x times w, kColumns columns at a time: w[k * stride + n], or of the
@@ -154,9 +158,9 @@ struct Block {
     }
   }
 
-  __device__ void forward() const {
+  __device__ void forward(int layers) const {
 #pragma unroll 1
-    for (int l = 0; l < net.count; ++l) {
+    for (int l = 0; l < layers; ++l) {
       const Layer& layer = net.layers[l];
       const int width = padded(layer.outputs), in_stride = this->stride(layer.inputs),
                 stride = this->stride(layer.outputs);
@@ -201,6 +205,25 @@ struct Block {
                       });
                     });
     __syncwarp();
+  }
+
+  // The gradient of the input, from that of layer 0, to rows `first` and further.
+  __device__ void write_input_gradient(void* gradient, Dtype dtype, int64_t rows, int64_t first) const {
+    const Layer& layer = net.layers[0];
+    const int out_stride = stride_of(layer.outputs);
+    multiply<false>(own(at.gradient(0), out_stride), out_stride, slab(at.weight[0]), stride_of(layer.inputs),
+                    padded(layer.outputs), padded(layer.inputs), [&](int column, FragmentC(&c)[kParts]) {
+                      cuda::for_dtype(dtype, [&](auto type) {
+                        using X = typename decltype(type)::type;
+                        X* const to = static_cast<X*>(gradient);
+                        for_pairs(column, padded(layer.inputs), c, [&](int row, int k, float low, float high) {
+                          if (first + row >= rows) return;
+                          X* const pair = to + (first + row) * layer.inputs + k;
+                          if (k < layer.inputs) pair[0] = cuda::narrow_fast<X>(Compute<X>(low));
+                          if (k + 1 < layer.inputs) pair[1] = cuda::narrow_fast<X>(Compute<X>(high));
+                        });
+                      });
+                    });
   }
 
   // f(first output, first input) for the parts of a layer's weight that are this warp's, 16 x kColumns.
@@ -314,7 +337,8 @@ struct Block {
   }
 };
 
-template <class Factor>
+// upstream: whether there is no objective; a kernel of its own, for what it takes in registers.
+template <class Factor, bool upstream>
 __global__ void __launch_bounds__(kMaxThreads)
     train_kernel(GDBP_GRID_CONSTANT(Train) a, GDBP_GRID_CONSTANT(Layout) at, int64_t tiles) {
   GDBP_DYNAMIC_SHARED(unsigned char, shared);
@@ -328,9 +352,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     const bool first_tile = tile == blockIdx.x;
     const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
     block.load_input(a.input, a.input_dtype, a.rows, first);
-    block.forward();
+    block.forward(upstream ? last : last + 1);
     cuda::Element<Factor>* const output = block.own(at.gradient(last), stride);
-    if (a.objective == Objective::cross_entropy) {
+    if constexpr (upstream) {
+      block.load_rows(a.target, a.target_dtype, a.network.outputs(), a.rows, first, output, stride);
+    } else if (a.objective == Objective::cross_entropy) {
       cross_entropy(a, output, stride, first, found);
     } else {
       cuda::for_dtype(a.target_dtype, [&](auto type) {
@@ -351,9 +377,11 @@ __global__ void __launch_bounds__(kMaxThreads)
       __syncthreads();
       if (l > 0) block.backward(l);
     }
+    if (upstream && a.input_gradient != nullptr)
+      block.write_input_gradient(a.input_gradient, a.input_dtype, a.rows, first);
   }
   block.write_sums(gradients);
-  conclude(a, found);
+  if constexpr (!upstream) conclude(a, found);
 }
 
 template <class Factor>
@@ -368,7 +396,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
     block.load_input(a.input, a.input_dtype, a.rows, first);
-    block.forward();
+    block.forward(a.network.count);
     const int rows = a.rows - first < kWarpRows ? (a.rows > first ? int(a.rows - first) : 0) : kWarpRows;
     cuda::for_dtype(a.output_dtype, [&](auto type) {
       using Y = typename decltype(type)::type;
@@ -422,7 +450,9 @@ int shared_bytes_cuda() {
 int train_cuda(const Train& args, void* stream) {
   if (args.rows == 0) return 0;
   return with_factors(args.network, [&](auto factors) {
-    return launch(train_kernel<typename decltype(factors)::type>, args, true, stream);
+    using Factor = typename decltype(factors)::type;
+    return args.objective == Objective::upstream ? launch(train_kernel<Factor, true>, args, true, stream)
+                                                 : launch(train_kernel<Factor, false>, args, true, stream);
   });
 }
 

@@ -8,10 +8,12 @@ import torch
 
 from gdbp.nn import init as init_
 from gdbp.nn._arguments import check_activation
+from gdbp.nn._observe import observers
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
 from gdbp.ops import mlp
-from gdbp.ops._function import needs_autograd
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class MLP(torch.nn.Sequential):
@@ -33,8 +35,9 @@ class MLP(torch.nn.Sequential):
     Shape:
         input (\\*, sizes[0]), or (N, sizes[0]) with ``batch_norm``; output (\\*, sizes[-1]).
 
-    On CUDA, without gradients, and in float32, bfloat16 or float16 (or under autocast), up to 65,536 rows go through
-    layers up to 128 wide in one kernel, activations in shared memory. Products of float32 are those of tf32 where
+    On CUDA in float32, bfloat16 or float16 (or under autocast), up to 65,536 rows go through layers up to 128 wide in
+    one kernel, activations in shared memory, and gradients come out of another, which makes the forward pass again:
+    only the input is kept. Products of float32 are those of tf32 where
     ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", and else three of these, exact to some 2^-21.
 
     Raises:
@@ -79,13 +82,13 @@ class MLP(torch.nn.Sequential):
     def forward(self, input):
         output = None
         # What torch.fx traces with is no tensor.
-        if torch.is_tensor(input) and input.is_cuda and not needs_autograd(input, *self.parameters()):
+        if torch.is_tensor(input) and mlp.is_taken(input):
             output = self._in_one_kernel(input)
         return super().forward(input) if output is None else output
 
     def _in_one_kernel(self, input):
         layers = list(self._modules.values())
-        if _is_plain(layers):
+        if not observers and _is_plain(layers):
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
             return mlp.forward(input, weights, biases, layers[0].activation or "none")
         return None
@@ -103,6 +106,6 @@ def _is_plain(layers: list[torch.nn.Module]) -> bool:
     return all(
         type(layer) is Linear
         and layer.activation == (first if layer is not layers[-1] else None)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+        and not ("forward" in vars(layer) or any(getattr(layer, hooks) for hooks in _HOOKS))
         for layer in layers
     )

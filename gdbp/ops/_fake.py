@@ -46,6 +46,14 @@ def _(input, weights, biases, activation, factors):
     return input.new_empty((*input.shape[:-1], weights[-1].shape[0]), dtype=dtype)
 
 
+@torch.library.register_fake("gdbp::mlp_backward")
+def _(grad_output, input, weights, biases, activation, factors, mask):
+    _check_devices("mlp_backward", grad_output=grad_output, input=input, weight=weights[0])
+    parameters = [t for pair in zip(weights, biases, strict=True) for t in pair]
+    size = sum(p.numel() for p, m in zip(parameters, mask[1:], strict=True) if m and p is not None)
+    return input.new_empty(input.shape) if mask[0] else None, input.new_empty((size,), dtype=torch.float32)
+
+
 @torch.library.register_fake("gdbp::batch_norm")
 def _(input, offset, weight, bias, running_mean, running_var, eps, activation):
     parameters = {"offset": offset, "weight": weight, "bias": bias}

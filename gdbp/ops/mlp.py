@@ -1,11 +1,13 @@
-"""A whole network of narrow layers in one kernel, forward only."""
+"""A whole network of narrow layers in one kernel, forward or backward."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from gdbp import _load
-from gdbp.ops._function import is_fused
+from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, needs_autograd
+from gdbp.ops.linear import linear
 
 # Up to here a call for every layer costs more than its work. With a million rows torch's layers were 1.2 times as fast
 # (64 wide) to 2.6 times (128 wide) on an H200; see step.infer in benchmarks/results.
@@ -13,25 +15,71 @@ MOST_ROWS = 2**16
 _FACTORS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+class _MLP(Function):
+    """Keeps the input alone: backward makes the forward pass again, in shared memory."""
+
+    @staticmethod
+    def forward(activation, factors, input, *parameters):
+        return torch.ops.gdbp.mlp(input, parameters[::2], parameters[1::2], activation, factors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.activation, ctx.factors, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors, mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
+            return None, None, *_by_layers(ctx, grad_output, tensors, mask)
+        input, *parameters = tensors
+        grad_input, flat = torch.ops.gdbp.mlp_backward(
+            grad_output, input, parameters[::2], parameters[1::2], ctx.activation, ctx.factors, mask
+        )
+        wanted = [p if m else None for p, m in zip(parameters, mask[1:], strict=True)]
+        pieces = iter(flat.to(parameters[0].dtype).split([p.numel() for p in wanted if p is not None]))
+        return None, None, grad_input, *(None if p is None else next(pieces).view_as(p) for p in wanted)
+
+
+def _by_layers(ctx, grad_output: Tensor, tensors: Sequence[Tensor | None], mask: Sequence[bool]) -> list:
+    """The gradients of layers, one by one, which can be differentiated again."""
+    again, dtype = torch.is_grad_enabled(), getattr(torch, ctx.factors, torch.float32)
+    with torch.enable_grad():
+        x, *parameters = (None if t is None else t.to(dtype) for t in tensors)
+        for at in range(0, len(parameters), 2):
+            x = linear(x, parameters[at], parameters[at + 1], ctx.activation if at + 2 < len(parameters) else "none")
+    wanted = [t for t, m in zip(tensors, mask, strict=True) if m]
+    grads = iter(torch.autograd.grad(x, wanted, grad_output, create_graph=again))
+    return [next(grads) if m else None for m in mask]
+
+
+def is_taken(input: Tensor) -> bool:
+    """Whether there are kernels for what lies there."""
+    return input.is_cuda and _load.available
+
+
 def forward(
-    input: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], activation: str
-) -> torch.Tensor | None:
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str
+) -> Tensor | None:
     """``Linear`` layers with the activation, by name, behind each but the last; None where there is no kernel for them.
 
     It takes up to MOST_ROWS rows on CUDA in float32, bfloat16 or float16, or under autocast to one of these, and layers
-    up to 128 wide whose weights fit into a block's shared memory. The caller has seen that nothing is to be
-    differentiated.
+    up to 128 wide whose weights, and where something is differentiated also activations and sums of gradients, fit
+    into a block's shared memory. Not under ``torch.compile``, and not for transforms of torch.func.
     """
-    if not input.is_cuda or not _load.available:
+    if not is_taken(input) or torch.compiler.is_compiling() or is_transformed():
         return None
     if not torch.is_autocast_enabled("cuda") and input.dtype is not weights[0].dtype:
         return None
     factors = factors_of(weights[0].dtype)
-    given = [t for t in (input, *weights, *biases) if t is not None]
-    if input.numel() > MOST_ROWS * input.shape[-1] or factors is None or not all(map(is_fused, given)):
+    tensors = (input, *(t for pair in zip(weights, biases, strict=True) for t in pair))
+    if factors is None or input.numel() > MOST_ROWS * input.shape[-1] or not is_fused(*tensors):
         return None
-    if torch.compiler.is_compiling() or not torch.ops.gdbp.mlp_fits(input, weights, biases, activation, factors):
+    recorded = needs_autograd(*tensors)
+    if not torch.ops.gdbp.mlp_fits(input, weights, biases, activation, factors, recorded):
         return None
+    if recorded:
+        return _MLP.apply(activation, factors, *tensors)
     return torch.ops.gdbp.mlp(input, weights, biases, activation, factors)
 
 

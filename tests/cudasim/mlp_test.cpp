@@ -88,7 +88,7 @@ double unit_of(const Setup& s) {
 struct Expected {
   double loss = 0, count = 0;
   std::vector<double> gradients;
-  Rows outputs;
+  Rows outputs, input_gradients;
 
   Expected(const Setup& s, const Model& m, const Array& input, const Array& target, const std::vector<int64_t>& labels,
            int64_t ignored)
@@ -113,7 +113,9 @@ struct Expected {
       outputs.push_back(output);
       const int classes = int(output.size());
       std::vector<double> dz(classes);
-      if (s.objective == Objective::mse) {
+      if (s.objective == Objective::upstream) {
+        for (int j = 0; j < classes; ++j) dz[j] = target.get(row * classes + j);
+      } else if (s.objective == Objective::mse) {
         for (int j = 0; j < classes; ++j) {
           const double difference = output[j] - target.get(row * classes + j);
           loss += difference * difference;
@@ -140,6 +142,7 @@ struct Expected {
             dx[k] += weight(l, n, k) * factor(dz[n], s);
           }
         }
+        if (l == 0) input_gradients.push_back(dx);
         if (l == 0) break;
         for (int k = 0; k < s.widths[l]; ++k)
           dx[k] = dispatch(m.network.layers[l - 1].activation, [&](auto op) {
@@ -172,7 +175,8 @@ void check(const Setup& s) {
   expect(fits(m.network, true, shared_bytes_cuda()), "the network does not fit");
   const Array input(s.input, s.rows * s.widths[0], 0, generator, -1, 1);
   const int classes = s.widths.back();
-  const Array target(Dtype::float32, s.objective == Objective::mse ? s.rows * classes : 0, 0, generator, -1, 1);
+  const bool labelled = s.objective == Objective::cross_entropy, upstream = s.objective == Objective::upstream;
+  const Array target(Dtype::float32, labelled ? 0 : s.rows * classes, 0, generator, -1, 1);
   constexpr int64_t ignored = -100;
   std::vector<int64_t> labels(s.rows);
   for (int64_t row = 0; row < s.rows; ++row) labels[row] = row % 7 == 3 ? ignored : int64_t(generator() % classes);
@@ -185,21 +189,37 @@ void check(const Setup& s) {
   float loss = NAN;
   Decision decision{};
   int64_t bad[2] = {5, 5};
-  const Train args{m.network,       s.rows,
-                   s.input,         Dtype::float32,
-                   input.data(),    s.objective == Objective::mse ? target.data() : labels.data(),
-                   s.objective,     ignored,
-                   s.mean,          m.gradients,
-                   partials.data(), findings.data(),
-                   &finished,       &loss,
-                   &decision,       bad,
+  Array input_gradient(s.input, upstream ? s.rows * s.widths[0] : 0);
+  const Train args{m.network,
+                   s.rows,
+                   s.input,
+                   Dtype::float32,
+                   input.data(),
+                   labelled ? static_cast<const void*>(labels.data()) : target.data(),
+                   s.objective,
+                   ignored,
+                   s.mean,
+                   m.gradients,
+                   partials.data(),
+                   upstream ? nullptr : findings.data(),
+                   upstream ? nullptr : &finished,
+                   upstream ? nullptr : &loss,
+                   upstream ? nullptr : &decision,
+                   upstream ? nullptr : bad,
+                   upstream ? input_gradient.data() : nullptr,
                    s.most_blocks};
   expect(train_cuda(args, nullptr) == 0, "the launch fails");
-  expect(finished == 0 && bad[0] == -1 && decision.skip == 0, "what the last block leaves");
   const double unit = 4 * unit_of(s);
-  expect_near(decision.coefficient, s.mean ? 1 / expected.count : 1, 1e-12, "coefficient");
-  const double value = s.mean ? expected.loss / expected.count : expected.loss;
-  expect_near(loss, value, unit * std::max(1.0, std::abs(value)), "loss");
+  if (upstream) {
+    for (int64_t i = 0; i < s.rows * s.widths[0]; ++i)
+      expect_near(input_gradient.get(i), expected.input_gradients[i / s.widths[0]][i % s.widths[0]],
+                  4 * unit + 4 * epsilon(s.input), "input " + std::to_string(i));
+  } else {
+    expect(finished == 0 && bad[0] == -1 && decision.skip == 0, "what the last block leaves");
+    expect_near(decision.coefficient, s.mean ? 1 / expected.count : 1, 1e-12, "coefficient");
+    const double value = s.mean ? expected.loss / expected.count : expected.loss;
+    expect_near(loss, value, unit * std::max(1.0, std::abs(value)), "loss");
+  }
   for (int l = 0; l < m.network.count; ++l) {
     const Layer& layer = m.network.layers[l];
     for (const bool is_bias : {false, true}) {
@@ -235,6 +255,24 @@ void mean_square() {
   check({.widths = {5, 9, 1}, .rows = 77, .objective = Objective::mse});
   check({.widths = {5, 9, 4}, .rows = 30, .objective = Objective::mse, .factors = Factors::float16, .mean = false});
   check({.widths = {5, 9, 4}, .rows = 30, .objective = Objective::mse, .factors = Factors::float32});
+}
+
+// The gradient of the output comes from elsewhere, and that of the input goes on.
+void upstream() {
+  for (Factors factors : {Factors::bfloat16, Factors::float16, Factors::tf32, Factors::float32}) {
+    check({.widths = {3, 5, 2}, .rows = 1, .objective = Objective::upstream, .factors = factors});
+    check({.widths = {33, 20, 17, 10}, .rows = 150, .objective = Objective::upstream, .factors = factors});
+  }
+  check({.widths = {18, 7}, .rows = 300, .objective = Objective::upstream, .input = Dtype::bfloat16, .frozen = 0});
+  check({.widths = {19, 40, 6},
+         .rows = 290,
+         .activation = Activation::gelu,
+         .objective = Objective::upstream,
+         .parameters = Dtype::float16,
+         .factors = Factors::float16,
+         .input = Dtype::float16,
+         .bias = false,
+         .most_blocks = 1});
 }
 
 void activations() {
@@ -303,6 +341,7 @@ void inference() {
 int main(int argc, char** argv) {
   static const Case cases[] = {{"cross_entropy", cross_entropy},
                                {"mean_square", mean_square},
+                               {"upstream", upstream},
                                {"activations", activations},
                                {"wide", wide},
                                {"frozen", frozen},
