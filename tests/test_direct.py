@@ -254,6 +254,48 @@ def test_compiled_autograd(call):
             torch.testing.assert_close(gradients(call, inputs)[1], expected[1], rtol=1e-6, atol=1e-7)
 
 
+KEEP_PRE = ("gelu", "gelu_tanh", "silu")
+
+
+def allocated(run):
+    """Bytes of the new tensors that `run` made, one beside the other."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+
+
+@pytest.mark.parametrize("activation", KEEP_PRE)
+def test_the_last_backward_pass_writes_over_what_was_kept(activation):
+    """And no other: not while the graph is kept, while somebody has put the saved tensors away or holds them, or where
+    one gradient stands for many."""
+    inputs = [torch.randn(64, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True), None]
+    call, size = layer(activation), 64 * 512 * 4
+    expected = torch.autograd.grad(call(*inputs).sum(), inputs[:2], create_graph=True)
+    output, ones = call(*inputs), torch.ones(64, 512)
+    kept = allocated(lambda: torch.autograd.grad(output, inputs[:2], ones, retain_graph=True))
+    found = []
+    over = allocated(lambda: found.extend(torch.autograd.grad(output, inputs[:2], ones)))
+    assert kept - over == size
+    torch.testing.assert_close(tuple(found), expected, rtol=1e-5, atol=1e-5)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.detach()) or t, lambda t: t):
+        output = call(*inputs)
+    before = [t.clone() for t in held]
+    torch.testing.assert_close(torch.autograd.grad(output, inputs[:2], ones), expected, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, held, before))
+    output = call(*inputs)
+    many = torch.autograd.grad(output, inputs[:2], ones.expand(3, -1, -1), is_grads_batched=True)
+    torch.testing.assert_close(tuple(g[1] for g in many), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", KEEP_PRE)
+def test_leading_dimensions_are_written_over_too(activation):
+    x, w, b = torch.randn(2, 3, 5, requires_grad=True), *tensors()[1:]
+    f = layer(activation)
+    kept = torch.autograd.grad(f(x, w, b).sum(), (x, w, b), create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(f(x, w, b).sum(), (x, w, b)), kept)
+
+
 def test_through_several_threads():
     x, w, b = tensors()
     output = linear(x, w, b, activation="gelu")

@@ -131,10 +131,11 @@ std::tuple<Tensor, Tensor> forward_with_pre(const Tensor& input, const Tensor& w
   return compute(input, weight, bias, activation, true);
 }
 
-// Gradients of input, weight and bias, each only where its mask is set (else undefined).
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                            const Tensor& saved, c10::string_view activation_name,
-                                            std::array<bool, 3> mask) {
+// Gradients of input, weight and bias, each only where its mask is set (else undefined). over_saved: whether that of
+// the pre-activation takes the place of what was saved.
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                             const Tensor& saved, c10::string_view activation_name,
+                                             std::array<bool, 3> mask, bool over_saved) {
   const BelowAutogradAndAutocast guard;
   const Activation activation = parse_activation(activation_name, "linear");
   check(input, weight, std::nullopt);
@@ -154,7 +155,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                 "; expected the shape of grad_output");
   }
 
-  const Tensor grad_pre = through_activation ? on_huge_pages(at::empty_like(g)) : g;
+  const Tensor grad_pre = !through_activation            ? g
+                          : over_saved && kept.defined() ? kept.view(g.sizes())
+                                                         : on_huge_pages(at::empty_like(g));
   Tensor grad_bias, workspace;
   void* scratch = nullptr;
   const Dtype dtype = dtype_of(g, "linear_backward", "grad_output");
@@ -189,6 +192,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   return {grad_input, grad_weight, grad_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                            const Tensor& saved, c10::string_view activation,
+                                            std::array<bool, 3> mask) {
+  return gradients(grad_output, input, weight, saved, activation, mask, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_over_saved(const Tensor& grad_output, const Tensor& input,
+                                                       const Tensor& weight, Tensor saved, c10::string_view activation,
+                                                       std::array<bool, 3> mask) {
+  if (!saved.is_inference()) saved.unsafeGetTensorImpl()->bump_version();
+  return gradients(grad_output, input, weight, saved, activation, mask, true);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
@@ -200,18 +216,24 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor saved, str activation, bool[3] mask)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "linear_backward_over_saved(Tensor grad_output, Tensor input, Tensor weight, Tensor(a!) saved, str activation,"
+      " bool[3] mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(gdbp, CPU, m) {
   m.impl("linear", &forward);
   m.impl("linear_with_pre", &forward_with_pre);
   m.impl("linear_backward", &backward);
+  m.impl("linear_backward_over_saved", &backward_over_saved);
 }
 
 TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {
   m.impl("linear", &forward);
   m.impl("linear_with_pre", &forward_with_pre);
   m.impl("linear_backward", &backward);
+  m.impl("linear_backward_over_saved", &backward_over_saved);
 }
 
 }  // namespace gdbp::linear

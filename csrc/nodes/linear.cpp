@@ -10,7 +10,8 @@ namespace {
 
 class LinearBackward : public Node {
  public:
-  explicit LinearBackward(std::string activation) : Node("_LinearBackward"), activation_(std::move(activation)) {}
+  LinearBackward(std::string activation, bool has_pre)
+      : Node("_LinearBackward"), activation_(std::move(activation)), has_pre_(has_pre) {}
 
   Gradients apply(Gradients&& gradients) override {
     const Tensor& grad_output = gradients[0];
@@ -19,20 +20,37 @@ class LinearBackward : public Node {
     const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &kept = saved[3];
     if (at::GradMode::is_enabled())
       return from_reference("linear_backward", grad_output, input, weight, bias, activation_);
-    static const auto op =
-        find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                c10::string_view, std::array<bool, 3>)>("gdbp::linear_backward");
     std::array<bool, 3> mask;
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = task_should_compute_output(i);
+    // A pre-activation is nobody else's, and what would take new memory takes its place.
+    const bool over_saved = has_pre_ && is_free(3, kept) && is_plain(grad_output);
     auto [for_input, for_weight, for_bias] =
-        call(op, grad_output, input, weight, kept.defined() ? kept : grad_output, activation_, mask);
+        over_saved ? over(grad_output, input, weight, kept, mask)
+                   : beside(grad_output, input, weight, kept.defined() ? kept : grad_output, mask);
     return {std::move(for_input), std::move(for_weight), std::move(for_bias)};
   }
 
  private:
+  using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+  Three beside(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& saved,
+               const std::array<bool, 3>& mask) const {
+    static const auto op =
+        find<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::string_view, std::array<bool, 3>)>(
+            "gdbp::linear_backward");
+    return call(op, grad_output, input, weight, saved, activation_, mask);
+  }
+  Three over(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& saved,
+             const std::array<bool, 3>& mask) const {
+    static const auto op =
+        find<Three(const Tensor&, const Tensor&, const Tensor&, Tensor, c10::string_view, std::array<bool, 3>)>(
+            "gdbp::linear_backward_over_saved");
+    return call(op, grad_output, input, weight, saved, activation_, mask);
+  }
   std::vector<std::string> options() const override { return {activation_}; }
 
   const std::string activation_;
+  const bool has_pre_;
 };
 
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation) {
@@ -55,7 +73,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   } else {
     output = forward(input, weight, bias, activation);
   }
-  const auto node = make_node<LinearBackward>(activation);
+  const auto node = make_node<LinearBackward>(activation, saves == Saved::pre);
   connect(node, output, input, weight, bias);
   if (saves == Saved::output)
     node->save(output, true);

@@ -33,6 +33,8 @@ class Node : public torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (torch::autograd::SavedVariable& saved : saved_) saved.reset_data();
   }
+  // Called before apply(), unless the graph is kept for another backward pass.
+  void will_release_variables() override { is_last_ = true; }
   // Compiled autograd traces apply() with tensors of its own in the place of those that were saved.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(name());
@@ -41,6 +43,7 @@ class Node : public torch::autograd::Node {
   }
   Gradients apply_with_saved(const Gradients& inputs, torch::dynamo::autograd::SwapSavedVariables& saved) override {
     saved.before(saved_);
+    is_last_ = false;
     Gradients gradients = apply(Gradients(inputs));
     saved.after(saved_);
     return gradients;
@@ -66,6 +69,18 @@ class Node : public torch::autograd::Node {
     for (const torch::autograd::SavedVariable& saved : saved_) tensors.push_back(saved.unpack(getptr()));
     return tensors;
   }
+  // Whether nobody will read this one of the unpacked any more, so that it may be written over: it was made for this
+  // node alone, which runs for the last time.
+  bool is_free(size_t at, const Tensor& unpacked) const {
+    // Held by saved_ and by the caller.
+    return is_last_ && !saved_[at].has_hooks() && unpacked.use_count() <= 2 && unpacked.storage().use_count() == 1;
+  }
+  // Whether this is a gradient, and does not stand for many of them or for one that lies elsewhere.
+  static bool is_plain(const Tensor& gradient) {
+    using c10::DispatchKey;
+    constexpr c10::DispatchKeySet others({DispatchKey::Batched, DispatchKey::FuncTorchBatched, DispatchKey::Python});
+    return !gradient.key_set().has_any(others);
+  }
   // Gradients that will be differentiated again, from plain torch: what `function` of gdbp.reference returns.
   template <class... Arguments>
   static Gradients from_reference(const char* function, const Arguments&... arguments) {
@@ -86,6 +101,7 @@ class Node : public torch::autograd::Node {
 
   const char* const name_;
   std::vector<torch::autograd::SavedVariable> saved_;
+  bool is_last_ = false;
   std::mutex mutex_;  // one graph may be gone through by several threads
 };
 

@@ -29,6 +29,7 @@ def _(input, weight, bias, activation):
     return output, torch.empty_like(output)
 
 
+@torch.library.register_fake("gdbp::linear_backward_over_saved")
 @torch.library.register_fake("gdbp::linear_backward")
 def _(grad_output, input, weight, saved, activation, mask):
     _check_devices("linear_backward", grad_output=grad_output, input=input, weight=weight, saved=saved)

@@ -48,7 +48,8 @@ def build(folder: Path, name: str, engine: Future) -> Path:
     parts = []
     if name in FAMILIES:
         # A library of its own: what is thread-local in the program is shared memory to cudasim.
-        sources = [CSRC / name / f"{name}_cpu.cpp", CSRC / "common" / "rows_cpu.cpp", HERE / "parallel_serial.cpp"]
+        shared = [CSRC / "common" / f"{part}_cpu.cpp" for part in ("rows", "half_tables")]
+        sources = [CSRC / name / f"{name}_cpu.cpp", *shared, HERE / "parallel_serial.cpp"]
         parts.append(compile_(folder / f"{name}_cuda.o", *FLAGS, "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"))
         if sources[0].exists():
             parts.append(compile_(folder / f"lib{name}_cpu.so", *FLAGS, "-shared", "-fPIC", *sources))
