@@ -5,6 +5,7 @@ TORCH ?= $(DEFAULT_TORCH)
 VENV ?= .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 NVCC ?= $(or $(wildcard $(or $(CUDA_HOME),$(CUDA_PATH))/bin/nvcc),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 OUT ?= build/gpu-check
+WORKERS ?= 8
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -51,11 +52,11 @@ gpu-check: gpu-compile $(BUILT)  ## the same, the kernels on a CPU, and all on a
 
 gpu-run: $(BUILT)
 	mkdir -p $(OUT)
-	$(PY) -m pytest -m cuda
+	$(PY) -m pytest -m cuda -n $(WORKERS)
+	$(PY) -m gdbp bench run --device cuda --budget 0.2 --save --json $(OUT)/gpu.json
 	$(SANITIZE) --tool memcheck $(OURS) $(PY) -m tests.cuda_cases
 	$(SANITIZE) --tool racecheck $(OURS) $(PY) -m tests.cuda_cases cuda float32 bfloat16
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool initcheck $(PY) -m tests.cuda_cases cuda bfloat16
-	$(PY) -m gdbp bench run --device cuda --budget 1 --save --json $(OUT)/gpu.json
 
 bench: $(BUILT)  ## measure the kernels against their peers; ARGS="-k adam" for some
 	$(PY) -m gdbp bench run $(ARGS)

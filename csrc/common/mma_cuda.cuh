@@ -13,6 +13,8 @@
 // Which of the 8 is called t does not matter, if it is the same for both factors: here it is 2t, and 2t + 1 for t + 4,
 // so that a lane reads neighbours.
 #pragma once
+#include <cmath>
+
 #include "common/dtype_cuda.cuh"
 #include "common/reduce_cuda.cuh"
 
@@ -158,23 +160,28 @@ void multiply_lanes(FragmentC& c, const unsigned (&a)[registers_a], const unsign
   for (int n = 0; n < 2; ++n)
     for (int k = 0; k < 4; ++k) columns[n][k] = cudasim::shuffle(kAllLanes, own_b, 4 * (2 * t + n) + k, here);
   for (int i = 0; i < 4; ++i) {
-    float sum = 0;
+    double sum = c.r[i];
     for (int half = 0; half < 2; ++half)
       for (int k = 0; k < 4; ++k) sum += dot(rows[k].r[i / 2 + 2 * half], columns[i % 2][k].r[half]);
-    c.r[i] += sum;
+    // Towards 0, as an H200 was seen to round.
+    const float nearest = float(sum);
+    c.r[i] = std::abs(double(nearest)) > std::abs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
   }
 }
 
 template <class T>
 void multiply_halves(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b) {
-  multiply_lanes(c, a.r, b.r,
-                 [](unsigned x, unsigned y) { return low_of<T>(x) * low_of<T>(y) + high_of<T>(x) * high_of<T>(y); });
+  multiply_lanes(c, a.r, b.r, [](unsigned x, unsigned y) -> double {
+    return double(low_of<T>(x)) * low_of<T>(y) + double(high_of<T>(x)) * high_of<T>(y);
+  });
 }
 
 // What lies behind the 10 bits is not looked at.
 inline void multiply_tf32(FragmentC& c, const unsigned (&a)[4], const unsigned (&b)[2]) {
   constexpr unsigned seen = 0xffffe000u;
-  multiply_lanes(c, a, b, [](unsigned x, unsigned y) { return bit_cast<float>(x & seen) * bit_cast<float>(y & seen); });
+  multiply_lanes(c, a, b, [](unsigned x, unsigned y) -> double {
+    return double(bit_cast<float>(x & seen)) * bit_cast<float>(y & seen);
+  });
 }
 
 inline unsigned to_tf32(float x) {
@@ -232,9 +239,13 @@ __device__ __forceinline__ void multiply(FragmentC& c, const FragmentA<F>& a, co
         unsigned large_x[4], small_x[4], large_y[2], small_y[2];
         split(x, large_x, small_x);
         split(y, large_y, small_y);
-        multiply_tf32(c, small_x, large_y);
-        multiply_tf32(c, large_x, small_y);
-        multiply_tf32(c, large_x, large_y);
+        // The tensor cores' sums are rounded towards 0: what is lost on the way adds up, and is not to in float32.
+        FragmentC sum;
+        multiply_tf32(sum, small_x, large_y);
+        multiply_tf32(sum, large_x, small_y);
+        multiply_tf32(sum, large_x, large_y);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c.r[i] += sum.r[i];
       }
     }
   }

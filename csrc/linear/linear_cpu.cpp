@@ -33,22 +33,17 @@ GDBP_CLONES void add_rows(Rows<const C> from, C* sums, int64_t rows, int64_t col
   }
 }
 
-// Tables of half_tables_cpu.h, for arrays that are worth making them.
+// Tables of half_tables_cpu.h, where there are some for T and the array is worth making them; else null.
 template <class T>
-struct Tables {
-  const T* outputs = nullptr;
-  const float* slopes = nullptr;
-
-  Tables(Activation activation, bool forward, int64_t elements) {
-    if constexpr (sizeof(T) == 2) {
-      if (elements < cpu::kHalves) return;
-      if (forward)
-        outputs = cpu::outputs<T>(activation);
-      else
-        slopes = cpu::slopes<T>(activation);
-    }
-  }
-};
+const T* outputs_for(Activation activation, int64_t elements) {
+  if constexpr (!kDirect<T>) return elements < cpu::kHalves ? nullptr : cpu::outputs<T>(activation);
+  return nullptr;
+}
+template <class T>
+const float* slopes_for(Activation activation, int64_t elements) {
+  if constexpr (!kDirect<T>) return elements < cpu::kHalves ? nullptr : cpu::slopes<T>(activation);
+  return nullptr;
+}
 
 template <class T>
 void look_up(const T* table, Rows<const T> from, Rows<T> to, int64_t rows, int64_t cols) {
@@ -71,8 +66,7 @@ GDBP_CLONES void multiply_by_slopes(const float* table, Rows<const T> saved, Row
 }
 
 template <class T>
-void forward_block(const Forward& a, const Tables<T>& tables, int64_t offset, int64_t first_col, int64_t rows,
-                   int64_t cols) {
+void forward_block(const Forward& a, const T* outputs, int64_t offset, int64_t first_col, int64_t rows, int64_t cols) {
   using C = Compute<T>;
   const Rows<T> pre{static_cast<T*>(a.pre) + offset, a.cols}, output{static_cast<T*>(a.output) + offset, a.cols};
   const T* const bias = a.bias ? static_cast<const T*>(a.bias) + first_col : nullptr;
@@ -81,8 +75,8 @@ void forward_block(const Forward& a, const Tables<T>& tables, int64_t offset, in
     if (a.activation != Activation::none || pre.at != output.at) {
       cpu::activate<C>(a.activation, pre, output, rows, cols);
     }
-  } else if (tables.outputs && !bias) {
-    look_up<T>(tables.outputs, pre, output, rows, cols);
+  } else if (outputs && !bias) {
+    look_up<T>(outputs, pre, output, rows, cols);
   } else {
     alignas(64) C buffer[cpu::kBlock];
     const Rows<C> sum{buffer, cols};
@@ -99,7 +93,7 @@ void forward_block(const Forward& a, const Tables<T>& tables, int64_t offset, in
 
 // Gradients of the pre-activation, and their column sums added to `sums` unless that is null.
 template <class T>
-void backward_block(const Backward& a, const Tables<T>& tables, int64_t offset, int64_t rows, int64_t cols,
+void backward_block(const Backward& a, const float* slopes, int64_t offset, int64_t rows, int64_t cols,
                     Compute<T>* sums) {
   using C = Compute<T>;
   const bool linear = saves(a.activation) == Saved::nothing;
@@ -113,8 +107,8 @@ void backward_block(const Backward& a, const Tables<T>& tables, int64_t offset, 
     alignas(64) C buffers[2][cpu::kBlock];
     const Rows<C> g{buffers[0], cols}, s{buffers[1], cols};
     cpu::widen_rows<T>(grad_output, g, rows, cols);
-    if (tables.slopes) {
-      multiply_by_slopes<T>(tables.slopes, saved, g, rows, cols);
+    if (slopes) {
+      multiply_by_slopes<T>(slopes, saved, g, rows, cols);
     } else if (!linear) {
       cpu::widen_rows<T>(saved, s, rows, cols);
       cpu::activate_backward<C>(a.activation, g, s, g, rows, cols);
@@ -126,14 +120,14 @@ void backward_block(const Backward& a, const Tables<T>& tables, int64_t offset, 
 
 // One tile of rows, one block of columns.
 template <class T>
-void backward_tile(const Backward& a, const Tables<T>& tables, int64_t tile, int64_t first_col) {
+void backward_tile(const Backward& a, const float* slopes, int64_t tile, int64_t first_col) {
   using C = Compute<T>;
   const int64_t cols = std::min(a.cols - first_col, kColumnBlock);
   C* const sums = a.grad_bias ? static_cast<C*>(a.workspace) + tile * a.cols + first_col : nullptr;
   if (sums) std::fill(sums, sums + cols, C(0));
   const int64_t last_row = std::min(a.rows, (tile + 1) * kRowTile), step = cpu::block_rows(kRowTile, cols);
   for (int64_t row = tile * kRowTile; row < last_row; row += step) {
-    backward_block<T>(a, tables, row * a.cols + first_col, std::min(step, last_row - row), cols, sums);
+    backward_block<T>(a, slopes, row * a.cols + first_col, std::min(step, last_row - row), cols, sums);
   }
 }
 
@@ -157,12 +151,12 @@ int forward_cpu(const Forward& a, void*) {
   dispatch(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 4 / a.cols);
-    const Tables<T> tables(a.activation, true, a.rows * a.cols);
+    const T* const outputs = outputs_for<T>(a.activation, a.rows * a.cols);
     parallel_for(0, a.rows, grain, [&](int64_t lo, int64_t hi) {
       const int64_t step = cpu::block_rows(hi - lo, std::min(a.cols, kColumnBlock));
       for (int64_t row = lo; row < hi; row += step)
         for (int64_t col = 0; col < a.cols; col += kColumnBlock) {
-          forward_block<T>(a, tables, row * a.cols + col, col, std::min(step, hi - row),
+          forward_block<T>(a, outputs, row * a.cols + col, col, std::min(step, hi - row),
                            std::min(kColumnBlock, a.cols - col));
         }
     });
@@ -178,9 +172,9 @@ int backward_cpu(const Backward& a, void*) {
   const int64_t grain = std::max<int64_t>(1, cpu::kGrain / 2 / item);
   dispatch(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Tables<T> tables(a.activation, false, a.rows * a.cols);
+    const float* const slopes = slopes_for<T>(a.activation, a.rows * a.cols);
     parallel_for(0, tiles * blocks, grain, [&](int64_t lo, int64_t hi) {
-      for (int64_t i = lo; i < hi; ++i) backward_tile<T>(a, tables, i / blocks, i % blocks * kColumnBlock);
+      for (int64_t i = lo; i < hi; ++i) backward_tile<T>(a, slopes, i / blocks, i % blocks * kColumnBlock);
     });
     if (!a.grad_bias) return;
     parallel_for(0, blocks, std::max<int64_t>(1, cpu::kGrain / (kColumnBlock * (tiles + 1))),

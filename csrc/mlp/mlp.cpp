@@ -53,7 +53,8 @@ Network network_of(const at::TensorList& weights, const c10::List<std::optional<
 }
 
 void check_input(const Tensor& input, const Tensor& weight, const Network& network) {
-  check_same(weight, "weights", input.to(weight.scalar_type()), "input", "mlp");
+  TORCH_CHECK(input.device() == weight.device(), "mlp: input is on ", input.device(), " and weights on ",
+              weight.device(), "; expected the same device; move one of them with .to()");
   TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == network.inputs(), "mlp: input has shape ", input.sizes(),
                     "; expected (*, ", network.inputs(), ")");
 }

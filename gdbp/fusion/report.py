@@ -7,7 +7,8 @@ import torch
 
 from gdbp._table import format_table
 from gdbp.fusion import activations
-from gdbp.fusion.run import DTYPES, LINEARS, NORMS, Layer, Run, match, obstacle
+from gdbp.fusion.run import DTYPES, LINEARS, NORMS, Layer, Run, match
+from gdbp.nn._observe import obstacle
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gdbp import reference
 from gdbp.fusion import activations
 from gdbp.nn import functional as F
 from gdbp.nn._batch_norm import normalize_by
-from gdbp.nn._observe import observers, tell
+from gdbp.nn._observe import observers, obstacle, tell
 
 Layer = torch.nn.Module | str  # a module, or the name of an activation that is a function
 
@@ -50,16 +50,6 @@ class Run(NamedTuple):
     def __str__(self) -> str:
         parts = ("linear" if self.linear is not None else "", "batch_norm" if self.norm is not None else "")
         return " + ".join(filter(None, (*parts, self.activation)))
-
-
-def obstacle(module: torch.nn.Module) -> str:
-    """Why this module must be called and not be computed for; empty if nothing is in the way."""
-    m = module
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return "it has hooks"
-    if "forward" in m.__dict__:
-        return "its forward was replaced"
-    return ""
 
 
 def match(layers: Sequence[Layer], start: int) -> Run | None:

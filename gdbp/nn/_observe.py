@@ -10,6 +10,16 @@ Observer = Callable[[Sequence[torch.nn.Module | str], str | None, torch.Tensor],
 observers: list[Observer] = []
 
 
+def obstacle(module: torch.nn.Module) -> str:
+    """Why this module must be called and not be computed for; empty if nothing is in the way."""
+    m = module
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return "it has hooks"
+    if "forward" in m.__dict__:
+        return "its forward was replaced"
+    return ""
+
+
 def tell(layers: Sequence[torch.nn.Module | str], activation: str | None, output: torch.Tensor) -> None:
     for observe in tuple(observers):
         observe(layers, activation, output)

@@ -8,12 +8,10 @@ import torch
 
 from gdbp.nn import init as init_
 from gdbp.nn._arguments import check_activation
-from gdbp.nn._observe import observers
+from gdbp.nn._observe import observers, obstacle
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
 from gdbp.ops import mlp
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class MLP(torch.nn.Sequential):
@@ -106,6 +104,6 @@ def _is_plain(layers: list[torch.nn.Module]) -> bool:
     return all(
         type(layer) is Linear
         and layer.activation == (first if layer is not layers[-1] else None)
-        and not ("forward" in vars(layer) or any(getattr(layer, hooks) for hooks in _HOOKS))
+        and not obstacle(layer)
         for layer in layers
     )
