@@ -65,8 +65,10 @@ def optimizers(device: str, dtype: torch.dtype) -> None:
 
 
 def whole_networks(device: str, dtype: torch.dtype) -> None:
-    """In one kernel: sums in shared memory and beside it, one tile and several; what does not fit as a graph."""
-    for sizes, rows in (((3, 2), 1), ((33, 20, 17, 5), 300), ((64, 64, 64, 10), 129), ((128, 128, 128, 128, 7), 200)):
+    """In one kernel: sums in shared memory and beside it, one tile and several. No graphs, which compute-sanitizer does
+    not let be recorded: of float32 the widest network would be one."""
+    cases = ((3, 2), 1), ((33, 20, 17, 5), 300), ((64, 64, 64, 10), 129), ((128, 128, 128, 128, 7), 200)
+    for sizes, rows in cases[:-1] if dtype is torch.float32 else cases:
         for activation in ("relu", "silu"):
             model = nn.MLP(sizes, activation, device=device, dtype=dtype)
             x = torch.randn(rows, sizes[0], device=device, dtype=dtype)
@@ -90,7 +92,7 @@ def main(device: str = "cuda", *dtypes: str) -> None:
     for dtype in (getattr(torch, name) for name in dtypes) if dtypes else DTYPES:
         layers_and_losses(device, dtype)
         optimizers(device, dtype)
-        if device != "cpu":
+        if dtype is not torch.float64 and device != "cpu":
             for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):
                 torch.backends.cuda.matmul.fp32_precision = precision
                 whole_networks(device, dtype)

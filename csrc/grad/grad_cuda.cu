@@ -43,7 +43,7 @@ struct Chunk {
 
 // The last entry that begins at `at` or before, by what `first` says.
 template <class First>
-__device__ __forceinline__ const Entry& find(const Batch& batch, int at, const First& first) {
+__device__ __forceinline__ const Entry& find(const Batch& batch, int at, First first) {
   int low = 0;
   for (int high = batch.count; high - low > 1;) {
     const int middle = (low + high) / 2;

@@ -137,13 +137,20 @@ class _Graph:
 def record(run: Callable[[], tuple], device: torch.device) -> tuple[Callable[[], tuple], int]:
     """A function that does what ``run`` does, in one launch and to the same memory, and the bytes that it keeps."""
     graph = torch.cuda.CUDAGraph()
+    # A recording that fails leaves torch's generator as if it went on, and nothing random could be drawn any more.
+    generator = torch.cuda.default_generators[device.index]
+    random = generator.clone_state()
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         # Other threads, which pin batches or ask for events, are not to spoil it.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = run()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                outputs = run()
+        except BaseException:
+            generator.graphsafe_set_state(random)
+            raise
         used = torch.cuda.memory_reserved() - before
 
     def replay() -> tuple:
