@@ -135,7 +135,44 @@ def test_nothing_is_computed_ahead_without_need(which):
         assert operators(lambda: loss(wanted)) == {name}
     assert operators(lambda: loss(wanted)) == {f"{name}_with_gradient"}
     assert operators(lambda: loss(wanted).backward()) == {f"{name}_with_gradient"}
-    assert operators(lambda: loss(wanted).backward(torch.tensor(2.0))) == {f"{name}_with_gradient", f"{name}_backward"}
+    other = f"{name}_backward_from_one_" if which == 1 else f"{name}_backward"
+    assert operators(lambda: loss(wanted).backward(torch.tensor(2.0))) == {f"{name}_with_gradient", other}
+
+
+@pytest.mark.parametrize("keeps", ["the graph", "the gradient", "nothing"])
+def test_gradients_that_somebody_holds_stay(keeps):
+    x, labels = torch.randn(6, 5, requires_grad=True), torch.randint(5, (6,))
+    value = cross_entropy(x, labels)
+    (first,) = torch.autograd.grad(value, x, retain_graph=True)
+    unit = first.clone()
+    if keeps != "the gradient":
+        del first
+    (second,) = torch.autograd.grad(value, x, torch.tensor(2.0), retain_graph=keeps == "the graph")
+    torch.testing.assert_close(second, 2 * unit)
+    if keeps == "the gradient":
+        assert torch.equal(first, unit)
+    if keeps == "the graph":
+        (third,) = torch.autograd.grad(value, x)
+        assert torch.equal(third, unit)
+
+
+@pytest.mark.parametrize("upstream", [1.0, -2.0, float("nan")])
+def test_from_the_gradient_for_one(upstream):
+    logits, labels = torch.randn(6, 5), torch.randint(5, (6,))
+    options = ("mean", -100, 0.1, 0.01, 3.0)
+    ops = torch.ops.gdbp
+    _, stats, divisor, grad = ops.cross_entropy_with_gradient(logits, labels, *(None,) * 4, *options, False)
+    arguments = (torch.tensor(upstream), logits, labels, None, None, None, stats, divisor, *options)
+    version = grad._version
+    wanted, _ = ops.cross_entropy_backward(*arguments, (True, False))
+    ops.cross_entropy_backward_from_one_(*arguments, grad)
+    assert torch.equal(grad.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    assert grad._version > version
+    torch.library.opcheck(ops.cross_entropy_backward_from_one_, (*arguments, grad))
+    with pytest.raises(ValueError, match="reduction is 'none'"):
+        ops.cross_entropy_backward_from_one_(*arguments[:8], "none", *options[1:], grad)
+    with pytest.raises(RuntimeError, match="grad_logits is not what cross_entropy_with_gradient returned"):
+        ops.cross_entropy_backward_from_one_(*arguments, grad.T)
 
 
 def test_opcheck():

@@ -150,12 +150,19 @@ GDBP_HD Exponential<T> exp_of_sum(T high, T low) {
 
 template <class T>
 GDBP_HD T exp(T x) {
+#ifdef __CUDA_ARCH__
+  // 1 ulp, in a third of the instructions: an approximation of 2^x is one of them.
+  if constexpr (is_float<T>) return ::expf(x);
+#endif
   return exp_of_sum(at_least(at_most(x, Format<T>::exp_max), Format<T>::exp_min), T(-0.0)).times(T(1));
 }
 
 // exp(x) for x <= 0, a sixth cheaper
 template <class T>
 GDBP_HD T exp_of_nonpositive(T x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (is_float<T>) return ::expf(x);
+#endif
   return exp_of_sum(at_least(x, Format<T>::exp_min), T(-0.0)).times_below_one(T(1));
 }
 

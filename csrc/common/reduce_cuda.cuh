@@ -21,6 +21,7 @@ struct Max {
   __device__ __forceinline__ T operator()(T a, T b) const {
     return a > b || b != b ? a : b;
   }
+  __device__ __forceinline__ float operator()(float a, float b) const { return ::fmaxf(a, b); }
 };
 
 // Every lane gets the result: with an exchange in pairs all lanes add the same numbers in the same tree.
@@ -52,15 +53,16 @@ __device__ __forceinline__ T block_reduce(T value, Op op, T identity) {
 template <int threads>
 struct Team {
   static constexpr int size = threads;
-  static constexpr int per_block = kThreads / threads;
-  static_assert(threads == kThreads || threads == kWarp || threads == 1);
+  static constexpr int block = threads > kThreads ? threads : kThreads;
+  static constexpr int per_block = block / threads;
+  static_assert(per_block == 1 || threads == kWarp || threads == 1);
 
   __device__ __forceinline__ static int rank() { return int(threadIdx.x) % threads; }
   __device__ __forceinline__ static int64_t row() { return int64_t(blockIdx.x) * per_block + threadIdx.x / threads; }
   __device__ __forceinline__ static void sync() {
     if constexpr (threads == kWarp) {
       __syncwarp();
-    } else if constexpr (threads == kThreads) {
+    } else if constexpr (per_block == 1) {
       __syncthreads();
     }
   }

@@ -1,5 +1,5 @@
-// Labels out of range on CUDA, told without waiting: the kernel's finding travels to the host behind the kernel,
-// and the next call raises it. While a graph is recorded, findings are held back for whoever will replay it.
+// Labels out of range on CUDA, told without waiting: the kernel writes its finding into memory of the host, and the
+// next call raises it. While a graph is recorded, findings are held back for whoever will replay it.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -19,18 +19,20 @@ class LabelWatch {
     return *watch;
   }
 
-  // bad: the first bad row, else -1, and its label, on the device.
-  void follow(const at::Tensor& bad) {
+  // Where a kernel on this device is to write what it finds: the first bad row, else -1, and its label, the row last.
+  // Nothing else is sent behind it: in a stream of small kernels a copy takes as long as several of them.
+  int64_t* place(at::Device device) {
     if (held().active) {
-      held().bad = bad;
-      return;
+      held().bad = at::empty({2}, at::TensorOptions(device).dtype(at::kLong));
+      return held().bad.mutable_data_ptr<int64_t>();
     }
     const std::lock_guard lock(mutex_);
-    if (slots_.empty()) {
-      memory_ = at::empty({LabelSlots::kSlots, 2}, at::TensorOptions(at::kLong).pinned_memory(true));
-      slots_.place(memory_.mutable_data_ptr<int64_t>());
-    }
-    memory_.select(0, slots_.next()).copy_(bad, /*non_blocking=*/true);
+    return next_slot().mutable_data_ptr<int64_t>();
+  }
+  // The same of a finding that lies on the device.
+  void follow(const at::Tensor& bad) {
+    const std::lock_guard lock(mutex_);
+    next_slot().copy_(bad, /*non_blocking=*/true);
   }
 
   // From now on the last finding of this thread is kept, until release() returns it; undefined if there was none.
@@ -46,6 +48,14 @@ class LabelWatch {
   }
 
  private:
+  at::Tensor next_slot() {
+    if (slots_.empty()) {
+      memory_ = at::empty({LabelSlots::kSlots, 2}, at::TensorOptions(at::kLong).pinned_memory(true));
+      slots_.place(memory_.mutable_data_ptr<int64_t>());
+    }
+    return memory_.select(0, slots_.next());
+  }
+
   struct Held {
     bool active = false;
     at::Tensor bad;

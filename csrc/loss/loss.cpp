@@ -120,7 +120,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const Tensor& logits, const T
   CrossEntropyForward args;
   static_cast<CrossEntropy&>(args) = problem.args;
   const bool labels = args.target != nullptr;
-  if (labels && !x.is_cpu()) LabelWatch::instance().raise_arrived();
   const int64_t rows = args.rows();
   at::DimVector shape(x.sizes());
   shape.erase(shape.begin() + 1);
@@ -130,16 +129,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const Tensor& logits, const T
   // On the CPU nothing outlives the call, and a tensor costs as much as a few rows.
   static thread_local std::vector<double> host_workspace;
   int64_t host_bad[2];
-  Tensor workspace, bad;
+  Tensor workspace;
   if (x.is_cpu()) {
     host_workspace.resize(2 * rows);
     args.workspace = host_workspace.data();
     args.bad = host_bad;
   } else {
     workspace = at::empty({2 * rows}, x.options().dtype(at::kDouble));
-    bad = at::empty({2}, x.options().dtype(at::kLong));
     args.workspace = workspace.mutable_data_ptr<double>();
-    args.bad = bad.mutable_data_ptr<int64_t>();
+    if (labels) LabelWatch::instance().raise_arrived();
+    args.bad = labels ? LabelWatch::instance().place(x.device()) : nullptr;
   }
   const Tensor grad_logits = with_gradient ? on_huge_pages(at::empty_like(x)) : Tensor();
   if (with_gradient) args.grad_logits = grad_logits.mutable_data_ptr();
@@ -149,7 +148,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const Tensor& logits, const T
   args.normalizer = normalizer ? normalizer->const_data_ptr<double>() : nullptr;
   args.empty_is_zero = empty_is_zero;
   run_on(x.device(), op, cross_entropy_forward_cpu, GDBP_CUDA_LAUNCHER(cross_entropy_forward_cuda), args);
-  if (labels && !x.is_cpu()) LabelWatch::instance().follow(bad);
   if (x.is_cpu() && args.bad[0] >= 0)
     TORCH_CHECK_INDEX(false, "Target ", args.bad[1], " is out of bounds: cross_entropy got it for row ", args.bad[0],
                       "; expected a class from 0 to ", x.size(1) - 1, ", or ignore_index = ", ignore_index);
@@ -214,6 +212,28 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& log
   return {grad_logits, grad_target};
 }
 
+// grad_logits is what cross_entropy_with_gradient returned, and becomes the gradient for grad_output.
+void backward_from_one_(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                        const OptionalTensor& second, const OptionalTensor& share, const OptionalTensor& weight,
+                        const Tensor& stats, const Tensor& divisor, c10::string_view reduction, int64_t ignore_index,
+                        double label_smoothing, double z_loss, double softcap, Tensor grad_logits) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const char* const op = "cross_entropy_backward_from_one_";
+  TORCH_CHECK_VALUE(reduction != "none", op, ": reduction is 'none'; expected mean or sum");
+  const Problem problem(logits, target, second, share, weight, reduction, ignore_index, label_smoothing, z_loss,
+                        softcap, op);
+  TORCH_CHECK(grad_logits.sizes() == problem.x.sizes() && grad_logits.strides() == problem.x.strides() &&
+                  grad_logits.scalar_type() == problem.x.scalar_type() && grad_logits.device() == problem.x.device(),
+              op, ": grad_logits is not what cross_entropy_with_gradient returned for these logits");
+  if (!grad_logits.is_inference()) grad_logits.unsafeGetTensorImpl()->bump_version();
+  if (grad_output.is_cpu() && grad_output.item<double>() == 1) return;
+  const Tensor g = grad_output.contiguous();
+  CrossEntropyBackward args = describe_backward(problem, g, stats, divisor, op);
+  args.grad_logits = grad_logits.mutable_data_ptr();
+  args.unless_one = true;
+  run_on(logits.device(), op, cross_entropy_backward_cpu, GDBP_CUDA_LAUNCHER(cross_entropy_backward_cuda), args);
+}
+
 // The gradient of the logits takes their place.
 void backward_(const Tensor& grad_output, Tensor logits, const Tensor& target, const OptionalTensor& second,
                const OptionalTensor& share, const OptionalTensor& weight, const Tensor& stats, const Tensor& divisor,
@@ -246,19 +266,23 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   m.def("cross_entropy_backward(Tensor grad_output, Tensor logits," GDBP_ARGUMENTS
         " Tensor stats, Tensor divisor," GDBP_OPTIONS ", bool[2] mask) -> (Tensor grad_logits, Tensor grad_target)",
         tags);
+  m.def("cross_entropy_backward_from_one_(Tensor grad_output, Tensor logits," GDBP_ARGUMENTS
+        " Tensor stats, Tensor divisor," GDBP_OPTIONS ", Tensor(a!) grad_logits) -> ()",
+        tags);
   m.def("cross_entropy_backward_(Tensor grad_output, Tensor(a!) logits," GDBP_ARGUMENTS
         " Tensor stats, Tensor divisor," GDBP_OPTIONS ") -> ()",
         tags);
 }
 
-#define GDBP_LOSS_IMPL(key)                        \
-  TORCH_LIBRARY_IMPL(gdbp, key, m) {               \
-    m.impl("cross_entropy", &cross_entropy);       \
-    m.impl("cross_entropy_backward", &backward);   \
-    m.impl("cross_entropy_backward_", &backward_); \
+#define GDBP_LOSS_IMPL(key)                                              \
+  TORCH_LIBRARY_IMPL(gdbp, key, m) {                                     \
+    m.impl("cross_entropy", &cross_entropy);                             \
+    m.impl("cross_entropy_backward", &backward);                         \
+    m.impl("cross_entropy_backward_", &backward_);                       \
+    m.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient); \
+    m.impl("cross_entropy_backward_from_one_", &backward_from_one_);     \
   }
 GDBP_LOSS_IMPL(CPU)
 GDBP_LOSS_IMPL(CUDA)
-TORCH_LIBRARY_IMPL(gdbp, CPU, m) { m.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient); }
 
 }  // namespace gdbp::loss

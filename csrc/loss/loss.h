@@ -8,7 +8,7 @@
 
 namespace gdbp::loss {
 
-constexpr int64_t kRowTile = 256;
+constexpr int64_t kRowTile = 4096;
 
 // Cross-entropy over the classes of contiguous (outer, classes, inner) logits; row r is (r / inner, :, r % inner).
 // A row whose labels are all ignore_index gives loss 0 and gradient 0, whatever its logits hold.
@@ -44,10 +44,10 @@ struct CrossEntropyForward : CrossEntropy {
   double* divisor;           // one: of the mean
   const double* normalizer;  // one: the divisor to take, or null for the sum of the rows' weights
   bool empty_is_zero;        // whether the mean of nothing is 0, and not NaN
-  int64_t* bad;              // two: the first row with a label out of range, else -1, and that label
+  int64_t* bad;              // two: the first row with a label out of range, else -1, and that label; CUDA: or null
   double* workspace;         // 2 * rows: loss and weight of each row
-  // CPU, mean and sum: where the gradient of the logits goes, as it is where that of the loss is 1, in the same pass;
-  // or null.
+  // Mean and sum: where the gradient of the logits goes, as it is where that of the loss is 1, in the same pass; or
+  // null.
   void* grad_logits = nullptr;
 };
 
@@ -57,6 +57,8 @@ struct CrossEntropyBackward : CrossEntropy {
   const void* grad_output;   // (rows) for none, else one element, of dtype
   void* grad_logits;         // as the logits, and may be the logits themselves; or null
   void* grad_probabilities;  // as the logits; or null
+  // Labels, mean and sum: grad_logits is what the forward pass wrote, and stays where grad_output is 1.
+  bool unless_one = false;
 };
 
 int cross_entropy_forward_cpu(const CrossEntropyForward& args, void* stream);

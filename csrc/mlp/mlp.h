@@ -75,7 +75,7 @@ struct Train {
   unsigned* finished;  // 0 at first, and again afterwards
   float* loss;
   Decision* decision;
-  int64_t* bad;                    // row and label of the first that is out of range; else -1 and whatever
+  int64_t* bad;                    // row and label of the first that is out of range, else -1 and 0; or null
   void* input_gradient = nullptr;  // (rows, inputs) of input_dtype; null where nobody wants it
   int most_blocks = kMaxBlocks;
 };

@@ -5,6 +5,7 @@
 #include "common/mma_cuda.cuh"
 #include "common/reduce_cuda.cuh"
 #include "common/softmax.h"
+#include "loss/label_cuda.cuh"
 #include "mlp/mlp.h"
 #include "mlp/mlp_math.h"
 
@@ -123,8 +124,7 @@ __device__ void conclude(const Train& a, const Found& found) {
   const double value = a.mean ? sum.loss / sum.count : sum.loss;
   *a.loss = is_bad ? math::not_a_number<float> : float(value);
   *a.decision = {a.mean ? 1 / sum.count : 1.0, is_bad ? 1.0 : 0.0};
-  a.bad[0] = is_bad ? sum.bad_row : -1;
-  a.bad[1] = is_bad ? static_cast<const int64_t*>(a.target)[sum.bad_row] : 0;
+  loss::tell_label(a.bad, is_bad ? sum.bad_row : -1, is_bad ? static_cast<const int64_t*>(a.target)[sum.bad_row] : 0);
   *a.finished = 0;
 }
 

@@ -28,7 +28,19 @@ class CrossEntropyBackward : public Node {
       return from_reference("cross_entropy_backward", grad_output, logits, target, saved[2], saved[3], saved[4],
                             saved[5], reduction, ignore_index, smoothing, z_loss, softcap);
     }
-    if (writes_ == Writes::at_once && is_one(grad_output)) return {saved[8], Tensor()};
+    if (writes_ == Writes::at_once) {
+      if (grad_output.is_cpu() && is_plain(grad_output) && grad_output.item<double>() == 1) return {saved[8], Tensor()};
+      if (is_plain(grad_output) && is_free(8, saved[8])) {
+        // On CUDA only the device knows what is upstream; where it is 1 there is nothing to do.
+        static const auto op =
+            find<void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                      const OptionalTensor&, const Tensor&, const Tensor&, c10::string_view, int64_t, double, double,
+                      double, Tensor)>("gdbp::cross_entropy_backward_from_one_");
+        call(op, grad_output, logits, target, second, share, weight, stats, divisor, reduction, ignore_index, smoothing,
+             z_loss, softcap, saved[8]);
+        return {saved[8], Tensor()};
+      }
+    }
     if (writes_ == Writes::inplace) {
       static const auto op =
           find<void(const Tensor&, Tensor, const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -56,14 +68,6 @@ class CrossEntropyBackward : public Node {
             exact(softcap)};
   }
 
-  // What the gradient of the forward pass is for. Not one that stands for many (is_grads_batched), or that a mode
-  // watches.
-  static bool is_one(const Tensor& grad_output) {
-    using c10::DispatchKey;
-    constexpr c10::DispatchKeySet others({DispatchKey::Python, DispatchKey::Batched, DispatchKey::FuncTorchBatched});
-    return !grad_output.key_set().has_any(others) && grad_output.item<double>() == 1;
-  }
-
   const CrossEntropyOptions options_;
   const Writes writes_;
 };
@@ -84,8 +88,8 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
   };
   if (!torch::autograd::compute_requires_grad(logits, target))
     return std::get<0>(run("gdbp::cross_entropy", static_cast<Statistics*>(nullptr)));
-  // On CUDA nobody knows without waiting whether the upstream gradient is the 1 that it would be computed for.
-  const bool at_once = !inplace && options.reduction != "none" && logits.is_cpu() && !target.requires_grad();
+  // For an upstream gradient of 1, which it nearly always is.
+  const bool at_once = !inplace && options.reduction != "none" && !target.requires_grad();
   Tensor loss, stats, divisor, gradient;
   if (at_once)
     std::tie(loss, stats, divisor, gradient) =

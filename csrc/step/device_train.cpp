@@ -76,7 +76,6 @@ DeviceTrainPlan::DeviceTrainPlan(const py::list& layers, const py::tuple& object
   const at::TensorOptions options = at::TensorOptions(device_);
   findings_ = at::zeros({mlp::kMaxBlocks + 1, int64_t(sizeof(mlp::Finding))}, options.dtype(at::kByte));
   decided_ = at::zeros({3}, options.dtype(at::kDouble));
-  bad_ = at::zeros({2}, options.dtype(at::kLong));
 }
 
 bool DeviceTrainPlan::fits(const std::string& factors) const {
@@ -191,9 +190,8 @@ py::tuple DeviceTrainPlan::step(StepPlan& plan, const at::Tensor& input, const a
                         reinterpret_cast<unsigned*>(findings + mlp::kMaxBlocks),
                         loss.mutable_data_ptr<float>(),
                         decision,
-                        bad_.mutable_data_ptr<int64_t>()};
+                        labels ? loss::LabelWatch::instance().place(device_) : nullptr};
   run_on(device_, "TrainStep", no_cpu, GDBP_CUDA_LAUNCHER(mlp::train_cuda), args);
-  if (labels) loss::LabelWatch::instance().follow(bad_);
   ++completed_;
 
   if (!limit && !keep_ && can_sum(plan)) {

@@ -61,7 +61,6 @@ class DeviceTrainPlan {
   void* stream_ = nullptr;  // of the last step, whose memory must not be written from another
   at::Tensor partials_, findings_, sums_;
   at::Tensor decided_;  // 0, coefficient, skip: as grad::Norm
-  at::Tensor bad_;
 };
 
 void bind_device_train(pybind11::module_& module);

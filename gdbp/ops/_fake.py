@@ -158,6 +158,11 @@ def _(grad_output, logits, target, second, share, weight, stats, divisor, *optio
     _check_devices("cross_entropy_backward_", logits=logits, grad_output=grad_output, target=target, weight=weight)
 
 
+@torch.library.register_fake("gdbp::cross_entropy_backward_from_one_")
+def _(grad_output, logits, target, *others):
+    _check_devices("cross_entropy_backward_from_one_", logits=logits, grad_output=grad_output, target=target)
+
+
 @torch.library.register_fake("gdbp::unit_stats")
 def _(output, low, high):
     return output.new_empty((3, output.shape[1]), dtype=torch.float64)

@@ -114,6 +114,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, cudasim::Place her
   return cudasim::shuffle(mask, value, source < warpSize ? source : cudasim::lane(), here);
 }
 inline void __threadfence() {}
+inline void __threadfence_system() {}
 inline unsigned __ballot_sync(unsigned mask, int vote, cudasim::Place here = cudasim::Place::current()) {
   return cudasim::warp_ballot(mask, vote != 0, here);
 }
