@@ -54,9 +54,10 @@ def at_once(loss, x):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_cross_entropy_gradients_are_equal(option, reduction, dtype):
+def test_cross_entropy_gradients_are_equal(option, reduction, dtype, device):
     for shape in SHAPES:
-        loss, x = problem(option, shape, dtype, reduction)
+        with torch.device(device):
+            loss, x = problem(option, shape, dtype, reduction)
         # Twice and halved is exact, but for what float16 rounds below its normal numbers.
         torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7, equal_nan=True)
 
@@ -88,33 +89,33 @@ def test_bce_gradients_are_equal(factors, reduction, dtype):
         torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7)
 
 
-def functions():
-    target, labels = torch.randn(6, 5), torch.randint(5, (6,))
+def functions(device="cpu"):
+    target, labels = torch.randn(6, 5, device=device), torch.randint(5, (6,), device=device)
     return [lambda x: mse_loss(x, target), lambda x: cross_entropy(x, labels), lambda x: bce(x, target.sigmoid())]
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_backward_again(which):
-    loss = functions()[which]
-    x = torch.randn(6, 5, requires_grad=True)
+def test_backward_again(which, device):
+    loss = functions(device)[which]
+    x = torch.randn(6, 5, device=device, requires_grad=True)
     value = loss(x)
     (first,) = torch.autograd.grad(value, x, retain_graph=True)
     kept = first.clone()
     value.backward(retain_graph=True)
-    value.backward(torch.tensor(3.0))
+    value.backward(torch.tensor(3.0, device=device))
     assert torch.equal(first, kept)  # and was not written into by the sum
     torch.testing.assert_close(x.grad, 4 * kept)
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_every_upstream_gradient(which):
-    loss = functions()[which]
-    x = torch.randn(6, 5, requires_grad=True)
+def test_every_upstream_gradient(which, device):
+    loss = functions(device)[which]
+    x = torch.randn(6, 5, device=device, requires_grad=True)
     (unit,) = torch.autograd.grad(loss(x), x)
     for upstream in (0.0, -1.0, 2.0, float("inf"), float("nan")):
-        (grad,) = torch.autograd.grad(loss(x), x, torch.tensor(upstream))
+        (grad,) = torch.autograd.grad(loss(x), x, torch.tensor(upstream, device=device))
         torch.testing.assert_close(grad, unit * upstream, equal_nan=True)
-    (many,) = torch.autograd.grad(loss(x), x, torch.tensor([1.0, 1.0, 3.0]), is_grads_batched=True)
+    (many,) = torch.autograd.grad(loss(x), x, torch.tensor([1.0, 1.0, 3.0], device=device), is_grads_batched=True)
     torch.testing.assert_close(many, torch.stack([unit, unit, 3 * unit]))
 
 
@@ -140,14 +141,14 @@ def test_nothing_is_computed_ahead_without_need(which):
 
 
 @pytest.mark.parametrize("keeps", ["the graph", "the gradient", "nothing"])
-def test_gradients_that_somebody_holds_stay(keeps):
-    x, labels = torch.randn(6, 5, requires_grad=True), torch.randint(5, (6,))
+def test_gradients_that_somebody_holds_stay(keeps, device):
+    x, labels = torch.randn(6, 5, device=device, requires_grad=True), torch.randint(5, (6,), device=device)
     value = cross_entropy(x, labels)
     (first,) = torch.autograd.grad(value, x, retain_graph=True)
     unit = first.clone()
     if keeps != "the gradient":
         del first
-    (second,) = torch.autograd.grad(value, x, torch.tensor(2.0), retain_graph=keeps == "the graph")
+    (second,) = torch.autograd.grad(value, x, torch.tensor(2.0, device=device), retain_graph=keeps == "the graph")
     torch.testing.assert_close(second, 2 * unit)
     if keeps == "the gradient":
         assert torch.equal(first, unit)
