@@ -1,6 +1,8 @@
 // Sums and maxima over the threads of a warp or a block, in a fixed tree: no atomics, so the same input
 // gives the same bits in every run.
 #pragma once
+#include <math.h>
+
 #include "common/launch.h"
 #include "common/map_cuda.cuh"
 
