@@ -47,7 +47,7 @@ template <class F>
 struct FragmentB {
   unsigned r[sizeof(Element<F>)];
 };
-struct FragmentC {
+struct alignas(16) FragmentC {
   float r[4] = {};
 };
 
@@ -248,6 +248,26 @@ __device__ __forceinline__ void multiply(FragmentC& c, const FragmentA<F>& a, co
         for (int i = 0; i < 4; ++i) c.r[i] += sum.r[i];
       }
     }
+  }
+}
+
+// Of `a`, what a lane holds of the 8x8 part that begins i % 2 * 8 rows and i / 2 * 8 columns further: row g, columns 2t
+// and 2t + 1, which is also what it holds of such a part of `c`.
+template <class F>
+__device__ __forceinline__ Pair<Element<F>> pair_of(const FragmentA<F>& a, int i) {
+  if constexpr (sizeof(Element<F>) == 2) {
+    return {a.r[i]};
+  } else {
+    return {bit_cast<float>(a.r[i / 2 * 4 + i % 2]), bit_cast<float>(a.r[i / 2 * 4 + i % 2 + 2])};
+  }
+}
+template <class F>
+__device__ __forceinline__ void set_pair(FragmentA<F>& a, int i, Pair<Element<F>> pair) {
+  if constexpr (sizeof(Element<F>) == 2) {
+    a.r[i] = pair.bits;
+  } else {
+    a.r[i / 2 * 4 + i % 2] = bit_cast<unsigned>(pair.low());
+    a.r[i / 2 * 4 + i % 2 + 2] = bit_cast<unsigned>(pair.high());
   }
 }
 

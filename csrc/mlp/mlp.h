@@ -1,5 +1,6 @@
-// Launchers of the mlp family: a whole dense network of narrow layers in one kernel, whose weights and activations stay
-// in shared memory. On CUDA alone; on the CPU step/network.h runs the layers, which is as good there.
+// Launchers of the mlp family: a whole dense network of narrow layers in one kernel, whose weights stay in shared
+// memory and whose activations stay there, too, or in registers. On CUDA alone; on the CPU step/network.h runs the
+// layers, which is as good there.
 #pragma once
 #include <cstdint>
 #include <string_view>
@@ -84,9 +85,9 @@ struct Infer {
   Network network;
   int64_t rows;
   Dtype input_dtype, output_dtype;
-  const void* input;  // (rows, inputs)
-  void* output;       // (rows, outputs)
-  int most_blocks = 8 * kMaxBlocks;
+  const void* input;            // (rows, inputs)
+  void* output;                 // (rows, outputs)
+  int most_blocks = INT32_MAX;  // as many as there are multiprocessors are enough
 };
 
 // Shared memory of a block on the current device, in bytes, and 0 without CUDA.

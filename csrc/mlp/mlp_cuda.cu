@@ -1,37 +1,19 @@
-// A tile of rows goes through the whole network in a block's shared memory: forward, loss and backward. Each warp has
-// 16 rows, which it takes through the layers without waiting for the others; the gradients of the weights are products
-// over all rows of the tile, and the warps share them out. Blocks take every gridDim.x-th tile; what they add up goes
-// to the step (csrc/optim), which sums over blocks, in order.
-#include "common/mma_cuda.cuh"
-#include "common/reduce_cuda.cuh"
-#include "mlp/mlp.h"
+// To train: a tile of rows goes through the whole network in a block's shared memory, forward, loss and backward. Each
+// warp has 16 rows, which it takes through the layers without waiting for the others; the gradients of the weights are
+// products over all rows of the tile, and the warps share them out. Blocks take every gridDim.x-th tile; what they add
+// up goes to the step (csrc/optim), which sums over blocks, in order.
+#include "mlp/block_cuda.cuh"
 #include "mlp/mlp_math.h"
 #include "mlp/objective_cuda.cuh"
 
 namespace gdbp::mlp {
 namespace {
 
-using cuda::FragmentA;
-using cuda::FragmentB;
-using cuda::FragmentC;
-using cuda::kAllLanes;
-using cuda::kWarp;
 using cuda::pair_at;
 
 constexpr int kMaxThreads = kMaxWarps * kWarp;
 // Columns of a product that a warp computes at a time, and their parts.
 constexpr int kColumns = 32, kParts = kColumns / 8;
-
-// As dispatch() of activations.h, on the device. All lanes take the same branch.
-template <class F>
-__device__ __forceinline__ void for_activation(Activation activation, const F& f) {
-  switch (activation) {
-#define GDBP_ROW(name, Op) \
-  case Activation::name: return f(Op{});
-    GDBP_ACTIVATIONS(GDBP_ROW)
-#undef GDBP_ROW
-  }
-}
 
 // What a block holds. Factor: see mma_cuda.cuh.
 template <class Factor>
@@ -43,44 +25,30 @@ struct Block {
   const Layout& at;
   unsigned char* shared;
 
-  __device__ __forceinline__ static int warp() { return int(threadIdx.x) / kWarp; }
   __device__ __forceinline__ static int lane() { return cuda::lane_id(); }
   __device__ __forceinline__ static int stride_of(int width) { return mlp::stride_of(width, sizeof(T)); }
-  // Of what a layer reads or writes.
-  __device__ __forceinline__ int stride(int width) const { return stride_of(at.trains ? width : at.widest); }
   __device__ __forceinline__ T* slab(int place) const { return reinterpret_cast<T*>(shared + place); }
   __device__ __forceinline__ float* floats(int place) const { return reinterpret_cast<float*>(shared + place); }
   // A slab's rows of this warp.
-  __device__ __forceinline__ T* own(int place, int stride) const { return slab(place) + warp() * kWarpRows * stride; }
+  __device__ __forceinline__ T* own(int place, int stride) const {
+    return slab(place) + warp_id() * kWarpRows * stride;
+  }
 
-  // Weights and biases, zeros around them. A warp takes a row at a time, in fours that are read at once where all begin
-  // at such an address.
   __device__ void load_parameters() const {
-    cuda::for_dtype(net.parameters, [&](auto type) {
-      using P = typename decltype(type)::type;
 #pragma unroll 1
-      for (int l = 0; l < net.count; ++l) {
-        const Layer& layer = net.layers[l];
-        const int cols = padded(layer.inputs), rows = padded(layer.outputs), stride = stride_of(layer.inputs);
-        const P *const source = static_cast<const P*>(layer.weight), *const biases = static_cast<const P*>(layer.bias);
-        const bool vectors = layer.inputs % 4 == 0 && cuda::aligned_for<4>(source);
-        T* const weight = slab(at.weight[l]);
-        const int k = lane() * 4, inside = layer.inputs - k < 4 ? layer.inputs - k : 4;
-        static_assert(kMaxWidth == kWarp * 4);
-#pragma unroll 8
-        for (int n = warp(); n < rows; n += int(blockDim.x) / kWarp) {
-          float w[4];
-          cuda::load(source + int64_t(n) * layer.inputs + k, n < layer.outputs && inside > 0 ? inside : 0, vectors, w);
-          if (k < cols) {
+    for (int l = 0; l < net.count; ++l) {
+      const Layer& layer = net.layers[l];
+      const int stride = stride_of(layer.inputs);
+      T* const weight = slab(at.weight[l]);
+      float* const bias = floats(at.bias[l]);
+      load_layer(
+          layer, net.parameters, padded(layer.outputs), padded(layer.inputs),
+          [&](int n, int k, const float (&w)[4]) {
             pair_at(weight + n * stride + k) = Pair::of(w[0], w[1]);
             pair_at(weight + n * stride + k + 2) = Pair::of(w[2], w[3]);
-          }
-        }
-        float* const bias = floats(at.bias[l]);
-        for (int n = int(threadIdx.x); n < rows; n += int(blockDim.x))
-          bias[n] = biases != nullptr && n < layer.outputs ? float(cuda::widen_fast(biases[n])) : 0.0f;
-      }
-    });
+          },
+          [&](int n, float b) { bias[n] = b; });
+    }
   }
 
   // Rows `first` and further of a matrix into this warp's, zeros behind the last; likewise in fours.
@@ -106,7 +74,7 @@ struct Block {
   }
 
   __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
-    const int cols = net.inputs(), stride = this->stride(cols);
+    const int cols = net.inputs(), stride = stride_of(cols);
     load_rows(input, dtype, cols, rows, first, own(at.input[0], stride), stride);
   }
 
@@ -162,8 +130,7 @@ struct Block {
 #pragma unroll 1
     for (int l = 0; l < layers; ++l) {
       const Layer& layer = net.layers[l];
-      const int width = padded(layer.outputs), in_stride = this->stride(layer.inputs),
-                stride = this->stride(layer.outputs);
+      const int width = padded(layer.outputs), in_stride = stride_of(layer.inputs), stride = stride_of(layer.outputs);
       const float* const bias = floats(at.bias[l]);
       T* const output = own(at.input[l + 1], stride);
       T* const pre = at.pre[l] >= 0 ? own(at.pre[l], stride) : nullptr;
@@ -231,7 +198,7 @@ struct Block {
   __device__ __forceinline__ void for_jobs(const Layer& layer, const F& f) const {
     const int across = (padded(layer.inputs) + kColumns - 1) / kColumns, count = padded(layer.outputs) / 16 * across;
 #pragma unroll 1
-    for (int job = warp(); job < count; job += at.warps) f(job / across * 16, job % across * kColumns);
+    for (int job = warp_id(); job < count; job += at.warps) f(job / across * 16, job % across * kColumns);
   }
   // Where four elements of a part are among the sums in shared memory: a lane's beside one another.
   __device__ __forceinline__ float4& sums_at(int l, int n, int k, int part) const {
@@ -253,7 +220,7 @@ struct Block {
   // Adds this tile's gradient of a weight to those before it. All rows of the tile have to be there.
   __device__ void add_weight(int l, bool first_tile, float* gradients) const {
     const Layer& layer = net.layers[l];
-    const int in_stride = stride(layer.inputs), out_stride = this->stride(layer.outputs), rows = at.warps * kWarpRows;
+    const int in_stride = stride_of(layer.inputs), out_stride = stride_of(layer.outputs), rows = at.warps * kWarpRows;
     const int width = padded(layer.inputs);
     const T *const x = slab(at.input[l]), *const dz = slab(at.gradient(l));
     float* const before = gradients + layer.weight_at;
@@ -295,7 +262,7 @@ struct Block {
   __device__ void add_bias(int l, bool first_tile) const {
     const int width = padded(net.layers[l].outputs), stride = stride_of(net.layers[l].outputs);
     const T* const dz = own(at.gradient(l), stride);
-    float* const sums = floats(at.bias_sums[l]) + warp() * width;
+    float* const sums = floats(at.bias_sums[l]) + warp_id() * width;
     for (int c = 2 * lane(); c < width; c += 2 * kWarp) {
       float low = 0, high = 0;
 #pragma unroll
@@ -350,7 +317,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   Found found;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const bool first_tile = tile == blockIdx.x;
-    const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
+    const int64_t first = (tile * at.warps + warp_id()) * kWarpRows;
     block.load_input(a.input, a.input_dtype, a.rows, first);
     block.forward(upstream ? last : last + 1);
     cuda::Element<Factor>* const output = block.own(at.gradient(last), stride);
@@ -384,51 +351,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   if constexpr (!upstream) conclude(a, found);
 }
 
-template <class Factor>
-__global__ void __launch_bounds__(kMaxThreads)
-    infer_kernel(GDBP_GRID_CONSTANT(Infer) a, GDBP_GRID_CONSTANT(Layout) at, int64_t tiles) {
-  GDBP_DYNAMIC_SHARED(unsigned char, shared);
-  const Block<Factor> block{a.network, at, shared};
-  block.load_parameters();
-  __syncthreads();
-  const int width = a.network.outputs(), stride = block.stride(width);
-  const cuda::Element<Factor>* const output = block.own(at.input[a.network.count], stride);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t first = (tile * at.warps + block.warp()) * kWarpRows;
-    block.load_input(a.input, a.input_dtype, a.rows, first);
-    block.forward(a.network.count);
-    const int rows = a.rows - first < kWarpRows ? (a.rows > first ? int(a.rows - first) : 0) : kWarpRows;
-    cuda::for_dtype(a.output_dtype, [&](auto type) {
-      using Y = typename decltype(type)::type;
-      Y* const to = static_cast<Y*>(a.output) + first * width;
-      const bool vectors = width % 4 == 0 && cuda::aligned_for<4>(static_cast<Y*>(a.output));
-      const int c = block.lane() * 4, inside = width - c < 4 ? width - c : 4;
-#pragma unroll 4
-      for (int r = 0; r < rows; ++r) {
-        if (inside <= 0) break;
-        float y[4];
-        cuda::load(output + r * stride + c, 4, true, y);
-        cuda::store(to + int64_t(r) * width + c, inside, vectors, y);
-      }
-    });
-    __syncwarp();
-  }
-}
-
-// f of what the factors of a network's products are.
-template <class F>
-int with_factors(const Network& network, const F& f) {
-  switch (network.factors) {
-    case Factors::bfloat16: return f(Type<BFloat16>{});
-    case Factors::float16: return f(Type<Float16>{});
-    case Factors::tf32: return f(Type<cuda::Tf32>{});
-    default: return f(Type<cuda::Fp32>{});
-  }
-}
-
-template <class Kernel, class Args>
-int launch(const Kernel& kernel, const Args& args, bool trains, void* stream) {
-  const Layout at(args.network, trains, shared_bytes_cuda());
+template <class Kernel>
+int launch(const Kernel& kernel, const Train& args, void* stream) {
+  const Layout at(args.network, shared_bytes_cuda());
   if (const int error = GDBP_ALLOW_SHARED(kernel, at.bytes)) return error;
   return GDBP_LAUNCH(kernel, unsigned(blocks_of(at, args.rows, args.most_blocks)), unsigned(at.warps * kWarp), at.bytes,
                      stream, args, at, tiles_of(at, args.rows));
@@ -451,15 +376,8 @@ int train_cuda(const Train& args, void* stream) {
   if (args.rows == 0) return 0;
   return with_factors(args.network, [&](auto factors) {
     using Factor = typename decltype(factors)::type;
-    return args.objective == Objective::upstream ? launch(train_kernel<Factor, true>, args, true, stream)
-                                                 : launch(train_kernel<Factor, false>, args, true, stream);
-  });
-}
-
-int infer_cuda(const Infer& args, void* stream) {
-  if (args.rows == 0) return 0;
-  return with_factors(args.network, [&](auto factors) {
-    return launch(infer_kernel<typename decltype(factors)::type>, args, false, stream);
+    return args.objective == Objective::upstream ? launch(train_kernel<Factor, true>, args, stream)
+                                                 : launch(train_kernel<Factor, false>, args, stream);
   });
 }
 

@@ -12,12 +12,21 @@ GDBP_HD constexpr int padded(int width) { return (width + 15) / 16 * 16; }
 // together lie in different banks.
 GDBP_HD constexpr int stride_of(int width, int bytes) { return padded(width) + 16 / bytes; }
 
-// Places in bytes; below 0 for none.
-struct Layout {
-  bool trains;
-  // Of all layers. Without a backward pass inputs and outputs are in one slab, all with its stride, or the rows of one
-  // warp would lie where another's were.
-  int widest = 0;
+// Both take what lies in shared memory one behind the other, each at 16 bytes.
+class Places {
+ public:
+  int bytes = 0;
+
+ protected:
+  GDBP_HD int take(int size) {
+    const int at = bytes;
+    bytes += (size + 15) / 16 * 16;
+    return at;
+  }
+};
+
+// To train, places in bytes; below 0 for none.
+struct Layout : Places {
   int warps = 0;  // as many rows of a tile as they have together
   int weight[kMaxLayers], bias[kMaxLayers];
   // The input of each layer, and behind the last its output: (rows of a tile, width), padded.
@@ -28,53 +37,69 @@ struct Layout {
   // Weight gradients so far, where there is room; else they are added up in the block's part of Train::partials.
   int sums[kMaxLayers];
   int bias_sums[kMaxLayers];  // of each warp
-  int bytes = 0;
 
   GDBP_HD int gradient(int layer) const { return pre[layer] >= 0 ? pre[layer] : input[layer + 1]; }
 
   // As it is in `room` bytes; `warps` is 0 where it does not fit.
-  Layout(const Network& network, bool trains, int room) : trains(trains), widest(network.inputs()) {
-    for (int l = 0; l < network.count; ++l)
-      widest = network.layers[l].outputs > widest ? network.layers[l].outputs : widest;
+  Layout(const Network& network, int room) {
     for (int tried = kMaxWarps; tried > 1; --tried)
       if (place(network, tried, room)) return;
     warps = 0;
   }
 
  private:
-  int take(int size) {
-    const int at = bytes;
-    bytes += (size + 15) / 16 * 16;
-    return at;
-  }
   bool place(const Network& network, int tried, int room) {
     warps = tried;
     bytes = 0;
     const int rows = warps * kWarpRows, element = int(size_of(kept_in(network.factors)));
     const auto slab = [&](int width) { return take(rows * stride_of(width, element) * element); };
-    const int shared = trains ? -1 : slab(widest);
     for (int l = 0; l < network.count; ++l) {
       const Layer& layer = network.layers[l];
       weight[l] = take(padded(layer.outputs) * stride_of(layer.inputs, element) * element);
       bias[l] = take(padded(layer.outputs) * 4);
-      input[l] = trains ? slab(layer.inputs) : shared;
+      input[l] = slab(layer.inputs);
       const bool last = l + 1 == network.count;
-      pre[l] = trains && !last && saves(layer.activation) == Saved::pre ? slab(layer.outputs) : -1;
-      if (last) input[l + 1] = trains ? slab(layer.outputs) : shared;
-      bias_sums[l] = trains && layer.bias_at >= 0 ? take(warps * padded(layer.outputs) * 4) : -1;
+      pre[l] = !last && saves(layer.activation) == Saved::pre ? slab(layer.outputs) : -1;
+      if (last) input[l + 1] = slab(layer.outputs);
+      bias_sums[l] = layer.bias_at >= 0 ? take(warps * padded(layer.outputs) * 4) : -1;
     }
     for (int l = 0; l < network.count; ++l) {
       const Layer& layer = network.layers[l];
       const int size = padded(layer.outputs) * padded(layer.inputs) * 4;
-      sums[l] = trains && layer.weight_at >= 0 && bytes + size <= room ? take(size) : -1;
+      sums[l] = layer.weight_at >= 0 && bytes + size <= room ? take(size) : -1;
     }
     return bytes <= room;
   }
 };
 
+// To infer, where activations stay in registers. Rows of the input and of the output are read and written in pieces of
+// 8 columns by four lanes, so both are padded to 32.
+struct Parameters : Places {
+  int weight[kMaxLayers], bias[kMaxLayers];
+
+  // Columns and rows of a layer's weight.
+  GDBP_HD static int depth(const Network& network, int l) {
+    return l == 0 ? (network.inputs() + 31) / 32 * 32 : padded(network.layers[l].inputs);
+  }
+  GDBP_HD static int width(const Network& network, int l) {
+    return l + 1 == network.count ? (network.outputs() + 31) / 32 * 32 : padded(network.layers[l].outputs);
+  }
+  // Elements from row to row. A quarter of a warp reads 16 bytes from each of 8 rows of 16-bit
+  // elements; half of it, 32 bytes from each of 4 rows of floats: neither from a bank twice.
+  GDBP_HD static constexpr int stride(int depth) { return depth + 8; }
+
+  explicit Parameters(const Network& network) {
+    const int element = int(size_of(kept_in(network.factors)));
+    for (int l = 0; l < network.count; ++l) {
+      weight[l] = take(width(network, l) * stride(depth(network, l)) * element);
+      bias[l] = take(width(network, l) * 8);  // each pair of them twice
+    }
+  }
+};
+
 // Whether a block holds the network in so much shared memory.
 inline bool fits(const Network& network, bool trains, int shared_bytes) {
-  return Layout(network, trains, shared_bytes).warps > 0;
+  return trains ? Layout(network, shared_bytes).warps > 0 : Parameters(network).bytes <= shared_bytes;
 }
 
 inline int64_t tiles_of(const Layout& at, int64_t rows) {
@@ -86,7 +111,7 @@ inline int64_t blocks_of(const Layout& at, int64_t rows, int most) {
 }
 // How many blocks train_cuda launches.
 inline int64_t blocks_for(const Network& network, int64_t rows, int shared_bytes) {
-  return blocks_of(Layout(network, true, shared_bytes), rows, kMaxBlocks);
+  return blocks_of(Layout(network, shared_bytes), rows, kMaxBlocks);
 }
 
 }  // namespace gdbp::mlp

@@ -50,7 +50,8 @@ def build(folder: Path, name: str, engine: Future) -> Path:
         # A library of its own: what is thread-local in the program is shared memory to cudasim.
         shared = [CSRC / "common" / f"{part}_cpu.cpp" for part in ("rows", "half_tables")]
         sources = [CSRC / name / f"{name}_cpu.cpp", *shared, HERE / "parallel_serial.cpp"]
-        parts.append(compile_(folder / f"{name}_cuda.o", *FLAGS, "-c", "-x", "c++", CSRC / name / f"{name}_cuda.cu"))
+        for kernels in sorted((CSRC / name).glob("*_cuda.cu")):
+            parts.append(compile_(folder / f"{kernels.stem}.o", *FLAGS, "-c", "-x", "c++", kernels))
         if sources[0].exists():
             parts.append(compile_(folder / f"lib{name}_cpu.so", *FLAGS, "-shared", "-fPIC", *sources))
     source = HERE / (f"{name}_test.cpp" if name in FAMILIES else f"{name}.cpp")

@@ -1,0 +1,352 @@
+// To infer: weights and biases lie in a block's shared memory, and each warp takes rows through the whole network in
+// its registers, without waiting for the others. What a product leaves with a lane is what the next one wants from it
+// (mma_cuda.cuh), and so is what the lane reads of the input, eight neighbours of a row at a time, once the first
+// weight's columns are in another order; likewise the output and the last weight's rows.
+#include <algorithm>
+
+#include "mlp/block_cuda.cuh"
+#include "mlp/mlp_math.h"
+
+namespace gdbp::mlp {
+namespace {
+
+using cuda::Element;
+using cuda::pair_at;
+using cuda::pair_of;
+using cuda::set_pair;
+
+// As many threads as have the registers that they need.
+template <class Factor, int widest>
+constexpr int kInferThreads = widest <= 64                   ? 512
+                              : sizeof(Element<Factor>) == 2 ? 384
+                                                             : 256;
+// A weight that is read serves two products, where there are registers for it.
+template <class Factor>
+constexpr int kTiles = sizeof(Element<Factor>) == 2 ? 2 : 1;
+
+// Of 32 columns lane t has, of 4 parts j of 8, columns 2t and 2t + 1: here where these are neighbours.
+__device__ __forceinline__ int place_of(int column) {
+  return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
+}
+
+// A product's sum, or an activation, as a factor of the next.
+template <class Factor, class Pair>
+__device__ __forceinline__ Pair as_factor(Pair x) {
+  if constexpr (std::is_same_v<Factor, cuda::Tf32>) {
+    return Pair::of(bit_cast<float>(cuda::to_tf32(x.low())), bit_cast<float>(cuda::to_tf32(x.high())));
+  } else {
+    return x;
+  }
+}
+
+template <class Op, class Pair>
+__device__ __forceinline__ Pair forward(Op op, Pair x) {
+#ifdef __CUDA_ARCH__
+  // One instruction instead of seven.
+  if constexpr (std::is_same_v<Op, Relu> && std::is_same_v<Pair, cuda::Pair<BFloat16>>) {
+    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(x.bits) : "r"(0));
+    return x;
+  } else if constexpr (std::is_same_v<Op, Relu> && std::is_same_v<Pair, cuda::Pair<Float16>>) {
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x.bits) : "r"(0));
+    return x;
+  }
+#endif
+  return Pair::of(op.forward(x.low()), op.forward(x.high()));
+}
+
+// Of a warp: kTiles times 16 rows, `widest` columns.
+template <class Factor, int widest>
+struct Rows {
+  using T = Element<Factor>;
+  using Pair = cuda::Pair<T>;
+  static constexpr int tiles = kTiles<Factor>, depths = widest / 16, count = tiles * 16;
+
+  FragmentA<Factor> at[tiles][depths];
+
+  // f(row, column, 4 pairs) for the pieces of 8 columns that a lane holds, from column `first` on.
+  template <class F>
+  __device__ __forceinline__ void for_pieces(int depth, int column, const F& f) {
+    const int g = cuda::lane_id() / 4, t = cuda::lane_id() % 4;
+#pragma unroll
+    for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        Pair pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) pairs[j] = pair_of(at[tile][depth + j / 2], below + j % 2 * 2);
+        f(tile * 16 + below * 8 + g, column + 8 * t, pairs);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) set_pair(at[tile][depth + j / 2], below + j % 2 * 2, pairs[j]);
+      }
+    }
+  }
+  // The same of all columns, where f is short, ...
+  template <class F>
+  __device__ __forceinline__ void for_all_pieces(const F& f) {
+#pragma unroll
+    for (int k = 0; k < depths; k += 2) for_pieces(k, k * 16, f);
+  }
+  // ... and where its code is not to be repeated: registers have no indices, so all move on.
+  template <class F>
+  __device__ __forceinline__ void for_each_piece(const F& f) {
+#pragma unroll 1
+    for (int k = 0; k < depths; k += 2) {
+      for_pieces(0, k * 16, f);
+      rotate<2>();
+    }
+  }
+
+  template <int steps>
+  __device__ __forceinline__ void rotate() {
+#pragma unroll
+    for (int tile = 0; tile < tiles; ++tile) {
+      FragmentA<Factor> first[steps];
+#pragma unroll
+      for (int k = 0; k < steps; ++k) first[k] = at[tile][k];
+#pragma unroll
+      for (int k = 0; k < depths; ++k)
+        at[tile][k] = k + steps < depths ? at[tile][k + steps] : first[k + steps - depths];
+    }
+  }
+};
+
+template <class Factor, int widest>
+struct Inference {
+  using T = Element<Factor>;
+  using Pair = cuda::Pair<T>;
+  using Fragments = Rows<Factor, widest>;
+  static constexpr int tiles = Fragments::tiles, depths = Fragments::depths;
+
+  const Infer& a;
+  const Parameters& at;
+  unsigned char* shared;
+
+  __device__ __forceinline__ T* weight(int l) const { return reinterpret_cast<T*>(shared + at.weight[l]); }
+  // Each pair twice, as a lane wants it for its two rows.
+  __device__ __forceinline__ FragmentC* bias(int l) const { return reinterpret_cast<FragmentC*>(shared + at.bias[l]); }
+
+  __device__ __forceinline__ void load_parameters() const {
+#pragma unroll 1
+    for (int l = 0; l < a.network.count; ++l) {
+      const bool is_first = l == 0, is_last = l + 1 == a.network.count;
+      const int depth = Parameters::depth(a.network, l), stride = Parameters::stride(depth);
+      T* const to = weight(l);
+      FragmentC* const pairs = bias(l);
+      load_layer(
+          a.network.layers[l], a.network.parameters, Parameters::width(a.network, l), depth,
+          [&](int n, int k, const float (&w)[4]) {
+            T* const row = to + (is_last ? place_of(n) : n) * stride;
+            pair_at(row + (is_first ? place_of(k) : k)) = as_factor<Factor>(Pair::of(w[0], w[1]));
+            pair_at(row + (is_first ? place_of(k + 2) : k + 2)) = as_factor<Factor>(Pair::of(w[2], w[3]));
+          },
+          [&](int n, float b) {
+            const int place = is_last ? place_of(n) : n;
+            pairs[place / 2].r[place % 2] = pairs[place / 2].r[place % 2 + 2] = b;
+          });
+    }
+  }
+
+  // Rows `first` and further of the input, zeros behind the last.
+  template <class X>
+  __device__ __forceinline__ void read(const X* input, int64_t first, Fragments& x) const {
+    const int cols = a.network.inputs();
+    if (cols % 8 == 0 && cuda::aligned_for<8>(input)) {
+      x.for_all_pieces([&](int row, int column, Pair(&pairs)[4]) {
+        const X* const from = input + (first + row) * cols + column;
+        const bool inside = first + row < a.rows && column < cols;
+        if constexpr (sizeof(T) == 2 && std::is_same_v<X, T>) {
+          uint4 four{};
+          if (inside) four = *reinterpret_cast<const uint4*>(from);
+          pairs[0].bits = four.x, pairs[1].bits = four.y, pairs[2].bits = four.z, pairs[3].bits = four.w;
+        } else {
+          cuda::Packed<X, 8> packed{};
+          if (inside) packed = *reinterpret_cast<const cuda::Packed<X, 8>*>(from);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) pairs[j] = input_pair(packed.at[2 * j], packed.at[2 * j + 1]);
+        }
+      });
+    } else {
+      x.for_each_piece([&](int row, int column, Pair(&pairs)[4]) {
+        const X* const from = input + (first + row) * cols + column;
+        const int inside = first + row < a.rows ? cols - column : 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          pairs[j] = input_pair(2 * j < inside ? from[2 * j] : X{}, 2 * j + 1 < inside ? from[2 * j + 1] : X{});
+      });
+    }
+  }
+  template <class X>
+  __device__ __forceinline__ static Pair input_pair(X low, X high) {
+    return as_factor<Factor>(Pair::of(float(cuda::widen_fast(low)), float(cuda::widen_fast(high))));
+  }
+
+  template <class Y>
+  __device__ __forceinline__ void write(Fragments& y, Y* output, int64_t first) const {
+    const int cols = a.network.outputs();
+    const auto low = [](Pair pair) { return cuda::narrow_fast<Y>(Compute<Y>(pair.low())); };
+    const auto high = [](Pair pair) { return cuda::narrow_fast<Y>(Compute<Y>(pair.high())); };
+    if (cols % 8 == 0 && cuda::aligned_for<8>(output)) {
+      y.for_all_pieces([&](int row, int column, Pair(&pairs)[4]) {
+        Y* const to = output + (first + row) * cols + column;
+        if (first + row >= a.rows || column >= cols) return;
+        if constexpr (sizeof(T) == 2 && std::is_same_v<Y, T>) {
+          __stwb(reinterpret_cast<uint4*>(to), uint4{pairs[0].bits, pairs[1].bits, pairs[2].bits, pairs[3].bits});
+        } else {
+          cuda::Packed<Y, 8> packed;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) packed.at[2 * j] = low(pairs[j]), packed.at[2 * j + 1] = high(pairs[j]);
+#pragma unroll
+          for (int k = 0; k < int(sizeof(packed) / 16); ++k)
+            __stwb(reinterpret_cast<uint4*>(to) + k, reinterpret_cast<const uint4*>(&packed)[k]);
+        }
+      });
+    } else {
+      y.for_each_piece([&](int row, int column, Pair(&pairs)[4]) {
+        Y* const to = output + (first + row) * cols + column;
+        const int inside = first + row < a.rows ? cols - column : 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (2 * j < inside) to[2 * j] = low(pairs[j]);
+          if (2 * j + 1 < inside) to[2 * j + 1] = high(pairs[j]);
+        }
+      });
+    }
+  }
+
+  // y = x w^T + bias. full: whether all is `widest`, and no part is left out.
+  template <bool full>
+  __device__ __forceinline__ void multiply(const Fragments& x, int l, int depth, int width, Fragments& y) const {
+    const int stride = Parameters::stride(full ? widest : depth);
+    const T* const w = weight(l);
+    const FragmentC* const quads = bias(l) + cuda::lane_id() % 4;
+#pragma unroll
+    for (int n = 0; n < depths; ++n) {
+      if (!full && n * 16 >= width) break;
+      FragmentC c[tiles][2];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const FragmentC sums = quads[(n * 2 + part) * 4];
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile) c[tile][part] = sums;
+      }
+#pragma unroll
+      for (int k = 0; k < depths; ++k) {
+        if (!full && k * 16 >= depth) break;
+        FragmentB<Factor> left, right;
+        cuda::load_b_transposed<Factor>(w + n * 16 * stride + k * 16, stride, left, right);
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile) {
+          cuda::multiply<Factor>(c[tile][0], x.at[tile][k], left);
+          cuda::multiply<Factor>(c[tile][1], x.at[tile][k], right);
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* const pair = c[tile][i / 2].r + i % 2 * 2;
+          set_pair(y.at[tile][n], i, Pair::of(pair[0], pair[1]));
+        }
+      }
+    }
+  }
+
+  // The next layer's factors from what multiply() left, which was rounded as the output of a layer of its own is.
+  __device__ __forceinline__ void activate(Activation activation, int width, Fragments& y, Fragments& x) const {
+    for_activation(activation, [&](auto op) {
+      const auto apply = [&](FragmentA<Factor>& part) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) set_pair(part, i, as_factor<Factor>(forward(op, pair_of(part, i))));
+      };
+      if constexpr (std::is_same_v<decltype(op), None> || std::is_same_v<decltype(op), Relu>) {
+#pragma unroll
+        for (int k = 0; k < depths; ++k) {
+#pragma unroll
+          for (int tile = 0; tile < tiles; ++tile) apply(y.at[tile][k]);
+        }
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < depths; ++k) {
+#pragma unroll
+          for (int tile = 0; tile < tiles; ++tile)
+            if (k * 16 < width) apply(y.at[tile][0]);
+          y.template rotate<1>();
+        }
+      }
+    });
+    x = y;
+  }
+
+  __device__ __forceinline__ void layers(Fragments& x, Fragments& y) const {
+#pragma unroll 1
+    for (int l = 0;; ++l) {
+      const int depth = Parameters::depth(a.network, l), width = Parameters::width(a.network, l);
+      if (depth == widest && width == widest) {
+        multiply<true>(x, l, depth, width, y);
+      } else {
+        multiply<false>(x, l, depth, width, y);
+      }
+      if (l + 1 == a.network.count) return;
+      activate(a.network.layers[l].activation, width, y, x);
+    }
+  }
+};
+
+template <class Factor, int widest>
+__global__ void __launch_bounds__(kInferThreads<Factor, widest>, 1)
+    infer_kernel(GDBP_GRID_CONSTANT(Infer) a, GDBP_GRID_CONSTANT(Parameters) at, int64_t tiles) {
+  GDBP_DYNAMIC_SHARED(unsigned char, shared);
+  using Here = Inference<Factor, widest>;
+  const Here here{a, at, shared};
+  here.load_parameters();
+  __syncthreads();
+  // The first warp of every block, then the second of every block: few rows are spread over all blocks.
+  const int64_t step = int64_t(blockDim.x) / kWarp * gridDim.x;
+  for (int64_t tile = int64_t(warp_id()) * gridDim.x + blockIdx.x; tile < tiles; tile += step) {
+    const int64_t first = tile * Here::Fragments::count;
+    typename Here::Fragments x, y;
+    cuda::for_dtype(a.input_dtype, [&](auto type) {
+      here.read(static_cast<const typename decltype(type)::type*>(a.input), first, x);
+    });
+    here.layers(x, y);
+    cuda::for_dtype(a.output_dtype,
+                    [&](auto type) { here.write(y, static_cast<typename decltype(type)::type*>(a.output), first); });
+  }
+}
+
+#ifdef GDBP_CUDASIM
+int multiprocessors() { return 3; }
+#else
+int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+#endif
+
+template <class Factor, int widest>
+int launch(const Infer& args, void* stream) {
+  const auto kernel = infer_kernel<Factor, widest>;
+  const Parameters at(args.network);
+  if (const int error = GDBP_ALLOW_SHARED(kernel, at.bytes)) return error;
+  // A block takes all registers of a multiprocessor.
+  constexpr int threads = kInferThreads<Factor, widest>, rows = Rows<Factor, widest>::count;
+  const int64_t tiles = (args.rows + rows - 1) / rows;
+  const int64_t blocks = std::min<int64_t>({tiles, args.most_blocks, multiprocessors()});
+  return GDBP_LAUNCH(kernel, unsigned(blocks), threads, at.bytes, stream, args, at, tiles);
+}
+
+}  // namespace
+
+int infer_cuda(const Infer& args, void* stream) {
+  if (args.rows == 0) return 0;
+  int widest = args.network.inputs();
+  for (int l = 0; l < args.network.count; ++l) widest = std::max(widest, args.network.layers[l].outputs);
+  return with_factors(args.network, [&](auto factors) {
+    using Factor = typename decltype(factors)::type;
+    return widest <= 64 ? launch<Factor, 64>(args, stream) : launch<Factor, 128>(args, stream);
+  });
+}
+
+}  // namespace gdbp::mlp
