@@ -319,7 +319,8 @@ __device__ __forceinline__ void load_b(const Element<F>* at, int stride, Fragmen
     }
   }
 }
-template <class F>
+// as_is: what is there are factors already.
+template <class F, bool as_is = false>
 __device__ __forceinline__ void load_b_transposed(const Element<F>* at, int stride, FragmentB<F>& left,
                                                   FragmentB<F>& right) {
   if constexpr (sizeof(Element<F>) == 2) {
@@ -331,8 +332,8 @@ __device__ __forceinline__ void load_b_transposed(const Element<F>* at, int stri
     for (int i = 0; i < 4; ++i) {
       const Pair<float> pair = pair_at(at + (g + i / 2 * 8) * stride + i % 2 * 8 + 2 * t);
       FragmentB<F>& part = i / 2 == 0 ? left : right;
-      part.r[i % 2 * 2] = factor<F>(pair.low());
-      part.r[i % 2 * 2 + 1] = factor<F>(pair.high());
+      part.r[i % 2 * 2] = as_is ? bit_cast<unsigned>(pair.low()) : factor<F>(pair.low());
+      part.r[i % 2 * 2 + 1] = as_is ? bit_cast<unsigned>(pair.high()) : factor<F>(pair.high());
     }
   }
 }

@@ -15,16 +15,15 @@ using cuda::pair_at;
 using cuda::pair_of;
 using cuda::set_pair;
 
-// As many threads as have the registers that they need.
-template <class Factor, int widest>
-constexpr int kInferThreads = widest <= 64                   ? 512
-                              : sizeof(Element<Factor>) == 2 ? 384
-                                                             : 256;
+// As many as have the registers that they need: 128 and 255, of 65536.
+template <int widest>
+constexpr int kInferThreads = widest <= 64 ? 512 : 256;
 // A weight that is read serves two products, where there are registers for it.
 template <class Factor>
 constexpr int kTiles = sizeof(Element<Factor>) == 2 ? 2 : 1;
 
-// Of 32 columns lane t has, of 4 parts j of 8, columns 2t and 2t + 1: here where these are neighbours.
+// Of each 32 columns of a matrix a product wants from lane t, and leaves with it, 2t and 2t + 1 of each of 4 parts
+// of 8. Where a column is among those parts if the lane's 8 are to be neighbours, 8t and further:
 __device__ __forceinline__ int place_of(int column) {
   return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
 }
@@ -44,11 +43,13 @@ __device__ __forceinline__ Pair forward(Op op, Pair x) {
 #ifdef __CUDA_ARCH__
   // One instruction instead of seven.
   if constexpr (std::is_same_v<Op, Relu> && std::is_same_v<Pair, cuda::Pair<BFloat16>>) {
-    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(x.bits) : "r"(0));
-    return x;
+    Pair y;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y.bits) : "r"(x.bits), "r"(0));
+    return y;
   } else if constexpr (std::is_same_v<Op, Relu> && std::is_same_v<Pair, cuda::Pair<Float16>>) {
-    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x.bits) : "r"(0));
-    return x;
+    Pair y;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y.bits) : "r"(x.bits), "r"(0));
+    return y;
   }
 #endif
   return Pair::of(op.forward(x.low()), op.forward(x.high()));
@@ -63,49 +64,47 @@ struct Rows {
 
   FragmentA<Factor> at[tiles][depths];
 
-  // f(row, column, 4 pairs) for the pieces of 8 columns that a lane holds, from column `first` on.
-  template <class F>
-  __device__ __forceinline__ void for_pieces(int depth, int column, const F& f) {
+  // f(row, column, pairs from there on) for what a lane holds of `steps` parts, which are parts `k` and further of all:
+  // 4 neighbouring columns of each.
+  template <int steps, class F>
+  __device__ __forceinline__ void for_rows(int from, int k, const F& f) {
     const int g = cuda::lane_id() / 4, t = cuda::lane_id() % 4;
 #pragma unroll
     for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
-        Pair pairs[4];
+        Pair pairs[2 * steps];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) pairs[j] = pair_of(at[tile][depth + j / 2], below + j % 2 * 2);
-        f(tile * 16 + below * 8 + g, column + 8 * t, pairs);
+        for (int j = 0; j < 2 * steps; ++j) pairs[j] = pair_of(at[tile][from + j / 2], below + j % 2 * 2);
+        f(tile * 16 + below * 8 + g, k / 2 * 32 + 8 * t + k % 2 * 4, pairs);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) set_pair(at[tile][depth + j / 2], below + j % 2 * 2, pairs[j]);
+        for (int j = 0; j < 2 * steps; ++j) set_pair(at[tile][from + j / 2], below + j % 2 * 2, pairs[j]);
       }
     }
   }
-  // The same of all columns, where f is short, ...
+  // For all of them 8 columns at a time, where f is short, ...
   template <class F>
-  __device__ __forceinline__ void for_all_pieces(const F& f) {
+  __device__ __forceinline__ void for_eights(const F& f) {
 #pragma unroll
-    for (int k = 0; k < depths; k += 2) for_pieces(k, k * 16, f);
+    for (int k = 0; k < depths; k += 2) for_rows<2>(k, k, f);
   }
-  // ... and where its code is not to be repeated: registers have no indices, so all move on.
+  // ... and 4 at a time where its code is not to be repeated: registers have no indices, so all move on.
   template <class F>
-  __device__ __forceinline__ void for_each_piece(const F& f) {
+  __device__ __forceinline__ void for_fours(const F& f) {
 #pragma unroll 1
-    for (int k = 0; k < depths; k += 2) {
-      for_pieces(0, k * 16, f);
-      rotate<2>();
+    for (int k = 0; k < depths; ++k) {
+      for_rows<1>(0, k, f);
+      rotate();
     }
   }
 
-  template <int steps>
   __device__ __forceinline__ void rotate() {
 #pragma unroll
     for (int tile = 0; tile < tiles; ++tile) {
-      FragmentA<Factor> first[steps];
+      const FragmentA<Factor> first = at[tile][0];
 #pragma unroll
-      for (int k = 0; k < steps; ++k) first[k] = at[tile][k];
-#pragma unroll
-      for (int k = 0; k < depths; ++k)
-        at[tile][k] = k + steps < depths ? at[tile][k + steps] : first[k + steps - depths];
+      for (int k = 0; k + 1 < depths; ++k) at[tile][k] = at[tile][k + 1];
+      at[tile][depths - 1] = first;
     }
   }
 };
@@ -146,31 +145,38 @@ struct Inference {
     }
   }
 
-  // Rows `first` and further of the input, zeros behind the last.
+  // `rows` rows of the input; the others become anything.
   template <class X>
-  __device__ __forceinline__ void read(const X* input, int64_t first, Fragments& x) const {
+  __device__ __forceinline__ void read(const X* input, int rows, Fragments& x) const {
     const int cols = a.network.inputs();
-    if (cols % 8 == 0 && cuda::aligned_for<8>(input)) {
-      x.for_all_pieces([&](int row, int column, Pair(&pairs)[4]) {
-        const X* const from = input + (first + row) * cols + column;
-        const bool inside = first + row < a.rows && column < cols;
+    // Eight of float64 are more than there are registers for.
+    if (sizeof(X) <= 4 && cols % 8 == 0 && cuda::aligned_for<8>(input)) {
+      x.for_eights([&](int row, int column, Pair(&pairs)[4]) {
+        // From an address that always exists. What there is not becomes 0 afterwards, which also moves the registers of
+        // a load to where products want them, once: the compiler would do so before each product.
+        const bool inside = column < cols;
+        const X* const from = input + (row < rows ? row : 0) * cols + (inside ? column : 0);
         if constexpr (sizeof(T) == 2 && std::is_same_v<X, T>) {
-          uint4 four{};
-          if (inside) four = *reinterpret_cast<const uint4*>(from);
-          pairs[0].bits = four.x, pairs[1].bits = four.y, pairs[2].bits = four.z, pairs[3].bits = four.w;
+          const auto four = *reinterpret_cast<const uint4*>(from);
+          pairs[0].bits = inside ? four.x : 0;
+          pairs[1].bits = inside ? four.y : 0;
+          pairs[2].bits = inside ? four.z : 0;
+          pairs[3].bits = inside ? four.w : 0;
         } else {
-          cuda::Packed<X, 8> packed{};
-          if (inside) packed = *reinterpret_cast<const cuda::Packed<X, 8>*>(from);
+          const auto packed = *reinterpret_cast<const cuda::Packed<X, 8>*>(from);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) pairs[j] = input_pair(packed.at[2 * j], packed.at[2 * j + 1]);
+          for (int j = 0; j < 4; ++j) {
+            const Pair pair = input_pair(packed.at[2 * j], packed.at[2 * j + 1]);
+            pairs[j] = inside ? pair : Pair{};
+          }
         }
       });
     } else {
-      x.for_each_piece([&](int row, int column, Pair(&pairs)[4]) {
-        const X* const from = input + (first + row) * cols + column;
-        const int inside = first + row < a.rows ? cols - column : 0;
+      x.for_fours([&](int row, int column, Pair(&pairs)[2]) {
+        const X* const from = input + row * cols + column;
+        const int inside = row < rows ? cols - column : 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 2; ++j)
           pairs[j] = input_pair(2 * j < inside ? from[2 * j] : X{}, 2 * j + 1 < inside ? from[2 * j + 1] : X{});
       });
     }
@@ -181,14 +187,14 @@ struct Inference {
   }
 
   template <class Y>
-  __device__ __forceinline__ void write(Fragments& y, Y* output, int64_t first) const {
+  __device__ __forceinline__ void write(Fragments& y, Y* output, int rows) const {
     const int cols = a.network.outputs();
     const auto low = [](Pair pair) { return cuda::narrow_fast<Y>(Compute<Y>(pair.low())); };
     const auto high = [](Pair pair) { return cuda::narrow_fast<Y>(Compute<Y>(pair.high())); };
-    if (cols % 8 == 0 && cuda::aligned_for<8>(output)) {
-      y.for_all_pieces([&](int row, int column, Pair(&pairs)[4]) {
-        Y* const to = output + (first + row) * cols + column;
-        if (first + row >= a.rows || column >= cols) return;
+    if (sizeof(Y) <= 4 && cols % 8 == 0 && cuda::aligned_for<8>(output)) {
+      y.for_eights([&](int row, int column, Pair(&pairs)[4]) {
+        Y* const to = output + row * cols + column;
+        if (row >= rows || column >= cols) return;
         if constexpr (sizeof(T) == 2 && std::is_same_v<Y, T>) {
           __stwb(reinterpret_cast<uint4*>(to), uint4{pairs[0].bits, pairs[1].bits, pairs[2].bits, pairs[3].bits});
         } else {
@@ -201,11 +207,11 @@ struct Inference {
         }
       });
     } else {
-      y.for_each_piece([&](int row, int column, Pair(&pairs)[4]) {
-        Y* const to = output + (first + row) * cols + column;
-        const int inside = first + row < a.rows ? cols - column : 0;
+      y.for_fours([&](int row, int column, Pair(&pairs)[2]) {
+        Y* const to = output + row * cols + column;
+        const int inside = row < rows ? cols - column : 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 2; ++j) {
           if (2 * j < inside) to[2 * j] = low(pairs[j]);
           if (2 * j + 1 < inside) to[2 * j + 1] = high(pairs[j]);
         }
@@ -213,40 +219,50 @@ struct Inference {
     }
   }
 
-  // y = x w^T + bias. full: whether all is `widest`, and no part is left out.
+  // y = x w^T + bias, 16 columns of it from row n of w on, to part `to` of y. full: whether x is `widest`.
   template <bool full>
-  __device__ __forceinline__ void multiply(const Fragments& x, int l, int depth, int width, Fragments& y) const {
+  __device__ __forceinline__ void multiply(const Fragments& x, const T* w, const FragmentC* bias, int depth, int n,
+                                           Fragments& y, int to) const {
     const int stride = Parameters::stride(full ? widest : depth);
-    const T* const w = weight(l);
-    const FragmentC* const quads = bias(l) + cuda::lane_id() % 4;
+    FragmentC c[tiles][2];
 #pragma unroll
-    for (int n = 0; n < depths; ++n) {
-      if (!full && n * 16 >= width) break;
-      FragmentC c[tiles][2];
+    for (int part = 0; part < 2; ++part) {
+      const FragmentC sums = bias[n / 2 + part * 4 + cuda::lane_id() % 4];
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const FragmentC sums = quads[(n * 2 + part) * 4];
+      for (int tile = 0; tile < tiles; ++tile) c[tile][part] = sums;
+    }
 #pragma unroll
-        for (int tile = 0; tile < tiles; ++tile) c[tile][part] = sums;
-      }
-#pragma unroll
-      for (int k = 0; k < depths; ++k) {
-        if (!full && k * 16 >= depth) break;
-        FragmentB<Factor> left, right;
-        cuda::load_b_transposed<Factor>(w + n * 16 * stride + k * 16, stride, left, right);
-#pragma unroll
-        for (int tile = 0; tile < tiles; ++tile) {
-          cuda::multiply<Factor>(c[tile][0], x.at[tile][k], left);
-          cuda::multiply<Factor>(c[tile][1], x.at[tile][k], right);
-        }
-      }
+    for (int k = 0; k < depths; ++k) {
+      if (!full && k * 16 >= depth) break;
+      FragmentB<Factor> left, right;
+      cuda::load_b_transposed<Factor, true>(w + n * stride + k * 16, stride, left, right);
 #pragma unroll
       for (int tile = 0; tile < tiles; ++tile) {
+        cuda::multiply<Factor>(c[tile][0], x.at[tile][k], left);
+        cuda::multiply<Factor>(c[tile][1], x.at[tile][k], right);
+      }
+    }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* const pair = c[tile][i / 2].r + i % 2 * 2;
-          set_pair(y.at[tile][n], i, Pair::of(pair[0], pair[1]));
-        }
+    for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* const pair = c[tile][i / 2].r + i % 2 * 2;
+        set_pair(y.at[tile][to], i, Pair::of(pair[0], pair[1]));
+      }
+    }
+  }
+  __device__ __forceinline__ void multiply(const Fragments& x, int l, int depth, int width, Fragments& y) const {
+    const T* const w = weight(l);
+    const FragmentC* const b = bias(l);
+    // Of float32 the factors are split for each product; the compiler would keep all parts of an unrolled loop's.
+    if (!std::is_same_v<Factor, cuda::Fp32> && depth == widest && width == widest) {
+#pragma unroll
+      for (int n = 0; n < depths; ++n) multiply<true>(x, w, b, depth, n * 16, y, n);
+    } else {
+#pragma unroll 1
+      for (int n = 0; n < widest; n += 16) {
+        if (n < width) multiply<false>(x, w, b, depth, n, y, 0);
+        y.rotate();
       }
     }
   }
@@ -254,38 +270,34 @@ struct Inference {
   // The next layer's factors from what multiply() left, which was rounded as the output of a layer of its own is.
   __device__ __forceinline__ void activate(Activation activation, int width, Fragments& y, Fragments& x) const {
     for_activation(activation, [&](auto op) {
-      const auto apply = [&](FragmentA<Factor>& part) {
+      const auto apply = [&](const FragmentA<Factor>& from, FragmentA<Factor>& to) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) set_pair(part, i, as_factor<Factor>(forward(op, pair_of(part, i))));
+        for (int i = 0; i < 4; ++i) set_pair(to, i, as_factor<Factor>(forward(op, pair_of(from, i))));
       };
       if constexpr (std::is_same_v<decltype(op), None> || std::is_same_v<decltype(op), Relu>) {
 #pragma unroll
         for (int k = 0; k < depths; ++k) {
 #pragma unroll
-          for (int tile = 0; tile < tiles; ++tile) apply(y.at[tile][k]);
+          for (int tile = 0; tile < tiles; ++tile) apply(y.at[tile][k], x.at[tile][k]);
         }
       } else {
 #pragma unroll 1
         for (int k = 0; k < depths; ++k) {
 #pragma unroll
           for (int tile = 0; tile < tiles; ++tile)
-            if (k * 16 < width) apply(y.at[tile][0]);
-          y.template rotate<1>();
+            if (k * 16 < width) apply(y.at[tile][0], y.at[tile][0]);
+          y.rotate();
         }
+        x = y;
       }
     });
-    x = y;
   }
 
   __device__ __forceinline__ void layers(Fragments& x, Fragments& y) const {
 #pragma unroll 1
     for (int l = 0;; ++l) {
       const int depth = Parameters::depth(a.network, l), width = Parameters::width(a.network, l);
-      if (depth == widest && width == widest) {
-        multiply<true>(x, l, depth, width, y);
-      } else {
-        multiply<false>(x, l, depth, width, y);
-      }
+      multiply(x, l, depth, width, y);
       if (l + 1 == a.network.count) return;
       activate(a.network.layers[l].activation, width, y, x);
     }
@@ -293,24 +305,28 @@ struct Inference {
 };
 
 template <class Factor, int widest>
-__global__ void __launch_bounds__(kInferThreads<Factor, widest>, 1)
-    infer_kernel(GDBP_GRID_CONSTANT(Infer) a, GDBP_GRID_CONSTANT(Parameters) at, int64_t tiles) {
+__global__ void __launch_bounds__(kInferThreads<widest>, 1)
+    infer_kernel(GDBP_GRID_CONSTANT(Infer) a, GDBP_GRID_CONSTANT(Parameters) at, unsigned tiles) {
   GDBP_DYNAMIC_SHARED(unsigned char, shared);
   using Here = Inference<Factor, widest>;
   const Here here{a, at, shared};
   here.load_parameters();
   __syncthreads();
   // The first warp of every block, then the second of every block: few rows are spread over all blocks.
-  const int64_t step = int64_t(blockDim.x) / kWarp * gridDim.x;
-  for (int64_t tile = int64_t(warp_id()) * gridDim.x + blockIdx.x; tile < tiles; tile += step) {
-    const int64_t first = tile * Here::Fragments::count;
+#pragma unroll 1
+  for (unsigned tile = warp_id() * gridDim.x + blockIdx.x; tile < tiles; tile += blockDim.x / kWarp * gridDim.x) {
+    const int64_t first = int64_t(tile) * Here::Fragments::count, left = a.rows - first;
+    const int rows = left < Here::Fragments::count ? int(left) : Here::Fragments::count;
     typename Here::Fragments x, y;
     cuda::for_dtype(a.input_dtype, [&](auto type) {
-      here.read(static_cast<const typename decltype(type)::type*>(a.input), first, x);
+      using X = typename decltype(type)::type;
+      here.read(static_cast<const X*>(a.input) + first * a.network.inputs(), rows, x);
     });
     here.layers(x, y);
-    cuda::for_dtype(a.output_dtype,
-                    [&](auto type) { here.write(y, static_cast<typename decltype(type)::type*>(a.output), first); });
+    cuda::for_dtype(a.output_dtype, [&](auto type) {
+      using Y = typename decltype(type)::type;
+      here.write(y, static_cast<Y*>(a.output) + first * a.network.outputs(), rows);
+    });
   }
 }
 
@@ -331,10 +347,10 @@ int launch(const Infer& args, void* stream) {
   const Parameters at(args.network);
   if (const int error = GDBP_ALLOW_SHARED(kernel, at.bytes)) return error;
   // A block takes all registers of a multiprocessor.
-  constexpr int threads = kInferThreads<Factor, widest>, rows = Rows<Factor, widest>::count;
+  constexpr int threads = kInferThreads<widest>, rows = Rows<Factor, widest>::count;
   const int64_t tiles = (args.rows + rows - 1) / rows;
   const int64_t blocks = std::min<int64_t>({tiles, args.most_blocks, multiprocessors()});
-  return GDBP_LAUNCH(kernel, unsigned(blocks), threads, at.bytes, stream, args, at, tiles);
+  return GDBP_LAUNCH(kernel, unsigned(blocks), threads, at.bytes, stream, args, at, unsigned(tiles));
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct Setup {
   bool mean = true, bias = true;
   int frozen = -1;  // a layer
   int most_blocks = kMaxBlocks;
+  bool rounds_pre = false;  // whatever the activation
 };
 
 struct Model {
@@ -104,7 +105,7 @@ struct Expected {
         for (int n = 0; n < s.widths[l + 1]; ++n) {
           double z = s.bias ? m.biases[l].get(n) : 0;
           for (int k = 0; k < s.widths[l]; ++k) z += weight(l, n, k) * factor(x[l][k], s);
-          if (saves(activation) == Saved::pre) z = rounded(z, kept_in(s.factors));
+          if (s.rounds_pre || saves(activation) == Saved::pre) z = rounded(z, kept_in(s.factors));
           pre[l].push_back(z);
           x[l + 1].push_back(rounded(dispatch(activation, [&](auto op) { return op.forward(z); }), kept_in(s.factors)));
         }
@@ -318,22 +319,79 @@ void bad_labels() {
   expect(bad[0] == 140 && bad[1] == 3 && decision.skip == 1 && loss != loss, "the label was not noticed");
 }
 
+// The output, from arrays that begin so many elements behind a 16-byte boundary.
+Array infer(const Setup& s, Dtype output, int64_t offset) {
+  context = describe(s) + " from " + kDtypeNames[int(s.input)] + " to " + kDtypeNames[int(output)];
+  std::mt19937 generator(3);
+  const Model m(s, generator);
+  expect(fits(m.network, false, shared_bytes_cuda()), "the network does not fit");
+  const Array input(s.input, s.rows * s.widths[0], offset, generator, -1, 1);
+  Array got(output, s.rows * s.widths.back(), offset);
+  const Infer args{m.network, s.rows, s.input, output, input.data(), got.data(), s.most_blocks};
+  expect(infer_cuda(args, nullptr) == 0, "the launch fails");
+  if (offset > 0) return got;
+  const Expected expected(s, m, input, Array(Dtype::float32, 0), std::vector<int64_t>(s.rows), -100);
+  double largest = 1;
+  for (const auto& row : expected.outputs)
+    for (double y : row) largest = std::max(largest, std::abs(y));
+  const double bound = 8 * largest * std::max(unit_of(s), epsilon(output));
+  for (int64_t i = 0; i < got.size(); ++i)
+    expect_near(got.get(i), expected.outputs[i / s.widths.back()][i % s.widths.back()], bound,
+                "output " + std::to_string(i));
+  return got;
+}
+void check_inference(Setup s, Dtype output) {
+  s.rounds_pre = true;
+  const Array got = infer(s, output, 0), misaligned = infer(s, output, 1);
+  for (int64_t i = 0; i < got.size(); ++i) expect(got.get(i) == misaligned.get(i), "the address changes the output");
+}
+
+constexpr Factors kFactors[] = {Factors::bfloat16, Factors::float16, Factors::tf32, Factors::float32};
+
 void inference() {
-  const auto check = [](Dtype output, Factors factors) {
-    const Setup s{.widths = {10, 40, 128, 5}, .rows = 140, .activation = Activation::gelu, .factors = factors};
-    context = describe(s);
+  const int widths[] = {1, 2, 7, 8, 10, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128};
+  const int64_t rows[] = {1, 15, 16, 31, 32, 33};
+  constexpr int count = std::size(widths);
+  for (int i = 0; i < 2 * count; ++i)
+    check_inference({.widths = {widths[i % count], widths[i * 5 % count], widths[(i + i / count * 3) % count]},
+                     .rows = rows[i % 6],
+                     .activation = kActivations[i % 3],
+                     .parameters = kDtypes[1 + i % 3],
+                     .factors = kFactors[(i + i / count) % 4],
+                     .input = kDtypes[i % 4],
+                     .bias = i % 5 != 0},
+                    kDtypes[i / 4 % 4]);
+}
+
+void inference_types() {
+  for (Factors factors : kFactors) {
+    for (Dtype input : kDtypes)
+      for (Dtype output : kDtypes) {
+        const int width = (int(input) + int(output) + int(factors)) % 2 == 0 ? 10 : 40;
+        check_inference({.widths = {width, width}, .rows = 37, .factors = factors, .input = input}, output);
+      }
+    for (Activation activation : kActivations) {
+      const int width = (int(activation) + int(factors)) % 2 == 0 ? 18 : 64;
+      check_inference({.widths = {6, width, width, 4}, .rows = 20, .activation = activation, .factors = factors},
+                      Dtype::float32);
+    }
+  }
+}
+
+// Several tiles for each warp, and none; one layer and as many as there may be.
+void inference_sizes() {
+  for (Factors factors : kFactors) {
+    check_inference({.widths = {3, 4}, .rows = 0, .factors = factors}, Dtype::float32);
+    for (int64_t rows : {300, 1100})
+      check_inference({.widths = {3, 5, 4}, .rows = rows, .factors = factors, .most_blocks = 1}, Dtype::float32);
+    check_inference({.widths = {8, 65, 8}, .rows = 300, .factors = factors, .most_blocks = 1}, Dtype::float32);
+    Setup deep{.widths = std::vector<int>(kMaxLayers + 1, 24), .rows = 40, .factors = factors};
+    check_inference(deep, Dtype::bfloat16);
+    context = "wide";
     std::mt19937 generator(3);
-    const Model m(s, generator);
-    const Array input(s.input, s.rows * 10, 0, generator, -1, 1);
-    const Expected expected(s, m, input, Array(Dtype::float32, 0), std::vector<int64_t>(s.rows), -100);
-    Array got(output, s.rows * 5);
-    const Infer args{m.network, s.rows, s.input, output, input.data(), got.data(), 1};
-    expect(infer_cuda(args, nullptr) == 0, "the launch fails");
-    for (int64_t i = 0; i < s.rows * 5; ++i)
-      expect_near(got.get(i), expected.outputs[i / 5][i % 5], 8 * unit_of(s), "output " + std::to_string(i));
-  };
-  for (Factors factors : {Factors::bfloat16, Factors::tf32, Factors::float32}) check(Dtype::float32, factors);
-  check(Dtype::bfloat16, Factors::bfloat16);
+    deep.widths = std::vector<int>(kMaxLayers + 1, kMaxWidth);
+    expect(!fits(Model(deep, generator).network, false, shared_bytes_cuda()), "a network fits that is too large");
+  }
 }
 
 }  // namespace
@@ -346,6 +404,8 @@ int main(int argc, char** argv) {
                                {"wide", wide},
                                {"frozen", frozen},
                                {"bad_labels", bad_labels},
-                               {"inference", inference}};
+                               {"inference", inference},
+                               {"inference_types", inference_types},
+                               {"inference_sizes", inference_sizes}};
   return run_cases(argc, argv, cases);
 }

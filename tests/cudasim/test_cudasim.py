@@ -36,7 +36,10 @@ FAMILIES = {
     "norm": ["forward", "backward", "update"],
     "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
     "linear": ["forward", "backward"],
-    "mlp": ["cross_entropy", "mean_square", "upstream", "activations", "wide", "frozen", "bad_labels", "inference"],
+    "mlp": [
+        *["cross_entropy", "mean_square", "upstream", "activations", "wide", "frozen", "bad_labels"],
+        *["inference", "inference_types", "inference_sizes"],
+    ],
     "pointwise": ["forward", "backward"],
     "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites", "units", "penalties"],
     "bce": ["forward", "backward", "nothing"],
