@@ -47,6 +47,17 @@ def layers_and_losses(device: str, dtype: torch.dtype) -> None:
         assert torch.isfinite(x.grad).all()
 
 
+def rows_of_many_classes(device: str, dtype: torch.dtype) -> None:
+    """Of a block, small and large, with the gradient from the forward pass and from another."""
+    for rows, classes in ((300, 40), (3, 1029), (2, 70003)):
+        logits = torch.randn(rows, classes, device=device, dtype=dtype, requires_grad=True)
+        labels = torch.randint(classes, (rows,), device=device)
+        for upstream in (1, 2):
+            (nn.functional.cross_entropy(logits, labels) * upstream).backward()
+        nn.functional.cross_entropy(logits * 2, labels, inplace_backward=True).backward()
+        assert torch.isfinite(logits.grad).all()
+
+
 def optimizers(device: str, dtype: torch.dtype) -> None:
     for make in OPTIMIZERS:
         params = [torch.randn(n, device=device, dtype=dtype, requires_grad=True) for n in (1, 7, (3, 33), 1025, 70001)]
@@ -91,6 +102,7 @@ def main(device: str = "cuda", *dtypes: str) -> None:
     torch.manual_seed(0)
     for dtype in (getattr(torch, name) for name in dtypes) if dtypes else DTYPES:
         layers_and_losses(device, dtype)
+        rows_of_many_classes(device, dtype)
         optimizers(device, dtype)
         if dtype is not torch.float64 and device != "cpu":
             for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gdbp
 from gdbp import nn, optim
+from gdbp.step import _graphs, train_step
 from tests.processes import main, spawn
 from tests.training import close, data, eager, network, same_state
 
@@ -53,6 +54,43 @@ def fused(_folder):
     assert step.many((x, y), 4, 6).shape == (6,) and step.steps == 10
 
 
+def as_graphs(_folder):
+    """What runs on CUDA, where a replay computes anew what would have been recorded."""
+    found = [torch.tensor([-1, 0])] * 6
+
+    class Device:
+        def hold_labels(self):
+            pass
+
+        def release_labels(self):
+            return found.pop()
+
+        def follow_labels(self, bad):
+            pass
+
+        def raise_labels(self):
+            pass
+
+        def __getattr__(self, name):
+            return getattr(gdbp._C, name)
+
+    _graphs.record, _graphs._C = lambda run, device: (run, 0), Device()
+    train_step._is_on_device = lambda model: True
+    step, model = train_in_two(keep_grads=True)
+    text = step.explain()
+    assert "as a CUDA graph" in text and "averaged over processes" in text
+    gradients = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    close(gradients.norm().double(), step.grad_norms[0], 1e6)
+    # A label out of range of one rank's.
+    before = [p.detach().clone() for p in model.parameters()]
+    found[:] = [torch.tensor([3, 9]) if dist.get_rank() else torch.tensor([-1, 0])]
+    step(*halves(*data(5)))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    found[:] = [torch.tensor([-1, 0])]
+    step(*halves(*data(6)))
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
 def not_fused(_folder):
     train_in_two(strict=False)
     model = torch.nn.Sequential(network(4), torch.nn.LogSoftmax(1))
@@ -75,7 +113,7 @@ def wrapped(_folder):
     step(*halves(*data()))
 
 
-@pytest.mark.parametrize("check", [fused, not_fused, wrapped])
+@pytest.mark.parametrize("check", [fused, as_graphs, not_fused, wrapped])
 def test_two_processes(check, tmp_path):
     spawn(check, tmp_path, WORLD)
 

@@ -6,6 +6,7 @@ import torch
 
 from gdbp import _load
 from gdbp.ops.mlp import factors_of
+from gdbp.step import _ranks
 from gdbp.step._graphs import Graphs
 from gdbp.step._model import Layers
 
@@ -16,14 +17,17 @@ if _load.available:
 class DevicePlan:
     """TrainPlan's counterpart on CUDA. Nothing in it waits for the device: whether that skips a step is not asked."""
 
-    def __init__(self, layers: Layers, objective: tuple, dtype: torch.dtype):
+    def __init__(self, layers: Layers, objective: tuple, dtype: torch.dtype, process_group):
         self._dtype = dtype  # of the parameters
+        self._process_group = process_group
         self._factors: str | None = None
         self._takes_labels = objective[0] == "cross_entropy"
         self._kernel, self._graphs = None, Graphs(layers, objective)
         self._used = self._graphs
         self._why = "it ends with a Flatten that joins rows"  # why there is no kernel
-        if layers.output_dims == 2:
+        if process_group is not None:
+            self._why = "its gradients are averaged over processes before the update"
+        elif layers.output_dims == 2:
             try:
                 watch = layers.watch
                 self._kernel = _C.DeviceTrainPlan(layers.found, objective, watch.values, watch.lengths, layers.flattens)
@@ -50,6 +54,8 @@ class DevicePlan:
             return run(self._launch, input, target)
         self._used = self._graphs
         value, decided, gradients = self._graphs.gradients(input, target)
+        if self._process_group is not None and gradients:
+            decided, gradients = self._averaged(decided, gradients)
         # Others have none in this step.
         for group in groups:
             for p in group["params"]:
@@ -62,6 +68,15 @@ class DevicePlan:
             if not keep_grads:
                 for p, _ in gradients:
                     p.grad = None
+
+    def _averaged(self, decided, gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple:
+        """Over the ranks. Where one of them skips the step, all do."""
+        parameters, own = zip(*gradients, strict=True)
+        skip = [] if decided is None else [decided[2:].to(own[0].dtype)]
+        means = _ranks.averages(self._process_group, [*own, *skip])
+        if skip:
+            decided = torch.cat([decided[:2], (means.pop() > 0).double()])
+        return decided, list(zip(parameters, means, strict=True))
 
     def collect(self, plan, groups, state, keep_grads: bool) -> bool:
         """See ``TrainPlan.collect``."""

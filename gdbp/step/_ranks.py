@@ -19,11 +19,17 @@ def average(group, tensor: torch.Tensor) -> None:
     tensor.div_(dist.get_world_size(group))
 
 
+def averages(group, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of each tensor, all in one piece."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    average(group, flat)
+    means = flat.split([t.numel() for t in tensors])
+    return [mean.view_as(t).to(t.dtype) for mean, t in zip(means, tensors, strict=True)]
+
+
 @torch.no_grad()
 def average_all(group, optimizer: torch.optim.Optimizer) -> None:
-    """Of an optimizer's gradients, in one piece. A parameter without one on any rank has none on the others."""
+    """Of an optimizer's gradients. A parameter without one on any rank has none on the others."""
     grads = [p.grad for params in optimizer.param_groups for p in params["params"] if p.grad is not None]
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    average(group, flat)
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    for grad, mean in zip(grads, averages(group, grads), strict=True):
+        grad.copy_(mean)

@@ -52,9 +52,9 @@ class TrainStep:
     it skips. Networks of ``Linear`` and activations, up to 128 wide, with cross-entropy of labels or MSE take two
     launches a step. Their products are of bfloat16 or float16, or of float32: as tf32's where
     ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", and else three of these, exact to some 2^-21. Sums are
-    float32, and so are the loss and the gradients that the update sees. Of other networks forward, loss and backward
-    are a CUDA graph, recorded at the second batch of a shape, and what the modules' functions compute; dropout draws
-    from torch's generator there. Gradients that are kept are overwritten by the next step.
+    float32, and so are the loss and the gradients that the update sees. Of other networks, and of all with a
+    ``process_group``, forward, loss and backward are a CUDA graph, recorded at the second batch of a shape, and what
+    the modules' functions compute; dropout draws from torch's generator there. Gradients that are kept are overwritten by the next step.
     Results do not depend on the number of threads. Step hooks of the optimizer and hooks of modules are refused.
 
     Attributes:
@@ -191,14 +191,13 @@ class TrainStep:
             objective = _loss.describe(self.loss, layers)
             _check_layers(layers)
             self._on_device = _is_on_device(self.model)
-            if self._on_device and self.process_group is not None:
-                raise CannotFuse("process_group= has no fused form on CUDA; use strict=False")
         except CannotFuse as error:
             self._reason = str(error)
             return False
         self._layers, self._reason = layers, None
         if self._on_device:
-            self._plan = DevicePlan(layers, objective, next(self.model.parameters()).dtype)
+            dtype = next(self.model.parameters()).dtype
+            self._plan = DevicePlan(layers, objective, dtype, self.process_group)
         else:
             watch = layers.watch
             self._plan = _C.TrainPlan(
