@@ -1,7 +1,9 @@
-// Batch normalisation on CUDA. A thread keeps to a few neighbouring columns and walks down the rows; a block adds
-// up one tile, in a fixed tree, and a second kernel the tiles of each channel, in order. No atomics.
+// Batch normalisation on CUDA; of short columns in one launch (slab_cuda.cuh), else in tiles. A thread keeps to a few
+// neighbouring columns and walks down the rows; a block adds up one tile, in a fixed tree, and a second kernel the
+// tiles of each channel, in order. No atomics.
 #include "common/reduce_cuda.cuh"
 #include "norm/norm.h"
+#include "norm/slab_cuda.cuh"
 
 namespace gdbp::norm {
 namespace {
@@ -382,6 +384,14 @@ int forward(const Forward& a, void* stream) {
   const T* const input = static_cast<const T*>(a.input);
   T* const output = static_cast<T*>(a.output);
   const bool vectors = l.vectors(a.input, a.output);
+  if (a.of_batch && suits_slabs(l.planes)) {
+    return dispatch(a.activation, [&](auto op) {
+      const auto kernel = slab_forward_kernel<T, decltype(op)>;
+      return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabThreads, 0, stream, l.planes.rows, l.planes.cols, input,
+                         static_cast<const C*>(a.weight), static_cast<const C*>(a.bias), a.eps, a.stats, output,
+                         vectors);
+    });
+  }
   if (a.of_batch) {
     const int error = GDBP_LAUNCH(collect_kernel<T>, l.tile_grid, l.tile_block, 0, stream, l.planes, l.channels,
                                   l.column_blocks, input, l.first, l.second, vectors);
@@ -405,6 +415,15 @@ int backward(const Backward& a, void* stream) {
   const C* const weight = static_cast<const C*>(a.weight);
   const bool empty = l.planes.tiles() == 0, sums = a.of_batch || a.grad_weight != nullptr || a.grad_bias != nullptr;
   const bool vectors = l.vectors(a.grad_output, a.input);
+  if (sums && suits_slabs(l.planes)) {
+    return dispatch(a.activation, [&](auto op) {
+      const auto kernel = slab_backward_kernel<T, decltype(op)>;
+      return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabThreads, 0, stream, l.planes.rows, l.planes.cols, g, x,
+                         weight, static_cast<const C*>(a.bias), a.stats, a.eps, a.of_batch,
+                         static_cast<T*>(a.grad_input), static_cast<C*>(a.grad_weight), static_cast<C*>(a.grad_bias),
+                         vectors && cuda::aligned(a.grad_input));
+    });
+  }
   const int error = GDBP_LAUNCH(coefficients_kernel<C>, l.channel_grid, l.channel_block, 0, stream, l.planes,
                                 l.channels, false, l.first, l.second, const_cast<double*>(a.stats), weight,
                                 static_cast<const C*>(a.bias), a.eps, l.coefficients);

@@ -54,7 +54,8 @@ class TrainStep:
     ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", and else three of these, exact to some 2^-21. Sums are
     float32, and so are the loss and the gradients that the update sees. Of other networks, and of all with a
     ``process_group``, forward, loss and backward are a CUDA graph, recorded at the second batch of a shape, and what
-    the modules' functions compute; dropout draws from torch's generator there. Gradients that are kept are overwritten by the next step.
+    the modules' functions compute; dropout draws from torch's generator there. Gradients that are kept are overwritten
+    by the next step.
     Results do not depend on the number of threads. Step hooks of the optimizer and hooks of modules are refused.
 
     Attributes:

@@ -10,9 +10,9 @@ using namespace gdbp::norm;
 // A vector of each type more or less, a tile of rows or of columns more or less, a group of channels more or less.
 constexpr struct {
   int64_t batch, channels, length;
-} kShapes[] = {{0, 5, 1},   {5, 0, 1},  {2, 1, 1},   {3, 8, 1},    {63, 4, 1}, {64, 16, 1}, {65, 7, 1},  {5, 64, 1},
-               {131, 1, 1}, {7, 33, 1}, {3, 300, 1}, {1, 1, 2},    {2, 3, 4},  {1, 2, 255}, {2, 1, 256}, {1, 2, 260},
-               {65, 2, 3},  {4, 3, 8},  {3, 0, 4},   {130, 1, 16}, {0, 3, 4},  {2, 3, 0}};
+} kShapes[] = {{0, 5, 1},   {5, 0, 1},  {2, 1, 1},   {3, 8, 1},    {63, 4, 1}, {64, 16, 1}, {65, 7, 1},   {5, 64, 1},
+               {131, 1, 1}, {7, 33, 1}, {3, 300, 1}, {1, 1, 2},    {2, 3, 4},  {1, 2, 255}, {2, 1, 256},  {1, 2, 260},
+               {65, 2, 3},  {4, 3, 8},  {3, 0, 4},   {130, 1, 16}, {0, 3, 4},  {2, 3, 0},   {300, 19, 1}, {8200, 3, 1}};
 
 // Sums within a thread's rows are float on the device, double on the host.
 constexpr double kUlps = 16;
@@ -22,8 +22,12 @@ void for_all(F f) {
   for (Dtype dtype : kDtypes) {
     for (Activation activation : {Activation::none, Activation::relu, Activation::gelu, Activation::tanh}) {
       for (auto s : kShapes) {
+        // Of many rows enough for each path to be taken.
+        if (s.batch > 1000 && (activation != Activation::relu || dtype == Dtype::float16)) continue;
         for (int64_t offset : {0, 1}) {
           for (bool of_batch : {true, false}) {
+            // Half of the combinations, each pair of properties among them.
+            if ((int(dtype) + int(activation) + offset + of_batch) % 2 != 0) continue;
             context = std::string(kDtypeNames[int(dtype)]) + " " + kActivationNames[int(activation)] + " (" +
                       std::to_string(s.batch) + ", " + std::to_string(s.channels) + ", " + std::to_string(s.length) +
                       ") at offset " + std::to_string(offset) + (of_batch ? " of the batch" : " fixed");
