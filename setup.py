@@ -49,6 +49,8 @@ WITH_PYTHON = ("grad", "memory", "module.cpp", "nodes", "step")
 NVCC_FLAGS = ["-O1", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 DEFAULT_ARCH = "80+PTX"
+# bfloat16 and tf32 on tensor cores.
+OLDEST_ARCH = 80
 
 
 def fail(sentence):
@@ -113,7 +115,7 @@ def cuda_archs(nvcc):
         if nvcc.version < (11, 0):
             fail("nvcc {}.{} is too old; install CUDA 11.0 or newer.".format(*nvcc.version))
         here = gpus()
-        known = [arch for arch in here if f"sm_{arch}" in nvcc.say("--help")]
+        known = [arch for arch in here if f"sm_{arch}" in nvcc.say("--help") and int(arch) >= OLDEST_ARCH]
         if here and known == here:
             return known
         return [*(arch for arch in known if arch != "80"), DEFAULT_ARCH]
@@ -121,6 +123,8 @@ def cuda_archs(nvcc):
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
             fail(f'{arch!r} in {wanted!r} is no CUDA architecture; expected a list such as "80;90+PTX".')
+        if int(re.match(r"\d+", arch)[0]) < OLDEST_ARCH:
+            fail(f"{arch!r} in {wanted!r} is too old; the kernels need compute capability 8.0, expected 80 or newer.")
     return archs
 
 

@@ -82,9 +82,12 @@ def stub_nvcc(folder, release):
     return str(folder / "cuda")
 
 
-def test_cuda_architecture_unknown(sources):
-    done = build(sources, CUDA_HOME=stub_nvcc(sources, "13.0"), GDBP_CUDA_ARCHS="80;fermi")
-    assert_one_sentence(done, "'fermi'", "80;90+PTX")
+@pytest.mark.parametrize(
+    "archs, said", [("80;fermi", ("'fermi'", "80;90+PTX")), ("7.5;90", ("'75'", "too old", "80 or newer"))]
+)
+def test_cuda_architecture_refused(sources, archs, said):
+    done = build(sources, CUDA_HOME=stub_nvcc(sources, "13.0"), GDBP_CUDA_ARCHS=archs)
+    assert_one_sentence(done, *said)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,8 @@ def test_cuda_architecture_unknown(sources):
         (["90"], ["90"]),
         (["80", "90"], ["80", "90"]),
         (["90", "210"], ["90", "80+PTX"]),  # one that this nvcc does not know
+        (["75"], ["80+PTX"]),
+        (["75", "90"], ["90", "80+PTX"]),
     ],
 )
 def test_cuda_architectures_are_those_of_the_gpus(monkeypatch, gpus, archs):
@@ -103,7 +108,7 @@ def test_cuda_architectures_are_those_of_the_gpus(monkeypatch, gpus, archs):
     monkeypatch.delenv("GDBP_CUDA_ARCHS", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(setup, "gpus", lambda: gpus)
-    nvcc = SimpleNamespace(version=(13, 0), say=lambda *arguments: "'sm_80','sm_90','sm_100'")
+    nvcc = SimpleNamespace(version=(13, 0), say=lambda *arguments: "'sm_75','sm_80','sm_90','sm_100'")
     assert setup.cuda_archs(nvcc) == archs
 
 

@@ -229,6 +229,13 @@ def test_ce_many_rows_of_float16():
     assert results[0][0].isfinite()
 
 
+def test_ce_of_no_classes(device):
+    x = torch.empty(3, 0, device=device, requires_grad=True)
+    loss = cross_entropy(x, torch.empty(3, 0, device=device))
+    loss.backward()
+    assert loss.isnan() and x.grad.shape == (3, 0)
+
+
 @reductions
 def test_ce_threads_do_not_change_bits(reduction):
     x, target = logits((3001, 33), torch.float32), torch.randint(33, (3001,))

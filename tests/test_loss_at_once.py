@@ -59,7 +59,9 @@ def test_cross_entropy_gradients_are_equal(option, reduction, dtype, device):
         with torch.device(device):
             loss, x = problem(option, shape, dtype, reduction)
         # Twice and halved is exact, but for what float16 rounds below its normal numbers.
-        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7, equal_nan=True)
+        # On CUDA they come out of two kernels, whose last bits may differ.
+        rtol = 0 if device == "cpu" else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=rtol, atol=1.3e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

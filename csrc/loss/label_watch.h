@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <mutex>
@@ -39,8 +40,9 @@ class LabelWatch {
   void hold() { held() = {true, {}}; }
   at::Tensor release() { return std::exchange(held(), {}).bad; }
 
-  // Raises what has arrived by now.
+  // Raises what has arrived by now; while findings are held back whoever holds them does.
   void raise_arrived() {
+    if (held().active) return;
     const std::lock_guard lock(mutex_);
     if (const auto found = slots_.take())
       TORCH_CHECK_INDEX(false, "Target ", found->label, " is out of bounds: an earlier cross_entropy got it for row ",
@@ -50,6 +52,8 @@ class LabelWatch {
  private:
   at::Tensor next_slot() {
     if (slots_.empty()) {
+      // In inference mode it would be of use there alone.
+      const c10::InferenceMode normal(false);
       memory_ = at::empty({LabelSlots::kSlots, 2}, at::TensorOptions(at::kLong).pinned_memory(true));
       slots_.place(memory_.mutable_data_ptr<int64_t>());
     }

@@ -64,6 +64,7 @@ class Problem {
     if (second) second_ = second->contiguous();
     if (share) share_ = share->contiguous();
     const int64_t positions = logits.size(0) * inner_of(logits);
+    static const double nothing = 0;
     args = {dtype_of(x, op, "logits"),
             parse_reduction(reduction),
             classes_last_ ? positions : logits.size(0),
@@ -73,7 +74,9 @@ class Problem {
             probabilities ? nullptr : target_.const_data_ptr<int64_t>(),
             second ? second_.const_data_ptr<int64_t>() : nullptr,
             share ? share_.const_data_ptr<double>() : nullptr,
-            probabilities ? target_.const_data_ptr() : nullptr,
+            !probabilities         ? nullptr
+            : target_.numel() == 0 ? &nothing  // which lies nowhere, and is no null
+                                   : target_.const_data_ptr(),
             weight ? weight_.const_data_ptr() : nullptr,
             ignore_index,
             label_smoothing,
@@ -119,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const Tensor& logits, const T
   const Tensor& x = problem.x;
   CrossEntropyForward args;
   static_cast<CrossEntropy&>(args) = problem.args;
-  const bool labels = args.target != nullptr;
+  const bool labels = !target.is_floating_point();
   const int64_t rows = args.rows();
   at::DimVector shape(x.sizes());
   shape.erase(shape.begin() + 1);

@@ -43,10 +43,16 @@ struct Totals {
   bool mean, empty_is_zero;
   int64_t* bad;
 
-  __device__ void write(const Rows<T>& in, const Weighed& total) const {
+  __device__ void write_divisor(const Weighed& total) const {
     *divisor = normalizer != nullptr ? *normalizer : total.weight;
+  }
+  __device__ void tell(const Rows<T>& in, const Weighed& total) const {
     const bool is_bad = total.bad != kNoRow;
     tell_label(bad, is_bad ? total.bad : -1, is_bad ? in.bad_label(total.bad) : 0);
+  }
+  __device__ void write(const Rows<T>& in, const Weighed& total) const {
+    write_divisor(total);
+    tell(in, total);
   }
   __device__ void write(double loss) const {
     if (output == nullptr) return;
@@ -138,11 +144,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t index = threadIdx.x;
   const bool is_there = index < in.rows;
   const Weighed total = (is_there ? Weighed::of(in, index) : Weighed{0, kNoRow}).reduced();
-  if (threadIdx.x == 0) totals.write(in, total);
+  if (threadIdx.x == 0) totals.write_divisor(total);
   __syncthreads();
   double loss = is_there ? double(forward_row<T, Across<T>, soft>(in, index, totals, stats, each, grad_logits)) : 0;
   loss = cuda::block_reduce<kThreads>(loss, cuda::Sum{}, 0.0);
-  if (threadIdx.x == 0) totals.write(loss);
+  if (threadIdx.x != 0) return;
+  totals.write(loss);
+  // At the end, as the host may be far.
+  totals.tell(in, total);
 }
 
 // unless_one: not where the upstream gradient is 1, for which the forward pass has written the gradient.

@@ -345,7 +345,7 @@ template <class Factor, int widest>
 int launch(const Infer& args, void* stream) {
   const auto kernel = infer_kernel<Factor, widest>;
   const Parameters at(args.network);
-  if (const int error = GDBP_ALLOW_SHARED(kernel, at.bytes)) return error;
+  if (const int error = GDBP_ALLOW_SHARED(kernel, shared_bytes_cuda())) return error;
   // A block takes all registers of a multiprocessor.
   constexpr int threads = kInferThreads<widest>, rows = Rows<Factor, widest>::count;
   const int64_t tiles = (args.rows + rows - 1) / rows;

@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <class Kernel>
 int launch(const Kernel& kernel, const Train& args, void* stream) {
   const Layout at(args.network, shared_bytes_cuda());
-  if (const int error = GDBP_ALLOW_SHARED(kernel, at.bytes)) return error;
+  if (const int error = GDBP_ALLOW_SHARED(kernel, shared_bytes_cuda())) return error;
   return GDBP_LAUNCH(kernel, unsigned(blocks_of(at, args.rows, args.most_blocks)), unsigned(at.warps * kWarp), at.bytes,
                      stream, args, at, tiles_of(at, args.rows));
 }

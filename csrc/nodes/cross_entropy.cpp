@@ -1,3 +1,5 @@
+#include <ATen/SavedTensorHooks.h>
+
 #include <array>
 #include <tuple>
 
@@ -88,8 +90,10 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
   };
   if (!torch::autograd::compute_requires_grad(logits, target))
     return std::get<0>(run("gdbp::cross_entropy", static_cast<Statistics*>(nullptr)));
-  // For an upstream gradient of 1, which it nearly always is.
-  const bool at_once = !inplace && options.reduction != "none" && !target.requires_grad();
+  // For an upstream gradient of 1, which it nearly always is. On CUDA its memory is written again where it is not,
+  // which must then be the node's alone.
+  const bool is_free = logits.is_cpu() || !at::SavedTensorDefaultHooks::get_hooks();
+  const bool at_once = !inplace && options.reduction != "none" && !target.requires_grad() && is_free;
   Tensor loss, stats, divisor, gradient;
   if (at_once)
     std::tie(loss, stats, divisor, gradient) =

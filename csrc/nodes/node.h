@@ -64,6 +64,7 @@ class Node : public torch::autograd::Node {
   // What was saved, in order; undefined for what there was not.
   std::vector<Tensor> unpack() {
     const std::lock_guard<std::mutex> lock(mutex_);
+    runs_last_ = std::exchange(is_last_, false);
     std::vector<Tensor> tensors;
     tensors.reserve(saved_.size());
     for (const torch::autograd::SavedVariable& saved : saved_) tensors.push_back(saved.unpack(getptr()));
@@ -73,7 +74,7 @@ class Node : public torch::autograd::Node {
   // node alone, which runs for the last time.
   bool is_free(size_t at, const Tensor& unpacked) const {
     // Held by saved_ and by the caller.
-    return is_last_ && !saved_[at].has_hooks() && unpacked.use_count() <= 2 && unpacked.storage().use_count() == 1;
+    return runs_last_ && !saved_[at].has_hooks() && unpacked.use_count() <= 2 && unpacked.storage().use_count() == 1;
   }
   // Whether this is a gradient, and does not stand for many of them or for one that lies elsewhere.
   static bool is_plain(const Tensor& gradient) {
@@ -101,8 +102,9 @@ class Node : public torch::autograd::Node {
 
   const char* const name_;
   std::vector<torch::autograd::SavedVariable> saved_;
-  bool is_last_ = false;
-  std::mutex mutex_;  // one graph may be gone through by several threads
+  bool is_last_ = false;    // of the pass to come
+  bool runs_last_ = false;  // of this one
+  std::mutex mutex_;        // one graph may be gone through by several threads
 };
 
 // torch's graph counts the references to its nodes itself from 2.13 on.

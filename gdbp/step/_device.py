@@ -53,6 +53,8 @@ class DevicePlan:
         if self._is_kernel() and not (self._takes_labels and target.is_floating_point()):
             return run(self._launch, input, target)
         self._used = self._graphs
+        if self._process_group is None:
+            self._graphs.raise_labels()
         value, decided, gradients = self._graphs.gradients(input, target)
         if self._process_group is not None and gradients:
             decided, gradients = self._averaged(decided, gradients)
@@ -63,19 +65,22 @@ class DevicePlan:
         for p, gradient in gradients:
             p.grad = gradient
         try:
-            return run(self._update, value, decided)
+            value = run(self._update, value, decided)
         finally:
             if not keep_grads:
                 for p, _ in gradients:
                     p.grad = None
+        if self._process_group is not None:
+            # Behind the step that the other ranks make, or they would wait for this one.
+            self._graphs.raise_labels()
+        return value
 
     def _averaged(self, decided, gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple:
         """Over the ranks. Where one of them skips the step, all do."""
         parameters, own = zip(*gradients, strict=True)
-        skip = [] if decided is None else [decided[2:].to(own[0].dtype)]
-        means = _ranks.averages(self._process_group, [*own, *skip])
-        if skip:
-            decided = torch.cat([decided[:2], (means.pop() > 0).double()])
+        skip = torch.zeros(1, device=own[0].device) if decided is None else decided[2:]
+        *means, skips = _ranks.averages(self._process_group, [*own, skip.to(own[0].dtype)])
+        decided = torch.cat([self._graphs.factor, (skips > 0).double()])
         return decided, list(zip(parameters, means, strict=True))
 
     def collect(self, plan, groups, state, keep_grads: bool) -> bool:

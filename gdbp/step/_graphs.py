@@ -24,6 +24,7 @@ class Graphs:
     input. The update is not part of it, so that its numbers may change from step to step.
 
     Attributes:
+        factor: the first two numbers of ``grad::Norm`` where nothing is clipped.
         failure: why a graph could not be recorded, if so: then all is run as the first batch is.
     """
 
@@ -34,7 +35,7 @@ class Graphs:
         self._parameters = [t for t in self._tensors if isinstance(t, torch.nn.Parameter)]
         self._statistics = [t for kind, *options in layers.found if kind == "batch_norm" for t in _written(*options)]
         self._device = self._parameters[0].device
-        self._factor = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self._device)
+        self.factor = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self._device)
         self._kinds: OrderedDict[tuple, _Graph | None] = OrderedDict()
         self.failure: str | None = None
         self._completed = 0
@@ -53,7 +54,6 @@ class Graphs:
                 f"TrainStep: input is on {input.device} and target on {target.device}; expected {self._device}, as "
                 "the parameters"
             )
-        _C.raise_labels()
         kind = self._kind(input, target)
         graph = self._kinds.get(kind)
         if graph is None and kind in self._kinds and self.failure is None:
@@ -70,6 +70,10 @@ class Graphs:
             _C.follow_labels(bad)
         self._completed += 1
         return value.clone(), decided, list(zip(self._trained(), gradients, strict=True))
+
+    def raise_labels(self) -> None:
+        """For a label out of range of which an earlier step has told by now."""
+        _C.raise_labels()
 
     def completed(self) -> int:
         completed, self._completed = self._completed, 0
@@ -99,6 +103,8 @@ class Graphs:
             return _Graph(self._run, input, target)
         except RuntimeError as error:
             self.failure = str(error).split("\n")[0]
+            # Their generator may no longer be torch's: see record().
+            self._kinds.clear()
             return None
 
     def _run(self, input, target) -> tuple:
@@ -117,7 +123,7 @@ class Graphs:
             trained = self._trained()
             gradients = torch.autograd.grad(value, trained) if trained else ()
         if bad is not None:
-            decided = torch.cat([self._factor, (bad[:1] >= 0).double()])
+            decided = torch.cat([self.factor, (bad[:1] >= 0).double()])
         return value.detach(), gradients, bad, decided
 
 
@@ -137,9 +143,8 @@ class _Graph:
 def record(run: Callable[[], tuple], device: torch.device) -> tuple[Callable[[], tuple], int]:
     """A function that does what ``run`` does, in one launch and to the same memory, and the bytes that it keeps."""
     graph = torch.cuda.CUDAGraph()
-    # A recording that fails leaves torch's generator as if it went on, and nothing random could be drawn any more.
-    generator = torch.cuda.default_generators[device.index]
-    random = generator.clone_state()
+    stream, generator = torch.cuda.current_stream(device), torch.cuda.default_generators[device.index]
+    kept, numbers = generator.clone_state(), generator.get_state()
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -149,7 +154,14 @@ def record(run: Callable[[], tuple], device: torch.device) -> tuple[Callable[[],
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = run()
         except BaseException:
-            generator.graphsafe_set_state(random)
+            # Up to torch 2.14 a recording that fails is not left behind: its stream stays the current one ...
+            torch.cuda.set_stream(stream)
+            try:
+                torch.empty(1, device=device).uniform_()
+            except RuntimeError:
+                # ... and up to 2.12 nothing random can be drawn any more, but from another state.
+                generator.graphsafe_set_state(kept)
+            generator.set_state(numbers)
             raise
         used = torch.cuda.memory_reserved() - before
 

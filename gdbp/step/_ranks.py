@@ -15,8 +15,9 @@ def share(group, tensors: Iterable[torch.Tensor]) -> None:
 
 def average(group, tensor: torch.Tensor) -> None:
     """The mean over the ranks, in place; one conversation for all that lies in the tensor."""
-    dist.all_reduce(tensor, group=group)
+    # Divided first: the sum of float16 might be more than there is.
     tensor.div_(dist.get_world_size(group))
+    dist.all_reduce(tensor, group=group)
 
 
 def averages(group, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
