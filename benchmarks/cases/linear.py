@@ -14,7 +14,7 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tan
 
 
 class Layer(NamedTuple):
-    """A case: its rows, input and output features, and the only dtype to measure, if any.
+    """A case: its rows, input and output features, and the only dtype and device to measure, if any.
 
     Without input features a layer is its bias and activation alone.
     """
@@ -23,6 +23,7 @@ class Layer(NamedTuple):
     size: tuple[int, int, int]
     goal: Goal | None = None
     dtype: torch.dtype | None = None
+    device: str | None = None
 
     @property
     def name(self) -> str:
@@ -39,6 +40,8 @@ LAYERS = [
     Layer("gelu", (1024, 1024, 4096), Goal(limit=1 / 1.05)),
     Layer("gelu", (1024, 1024, 4096), Goal(limit=1 / 1.1), torch.bfloat16),
     *(Layer(activation, (4096, 0, 4096), Goal(2.0)) for activation in ("gelu", "silu", "tanh")),
+    Layer("gelu", (8192, 4096, 16384), Goal(1.0, limit=0.95), torch.bfloat16, "cuda"),
+    Layer("gelu", (8192, 0, 16384), Goal(limit=0.9), torch.bfloat16, "cuda"),
 ]
 
 
@@ -46,11 +49,11 @@ def cases(smoke: bool) -> Iterator[Case]:
     yield Case("linear", "call", "4x4", partial(_build, 4, 4, 4, "relu", True), Goal(1 / 1.3))
     layers = LAYERS
     if smoke:  # one layer of each kind
-        kinds = {(layer.name, layer.dtype): layer for layer in LAYERS}.values()
+        kinds = {(layer.name, layer.dtype): layer for layer in LAYERS if layer.device is None}.values()
         layers = [layer._replace(size=(3, min(layer.size[1], 5), 7), goal=None) for layer in kinds]
     for layer in layers:
         build = partial(_build, *layer.size, layer.activation, False)
-        yield Case("linear", layer.name, "x".join(map(str, layer.size)), build, layer.goal, layer.dtype)
+        yield Case("linear", layer.name, "x".join(map(str, layer.size)), build, layer.goal, layer.dtype, layer.device)
 
 
 def series(smoke: bool) -> Iterator[Series]:

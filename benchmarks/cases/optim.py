@@ -8,7 +8,7 @@ import torch
 
 import gdbp
 from benchmarks import peers
-from benchmarks.rules import LARGE, MANY, RULES, SMALL, Rule
+from benchmarks.rules import GPT, LARGE, MANY, RESNET, RULES, SMALL, Rule
 from benchmarks.work import COMPILED, OURS, Case, Contender, Series, Setup, Tensors, Work, powers
 
 # Of a large tensor so many elements, evenly spread, are checked; the rules act on each element alone.
@@ -17,10 +17,43 @@ CHECK_ELEMENTS = 2**16
 FLOAT_CLOCK_LOSS = 2**-15
 FLOAT_CLOCKS = (COMPILED, "deepspeed")
 
+
+def _resnet50() -> Iterator[tuple[int, ...]]:
+    """Parameters of He et al., 2016, table 1: convolutions, and a scale and an offset for each channel."""
+
+    def convolution(outputs: int, inputs: int, side: int) -> Iterator[tuple[int, ...]]:
+        yield from ((outputs, inputs, side, side), (outputs,), (outputs,))
+
+    yield from convolution(64, 3, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            yield from convolution(width, inputs, 1)
+            yield from convolution(width, width, 3)
+            yield from convolution(4 * width, width, 1)
+            if block == 0:
+                yield from convolution(4 * width, inputs, 1)
+            inputs = 4 * width
+    yield from ((1000, inputs), (1000,))
+
+
+def _gpt2() -> Iterator[tuple[int, ...]]:
+    """Those of the smallest GPT-2 (Radford et al., 2019), its head tied."""
+    width = 768
+    yield from ((50257, width), (1024, width))
+    for _ in range(12):
+        for outputs, inputs in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)):
+            yield from ((outputs, inputs), (outputs,))
+        yield from [(width,)] * 4
+    yield from [(width,)] * 2
+
+
 SIZES = {
     LARGE: [(2**26,)],
     MANY: [(64,)] * 1000,
     SMALL: [(128, 784), (128,), (10, 128), (10,)],
+    RESNET: list(_resnet50()),
+    GPT: list(_gpt2()),
 }
 SMOKE_SIZES = {"256 K": [(2**18,)], "3 x 17": [(17,)] * 3}
 
@@ -30,7 +63,8 @@ def cases(smoke: bool) -> Iterator[Case]:
         for name, rule in RULES.items():
             if smoke or size in rule.sizes:
                 build = partial(_build, rule, shapes)
-                yield Case("optim", name, size, build, rule.goals.get(size), rule.dtype)
+                device = "cuda" if size in (RESNET, GPT) else None
+                yield Case("optim", name, size, build, rule.goals.get(size), rule.dtype, device)
 
 
 def series(smoke: bool) -> Iterator[Series]:
