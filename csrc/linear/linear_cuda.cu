@@ -1,5 +1,6 @@
 // Everything around the matrix product on CUDA. A thread keeps to a few neighbouring columns and walks
 // down the rows, so the bias is read once and no index is ever divided.
+#include "common/activations_cuda.cuh"
 #include "common/reduce_cuda.cuh"
 #include "linear/linear.h"
 
@@ -142,7 +143,7 @@ int backward(const Backward& args, void* stream) {
     // At most 32 column groups across, so that at least 8 rows of a tile are in flight.
     const Shape shape = shape_of<width>(args.cols, 32);
     const int error = dispatch(args.activation, [&](auto op) {
-      const auto kernel = backward_kernel<T, decltype(op)>;
+      const auto kernel = backward_kernel<T, cuda::ActivationIn<T, decltype(op)>>;
       return GDBP_LAUNCH(kernel, dim3(unsigned(tiles), grid_y(shape.column_blocks)), shape.block, 0, stream, args.rows,
                          args.cols, static_cast<const T*>(args.grad_output), static_cast<const T*>(args.saved),
                          static_cast<T*>(args.grad_pre), tile_sums, vectors);
@@ -169,7 +170,7 @@ int forward_cuda(const Forward& args, void* stream) {
     const int64_t most = cuda::ceil_div(cuda::kMaxBlocks, shape.column_blocks);
     const dim3 grid(unsigned(row_blocks < most ? row_blocks : most), grid_y(shape.column_blocks));
     return dispatch(args.activation, [&](auto op) {
-      const auto kernel = forward_kernel<T, decltype(op)>;
+      const auto kernel = forward_kernel<T, cuda::ActivationIn<T, decltype(op)>>;
       return GDBP_LAUNCH(kernel, grid, shape.block, 0, stream, args.rows, args.cols, static_cast<T*>(args.pre),
                          static_cast<const T*>(args.bias), static_cast<T*>(args.output), vectors);
     });

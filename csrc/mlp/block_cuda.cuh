@@ -1,5 +1,6 @@
 // What the kernels of whole networks share.
 #pragma once
+#include "common/activations_cuda.cuh"
 #include "common/mma_cuda.cuh"
 #include "mlp/mlp.h"
 
@@ -13,12 +14,12 @@ using cuda::kWarp;
 
 __device__ __forceinline__ int warp_id() { return int(threadIdx.x) / kWarp; }
 
-// As dispatch() of activations.h, on the device. All lanes take the same branch.
-template <class F>
+// As dispatch() of activations.h, on the device, for results of type T. All lanes take the same branch.
+template <class T, class F>
 __device__ __forceinline__ void for_activation(Activation activation, const F& f) {
   switch (activation) {
 #define GDBP_ROW(name, Op) \
-  case Activation::name: return f(Op{});
+  case Activation::name: return f(cuda::ActivationIn<T, Op>{});
     GDBP_ACTIVATIONS(GDBP_ROW)
 #undef GDBP_ROW
   }

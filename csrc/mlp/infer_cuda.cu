@@ -269,7 +269,7 @@ struct Inference {
 
   // The next layer's factors from what multiply() left, which was rounded as the output of a layer of its own is.
   __device__ __forceinline__ void activate(Activation activation, int width, Fragments& y, Fragments& x) const {
-    for_activation(activation, [&](auto op) {
+    for_activation<T>(activation, [&](auto op) {
       const auto apply = [&](const FragmentA<Factor>& from, FragmentA<Factor>& to) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) set_pair(to, i, as_factor<Factor>(forward(op, pair_of(from, i))));

@@ -147,7 +147,7 @@ struct Block {
                            high = rounded.high();
                          }
                        });
-                       for_activation(layer.activation, [&](auto op) {
+                       for_activation<T>(layer.activation, [&](auto op) {
                          for_pairs(first, width, c, [&](int row, int column, float low, float high) {
                            pair_at(output + row * stride + column) = Pair::of(op.forward(low), op.forward(high));
                          });
@@ -164,7 +164,7 @@ struct Block {
     T* const saved = own(at.gradient(l - 1), stride);
     multiply<false>(own(at.gradient(l), out_stride), out_stride, slab(at.weight[l]), stride, padded(layer.outputs),
                     width, [&](int first, FragmentC(&c)[kParts]) {
-                      for_activation(net.layers[l - 1].activation, [&](auto op) {
+                      for_activation<T>(net.layers[l - 1].activation, [&](auto op) {
                         for_pairs(first, width, c, [&](int row, int column, float low, float high) {
                           Pair& pair = pair_at(saved + row * stride + column);
                           pair = Pair::of(op.backward(low, pair.low()), op.backward(high, pair.high()));

@@ -1,6 +1,7 @@
 // Batch normalisation on CUDA; of short columns in one launch (slab_cuda.cuh), else in tiles. A thread keeps to a few
 // neighbouring columns and walks down the rows; a block adds up one tile, in a fixed tree, and a second kernel the
 // tiles of each channel, in order. No atomics.
+#include "common/activations_cuda.cuh"
 #include "common/reduce_cuda.cuh"
 #include "norm/norm.h"
 #include "norm/slab_cuda.cuh"
@@ -386,7 +387,7 @@ int forward(const Forward& a, void* stream) {
   const bool vectors = l.vectors(a.input, a.output);
   if (a.of_batch && suits_slabs(l.planes)) {
     return dispatch(a.activation, [&](auto op) {
-      const auto kernel = slab_forward_kernel<T, decltype(op)>;
+      const auto kernel = slab_forward_kernel<T, cuda::ActivationIn<T, decltype(op)>>;
       return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabThreads, 0, stream, l.planes.rows, l.planes.cols, input,
                          static_cast<const C*>(a.weight), static_cast<const C*>(a.bias), a.eps, a.stats, output,
                          vectors);
@@ -402,7 +403,7 @@ int forward(const Forward& a, void* stream) {
                                 static_cast<const C*>(a.bias), a.eps, l.coefficients);
   if (error != 0) return error;
   return dispatch(a.activation, [&](auto op) {
-    const auto kernel = apply_kernel<T, decltype(op)>;
+    const auto kernel = apply_kernel<T, cuda::ActivationIn<T, decltype(op)>>;
     return GDBP_LAUNCH(kernel, l.map_grid, l.map_block, 0, stream, l.planes, input, l.coefficients, output, vectors);
   });
 }
@@ -417,7 +418,7 @@ int backward(const Backward& a, void* stream) {
   const bool vectors = l.vectors(a.grad_output, a.input);
   if (sums && suits_slabs(l.planes)) {
     return dispatch(a.activation, [&](auto op) {
-      const auto kernel = slab_backward_kernel<T, decltype(op)>;
+      const auto kernel = slab_backward_kernel<T, cuda::ActivationIn<T, decltype(op)>>;
       return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabThreads, 0, stream, l.planes.rows, l.planes.cols, g, x,
                          weight, static_cast<const C*>(a.bias), a.stats, a.eps, a.of_batch,
                          static_cast<T*>(a.grad_input), static_cast<C*>(a.grad_weight), static_cast<C*>(a.grad_bias),
@@ -429,7 +430,7 @@ int backward(const Backward& a, void* stream) {
                                 static_cast<const C*>(a.bias), a.eps, l.coefficients);
   if (error != 0) return error;
   return dispatch(a.activation, [&](auto op) {
-    using Op = decltype(op);
+    using Op = cuda::ActivationIn<T, decltype(op)>;
     if (sums && !empty) {
       const auto kernel = products_kernel<T, Op>;
       const int error = GDBP_LAUNCH(kernel, l.tile_grid, l.tile_block, 0, stream, l.planes, l.channels, l.column_blocks,
