@@ -1,4 +1,4 @@
-// Activations as kernels compute them whose results are elements of T. For 16 bits a fourth of the arithmetic will do
+// Activations as kernels compute them whose results are elements of T. For 16 bits half of the arithmetic or less will do
 // to round as the exact ones, all but once in some hundred times: without it that arithmetic is what kernels wait for,
 // and not memory.
 #pragma once
