@@ -1,6 +1,6 @@
-// Activations as kernels compute them whose results are elements of T. For 16 bits half of the arithmetic or less will do
-// to round as the exact ones, all but once in some hundred times: without it that arithmetic is what kernels wait for,
-// and not memory.
+// Activations as kernels compute them whose results are elements of T. For 16 bits half of the arithmetic or less
+// will do to round as the exact ones, all but once in some hundred times: without it that arithmetic is what kernels
+// wait for, and not memory.
 #pragma once
 #include "common/activations.h"
 #include "common/math_cuda.cuh"
