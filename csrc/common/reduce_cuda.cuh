@@ -17,6 +17,12 @@ struct Sum {
     return a + b;
   }
 };
+struct Min {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a < b ? a : b;
+  }
+};
 // The larger number; a NaN gives way.
 struct Max {
   template <class T>

@@ -9,9 +9,6 @@ namespace {
 
 using cuda::kThreads;
 
-struct Least {
-  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
-};
 constexpr int64_t kNoRow = INT64_MAX;
 
 // What is known of the rows before any logit is read.
@@ -27,10 +24,11 @@ struct Weighed {
   }
   __device__ __forceinline__ void add(const Weighed& other) {
     weight += other.weight;
-    bad = Least{}(bad, other.bad);
+    bad = cuda::Min{}(bad, other.bad);
   }
   __device__ __forceinline__ Weighed reduced() const {
-    return {cuda::block_reduce<kThreads>(weight, cuda::Sum{}, 0.0), cuda::block_reduce<kThreads>(bad, Least{}, kNoRow)};
+    return {cuda::block_reduce<kThreads>(weight, cuda::Sum{}, 0.0),
+            cuda::block_reduce<kThreads>(bad, cuda::Min{}, kNoRow)};
   }
 };
 

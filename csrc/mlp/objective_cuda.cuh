@@ -80,13 +80,9 @@ __device__ void mean_square(const Train& a, const Y* target, T* output, int stri
   }
 }
 
-struct Least {
-  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
-};
-
 __device__ __forceinline__ Finding reduce(Finding f) {
   return {cuda::warp_reduce(f.loss, cuda::Sum{}), cuda::warp_reduce(f.count, cuda::Sum{}),
-          cuda::warp_reduce(f.bad_row, Least{})};
+          cuda::warp_reduce(f.bad_row, cuda::Min{})};
 }
 
 // The block's finding to its place; the last block to come sums over blocks, in order.
@@ -102,7 +98,7 @@ __device__ void conclude(const Train& a, const Found& found) {
     for (int w = 1; w < warps; ++w) {
       sum.loss += of_warps[w].loss;
       sum.count += of_warps[w].count;
-      sum.bad_row = Least{}(sum.bad_row, of_warps[w].bad_row);
+      sum.bad_row = cuda::Min{}(sum.bad_row, of_warps[w].bad_row);
     }
     a.findings[blockIdx.x] = sum;
     __threadfence();
@@ -116,7 +112,7 @@ __device__ void conclude(const Train& a, const Found& found) {
     const Finding& of_block = a.findings[b];
     sum.loss += of_block.loss;
     sum.count += of_block.count;
-    sum.bad_row = Least{}(sum.bad_row, of_block.bad_row);
+    sum.bad_row = cuda::Min{}(sum.bad_row, of_block.bad_row);
   }
   sum = reduce(sum);
   if (lane != 0) return;
