@@ -74,32 +74,15 @@ struct HalfTanh : Tanh {
 };
 
 template <class Op>
-struct HalfOf {
-  using type = Op;
-};
-template <>
-struct HalfOf<Sigmoid> {
-  using type = HalfSigmoid;
-};
-template <>
-struct HalfOf<Silu> {
-  using type = HalfSilu;
-};
-template <>
-struct HalfOf<GeluTanh> {
-  using type = HalfGeluTanh;
-};
-template <>
-struct HalfOf<Gelu> {
-  using type = HalfGelu;
-};
-template <>
-struct HalfOf<Tanh> {
-  using type = HalfTanh;
-};
+Op half_of(Op);
+HalfSigmoid half_of(Sigmoid);
+HalfSilu half_of(Silu);
+HalfGeluTanh half_of(GeluTanh);
+HalfGelu half_of(Gelu);
+HalfTanh half_of(Tanh);
 
 // The activation's struct for results of type T.
 template <class T, class Op>
-using ActivationIn = typename std::conditional_t<sizeof(T) == 2, HalfOf<Op>, Type<Op>>::type;
+using ActivationIn = std::conditional_t<sizeof(T) == 2, decltype(half_of(Op{})), Op>;
 
 }  // namespace gdbp::cuda

@@ -10,12 +10,19 @@ constexpr int64_t kMaxBlocks = 16384;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How many of `width` neighbours from `first` on come before `end`.
+template <int width>
+__device__ __forceinline__ int neighbours(int64_t first, int64_t end) {
+  const int64_t left = end - first;
+  return left >= width ? width : left > 0 ? int(left) : 0;
+}
+
 // `op(begin, count)` handles the elements [begin, begin + count), count <= op.width.
 template <class Op>
 __global__ void __launch_bounds__(kThreads) map_kernel(int64_t n, Op op) {
   const int64_t stride = int64_t(gridDim.x) * kThreads * Op::width;
   int64_t begin = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * Op::width;
-  for (; begin < n; begin += stride) op(begin, int(n - begin < Op::width ? n - begin : Op::width));
+  for (; begin < n; begin += stride) op(begin, neighbours<Op::width>(begin, n));
 }
 
 template <class Op>

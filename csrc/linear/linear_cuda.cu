@@ -36,18 +36,13 @@ template <int width>
 __device__ __forceinline__ int64_t column_stride() {
   return int64_t(gridDim.y) * blockDim.x * width;
 }
-template <int width>
-__device__ __forceinline__ int columns_from(int64_t col, int64_t cols) {
-  return int(cols - col < width ? cols - col : width);
-}
-
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(int64_t rows, int64_t cols, T* pre, const T* GDBP_RESTRICT bias, T* output, bool vectors) {
   using C = Compute<T>;
   constexpr int width = cuda::kWidth<T>;
   for (int64_t col = first_column<width>(); col < cols; col += column_stride<width>()) {
-    const int count = columns_from<width>(col, cols);
+    const int count = cuda::neighbours<width>(col, cols);
     C shift[width] = {};
     if (bias != nullptr) cuda::load(bias + col, count, vectors, shift);
     int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -97,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t left = first_column<width>() - int64_t(threadIdx.x) * width; left < cols;
        left += column_stride<width>()) {
     const int64_t col = left + int64_t(threadIdx.x) * width;
-    const int count = columns_from<width>(col, cols);
+    const int count = cuda::neighbours<width>(col, cols);
     C sum[width] = {};
     for (int64_t row = tile * kRowTile + threadIdx.y; row < end && count > 0; row += blockDim.y) {
       const int64_t at = row * cols + col;

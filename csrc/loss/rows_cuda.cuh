@@ -52,7 +52,7 @@ struct Pieces : cuda::Team<threads> {
       }
     }
     for (; j < in.classes; j += step) {
-      const int count = int(in.classes - j < width ? in.classes - j : width);
+      const int count = cuda::neighbours<width>(j, in.classes);
       Compute<T> x[width];
       read(in.logits, j, count, x);
       f(j, count, x);
@@ -172,7 +172,7 @@ __device__ __forceinline__ Softmax<Compute<T>> softmax_of(const Rows<T>& in, con
 template <class Access, class F>
 __device__ __forceinline__ void for_classes(int64_t classes, const F& f) {
   for (int64_t j = int64_t(Access::rank()) * Access::width; j < classes; j += Access::size * Access::width)
-    f(j, int(classes - j < Access::width ? classes - j : Access::width));
+    f(j, cuda::neighbours<Access::width>(j, classes));
 }
 
 // The sum of the class weights, which label smoothing spreads a row's target over.

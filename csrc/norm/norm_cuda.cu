@@ -44,12 +44,6 @@ __device__ __forceinline__ void load_coefficient(const C* values, bool by_column
   for (int k = 0; k < n; ++k) to[k] = k < count ? values[by_column ? channel + k : channel] : C(0);
 }
 
-template <int width>
-__device__ __forceinline__ int columns_from(int64_t col, int64_t end) {
-  const int64_t left = end - col;
-  return left >= width ? width : left > 0 ? int(left) : 0;
-}
-
 // What a block adds up: a channel's numbers, where a column is a channel over threadIdx.y only, else over all
 // threads. Thread (x, 0), or thread 0, gets the result. The barrier in front lets calls follow one another.
 template <class Value>
@@ -107,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
       // Where a column is a channel this is one step, else the steps across the tile.
       for (int64_t left = tile.first_col; left < tile.end_col; left += int64_t(blockDim.x) * width) {
         const int64_t col = left + int64_t(threadIdx.x) * width;
-        const int count = columns_from<width>(col, tile.end_col);
+        const int count = cuda::neighbours<width>(col, tile.end_col);
         const T* const x = input + plane * p.plane_step + col;
         C pivot[width] = {}, sum[width] = {}, sum_of_squares[width] = {};
         int64_t row = tile.first_row + threadIdx.y;
@@ -186,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t plane = blockIdx.z; plane < p.count; plane += gridDim.z) {
     for (int64_t col = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * width; col < p.cols;
          col += int64_t(gridDim.y) * blockDim.x * width) {
-      const int count = columns_from<width>(col, p.cols);
+      const int count = cuda::neighbours<width>(col, p.cols);
       const int64_t channel = p.by_column ? col : plane;
       C center[width], scale[width], shift[width];
       load_coefficient(by.center, p.by_column, channel, count, center);
@@ -217,7 +211,7 @@ __global__ void __launch_bounds__(kThreads)
       Products whole{};
       for (int64_t left = tile.first_col; left < tile.end_col; left += int64_t(blockDim.x) * width) {
         const int64_t col = left + int64_t(threadIdx.x) * width;
-        const int count = columns_from<width>(col, tile.end_col);
+        const int count = cuda::neighbours<width>(col, tile.end_col);
         const int64_t channel = p.by_column ? col : plane;
         C center[width], scale[width], shift[width], sum[width] = {}, product[width] = {};
         load_coefficient(by.center, p.by_column, channel, count, center);
@@ -293,7 +287,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t plane = blockIdx.z; plane < p.count; plane += gridDim.z) {
     for (int64_t col = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * width; col < p.cols;
          col += int64_t(gridDim.y) * blockDim.x * width) {
-      const int count = columns_from<width>(col, p.cols);
+      const int count = cuda::neighbours<width>(col, p.cols);
       const int64_t channel = p.by_column ? col : plane;
       C center[width], scale[width], shift[width], slope[width] = {}, offset[width] = {};
       load_coefficient(by.center, p.by_column, channel, count, center);

@@ -17,16 +17,13 @@ struct Slab {
   using C = Compute<T>;
   static constexpr int width = cuda::kWidth<T>, columns = kSlabGroups * width;
 
-  int64_t rows, cols, col;
+  int64_t cols, col;
   int count;  // of this thread's columns, neighbours from `col` on
-  bool vectors;
 
-  __device__ __forceinline__ Slab(int64_t rows, int64_t cols, bool vectors)
-      : rows(rows),
-        cols(cols),
+  __device__ __forceinline__ explicit Slab(int64_t cols)
+      : cols(cols),
         col((int64_t(blockIdx.x) * kSlabGroups + threadIdx.x % kSlabGroups) * width),
-        count(cols - col < width ? (cols > col ? int(cols - col) : 0) : width),
-        vectors(vectors) {}
+        count(cuda::neighbours<width>(col, cols)) {}
 
   // f(the place of the thread's first element) for its rows up to `end`.
   template <class F>
@@ -72,7 +69,7 @@ __global__ void __launch_bounds__(kSlabThreads)
                         double eps, double* stats, T* output, bool vectors) {
   using C = Compute<T>;
   constexpr int width = Slab<T>::width;
-  const Slab<T> slab(rows, cols, vectors);
+  const Slab<T> slab(cols);
   // Sums are taken about the mean of the first rows: of what they add up little cancels.
   C sum[width] = {}, squares[width] = {}, pivot[width];
   double total[width], total_squares[width];
@@ -125,7 +122,7 @@ __global__ void __launch_bounds__(kSlabThreads)
                          Compute<T>* grad_weight, Compute<T>* grad_bias, bool vectors) {
   using C = Compute<T>;
   constexpr int width = Slab<T>::width;
-  const Slab<T> slab(rows, cols, vectors);
+  const Slab<T> slab(cols);
   Normalize<C> normalize[width] = {};
 #pragma unroll
   for (int k = 0; k < width; ++k) {
@@ -184,7 +181,7 @@ inline bool suits_slabs(const Planes& planes) {
 }
 template <class T>
 unsigned slabs_of(const Planes& planes) {
-  return unsigned((planes.cols + Slab<T>::columns - 1) / Slab<T>::columns);
+  return unsigned(cuda::ceil_div(planes.cols, Slab<T>::columns));
 }
 
 }  // namespace
