@@ -10,7 +10,7 @@ import gdbp
 from gdbp import nn, optim
 from gdbp.step import _graphs, train_step
 from tests import test_train_step, test_train_step_protocols
-from tests.training import CLASSES, FEATURES, Pair, close, data, eager, network
+from tests.training import CLASSES, FEATURES, LabelsOfADevice, Pair, close, data, eager, network
 
 BF16 = torch.bfloat16
 
@@ -178,29 +178,7 @@ def test_statistics_have_new_versions():
 
 @pytest.mark.parametrize("limit", [None, 0.1])
 def test_a_label_out_of_range_skips_the_step(limit, monkeypatch):
-    """As it would be found on a device, where the loss is then not a number."""
-
-    class Device:
-        bad, followed, label = torch.tensor([-1, 0]), [], None
-
-        def hold_labels(self):
-            pass
-
-        def release_labels(self):
-            return self.bad.clone()
-
-        def follow_labels(self, bad):
-            self.followed.append(bad.tolist())
-
-        def raise_labels(self):
-            if self.followed and self.followed[-1][0] >= 0:
-                row, label = self.followed.pop()
-                raise IndexError(f"Target {label} is out of bounds: row {row}")
-
-        def __getattr__(self, name):
-            return getattr(gdbp._C, name)
-
-    device = Device()
+    device = LabelsOfADevice()
     monkeypatch.setattr(_graphs, "_C", device)
     pair = Pair(max_grad_norm=limit)
     make_step = pair.step
