@@ -12,7 +12,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdbp
-from gdbp.nn.functional import batch_norm, cross_entropy, linear, linear_batch_norm
+from gdbp.nn.functional import (
+    batch_norm,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    huber_loss,
+    linear,
+    linear_batch_norm,
+    mse_loss,
+    smooth_l1_loss,
+)
 from gdbp.ops import _function
 
 pytestmark = pytest.mark.skipif(not gdbp._load.available, reason="what is tested is the compiled part")
@@ -50,6 +59,14 @@ def norm(training, activation, running=True):
     return of
 
 
+def elements(of, **options):
+    def call(x, w, b):
+        y = linear(x, w, b)
+        return of(y, (2 * y.detach()).sigmoid(), **options)
+
+    return call
+
+
 CALLS = {
     "batch norm": norm(True, "silu"),
     "batch norm, nothing running": norm(True, None, running=False),
@@ -65,6 +82,11 @@ CALLS = {
     "normalizer": loss(normalizer=7.0),
     "in place": loss(inplace_backward=True),
     "ignored": loss(ignore_index=2),
+    "mse": elements(mse_loss),
+    "huber, none": elements(huber_loss, reduction="none", delta=0.5),
+    "smooth l1, sum": elements(smooth_l1_loss, reduction="sum", beta=0.5),
+    "bce": elements(binary_cross_entropy_with_logits),
+    "bce, weighted": elements(binary_cross_entropy_with_logits, weight=torch.rand(6, 1), pos_weight=torch.rand(4)),
 }
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -130,7 +152,11 @@ def test_backward_twice(call):
 
 
 @pytest.mark.parametrize(
-    "name", ["relu", "gelu", "tanh", "mean", "none", "probabilities", "z, capped", "batch norm", "batch norm, running"]
+    "name",
+    [
+        *("relu", "gelu", "tanh", "mean", "none", "probabilities", "z, capped", "batch norm", "batch norm, running"),
+        *("mse", "huber, none", "bce, weighted"),
+    ],
 )
 def test_second_derivatives(name, through_functions):
     def second():
@@ -201,8 +227,8 @@ def test_hooks(call):
     seen = []
     output = call(*inputs)
     node = output.grad_fn
-    arguments = {"_LinearBackward": 3, "_CrossEntropyBackward": 2, "_BatchNormBackward": 4}
-    assert len(node.next_functions) == arguments[node.name()]
+    arguments = {"_LinearBackward": 3, "_BatchNormBackward": 4}
+    assert len(node.next_functions) == arguments.get(node.name(), 2)
     node.register_prehook(lambda grads: tuple(2 * g for g in grads))
     node.register_hook(lambda grads, outputs: seen.append(len(grads)))
     upstream = torch.linspace(-1, 2, output.numel()).reshape(output.shape)

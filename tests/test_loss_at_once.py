@@ -51,6 +51,13 @@ def at_once(loss, x):
     return x.grad
 
 
+def assert_gradients_are_equal(loss, x):
+    # Twice and halved is exact, but for what float16 rounds below its normal numbers.
+    # On CUDA they come out of two kernels, whose last bits may differ.
+    rtol = 0 if x.is_cpu else 2 * torch.finfo(x.dtype).eps
+    torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=rtol, atol=1.3e-7, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("option", OPTIONS)
@@ -58,37 +65,35 @@ def test_cross_entropy_gradients_are_equal(option, reduction, dtype, device):
     for shape in SHAPES:
         with torch.device(device):
             loss, x = problem(option, shape, dtype, reduction)
-        # Twice and halved is exact, but for what float16 rounds below its normal numbers.
-        # On CUDA they come out of two kernels, whose last bits may differ.
-        rtol = 0 if device == "cpu" else 2 * torch.finfo(dtype).eps
-        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=rtol, atol=1.3e-7, equal_nan=True)
+        assert_gradients_are_equal(loss, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", POINTWISE)
-def test_pointwise_gradients_are_equal(name, reduction, dtype):
+def test_pointwise_gradients_are_equal(name, reduction, dtype, device):
     for size in (0, 1, 15, 17, 16383, 16384, 16385, 50001):
-        x, target = torch.randn(2, size).to(dtype)
+        x, target = torch.randn(2, size, device=device).to(dtype)
 
         def loss(x, target=target):
             return POINTWISE[name](x, target, reduction=reduction)
 
-        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7)
+        assert_gradients_are_equal(loss, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("factors", [{}, {"weight": (3, 1)}, {"weight": (7,), "pos_weight": (7,)}])
-def test_bce_gradients_are_equal(factors, reduction, dtype):
-    factors = {name: torch.rand(shape).to(dtype) for name, shape in factors.items()}
+def test_bce_gradients_are_equal(factors, reduction, dtype, device):
+    factors = {name: torch.rand(shape, device=device).to(dtype) for name, shape in factors.items()}
     for rows in (0, 3, 2049):
-        x, target = torch.randn(rows, 3, 7).to(dtype), torch.rand(rows, 3, 7).to(dtype)
+        x, target = torch.randn(2, rows, 3, 7, device=device).to(dtype)
+        target = target.sigmoid()
 
         def loss(x, target=target):
             return bce(x, target, reduction=reduction, **factors)
 
-        torch.testing.assert_close(at_once(loss, x), in_two_passes(loss, x), rtol=0, atol=1.3e-7)
+        assert_gradients_are_equal(loss, x)
 
 
 def functions(device="cpu"):
@@ -138,14 +143,18 @@ def test_nothing_is_computed_ahead_without_need(which):
         assert operators(lambda: loss(wanted)) == {name}
     assert operators(lambda: loss(wanted)) == {f"{name}_with_gradient"}
     assert operators(lambda: loss(wanted).backward()) == {f"{name}_with_gradient"}
-    other = f"{name}_backward_from_one_" if which == 1 else f"{name}_backward"
+    other = f"{name}_backward_from_one_"
     assert operators(lambda: loss(wanted).backward(torch.tensor(2.0))) == {f"{name}_with_gradient", other}
+    two = torch.tensor(2.0)
+    other = f"{name}_backward"
+    assert operators(lambda: loss(wanted).backward(two, retain_graph=True)) == {f"{name}_with_gradient", other}
 
 
+@pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("keeps", ["the graph", "the gradient", "nothing"])
-def test_gradients_that_somebody_holds_stay(keeps, device):
-    x, labels = torch.randn(6, 5, device=device, requires_grad=True), torch.randint(5, (6,), device=device)
-    value = cross_entropy(x, labels)
+def test_gradients_that_somebody_holds_stay(keeps, which, device):
+    x = torch.randn(6, 5, device=device, requires_grad=True)
+    value = functions(device)[which](x)
     (first,) = torch.autograd.grad(value, x, retain_graph=True)
     unit = first.clone()
     if keeps != "the gradient":
@@ -159,23 +168,52 @@ def test_gradients_that_somebody_holds_stay(keeps, device):
         assert torch.equal(third, unit)
 
 
+X, TARGET = torch.randn(6, 5), torch.rand(6, 5)
+# Operators, with what they take before and behind the reduction.
+OPERATORS = {
+    "pointwise_loss": ((X, TARGET, "huber_loss", 0.5), ()),
+    "bce_with_logits": ((X, TARGET, None, torch.rand(5)), ()),
+    "cross_entropy": ((X, torch.randint(5, (6,)), None, None, None), (-100, 0.1, 0.01, 3.0)),
+}
+
+
+def from_one(name, upstream):
+    """The operator that goes on from the gradient for 1, and its arguments with one for the reduction."""
+    first, last = OPERATORS[name]
+    if name == "cross_entropy":
+        _, stats, divisor, grad = torch.ops.gdbp.cross_entropy_with_gradient(*first, None, "mean", *last, False)
+        first = (*first, stats, divisor)
+    else:
+        _, grad = getattr(torch.ops.gdbp, f"{name}_with_gradient")(*first, "mean")
+    operator = getattr(torch.ops.gdbp, f"{name}_backward_from_one_")
+    return operator, lambda grad=grad, reduction="mean": (torch.tensor(upstream), *first, reduction, *last, grad)
+
+
 @pytest.mark.parametrize("upstream", [1.0, -2.0, float("nan")])
-def test_from_the_gradient_for_one(upstream):
-    logits, labels = torch.randn(6, 5), torch.randint(5, (6,))
-    options = ("mean", -100, 0.1, 0.01, 3.0)
-    ops = torch.ops.gdbp
-    _, stats, divisor, grad = ops.cross_entropy_with_gradient(logits, labels, *(None,) * 4, *options, False)
-    arguments = (torch.tensor(upstream), logits, labels, None, None, None, stats, divisor, *options)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_from_the_gradient_for_one(name, upstream):
+    operator, arguments = from_one(name, upstream)
+    *others, grad = arguments()
     version = grad._version
-    wanted, _ = ops.cross_entropy_backward(*arguments, (True, False))
-    ops.cross_entropy_backward_from_one_(*arguments, grad)
+    wanted, _ = getattr(torch.ops.gdbp, f"{name}_backward")(*others, (True, False))
+    operator(*arguments())
     assert torch.equal(grad.nan_to_num(7.0), wanted.nan_to_num(7.0))
     assert grad._version > version
-    torch.library.opcheck(ops.cross_entropy_backward_from_one_, (*arguments, grad))
-    with pytest.raises(ValueError, match="reduction is 'none'"):
-        ops.cross_entropy_backward_from_one_(*arguments[:8], "none", *options[1:], grad)
-    with pytest.raises(RuntimeError, match="grad_logits is not what cross_entropy_with_gradient returned"):
-        ops.cross_entropy_backward_from_one_(*arguments, grad.T)
+    torch.library.opcheck(operator, arguments())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_from_the_gradient_for_one_refuses(name):
+    operator, arguments = from_one(name, 2.0)
+    grad = arguments()[-1]
+    before, version = grad.clone(), grad._version
+    with pytest.raises(ValueError, match="reduction is 'none'; expected mean or sum"):
+        operator(*arguments(reduction="none"))
+    with pytest.raises(RuntimeError, match=r"grad_.* is not what .* returned"):
+        operator(*arguments(grad.T))
+    with pytest.raises(RuntimeError, match="grad_output has shape"):
+        operator(torch.ones(3), *arguments()[1:])
+    assert torch.equal(grad, before) and grad._version == version
 
 
 def test_opcheck():

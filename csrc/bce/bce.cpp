@@ -92,6 +92,22 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
   return {grad_input, grad_target};
 }
 
+// grad_input is what forward_with_gradient returned, and becomes the gradient for grad_output.
+void backward_from_one_(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                        const OptionalTensor& weight, const OptionalTensor& pos_weight, c10::string_view reduction,
+                        Tensor grad_input) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const char* const op = "binary_cross_entropy_with_logits_backward_from_one_";
+  const Problem problem(input, target, weight, pos_weight, reduction, op);
+  const Tensor g = grad_output.contiguous();
+  check_from_one(grad_input, "grad_input", problem.x, problem.loss.reduction, op);
+  check_grad_output(g, problem.x, problem.loss.reduction, problem.loss.numel, op);
+  mark_changed(grad_input);
+  if (g.is_cpu() && g.item<double>() == 1) return;
+  const Backward args{problem.loss, g.const_data_ptr(), grad_input.mutable_data_ptr(), nullptr, true};
+  run_on(input.device(), op, backward_cpu, GDBP_CUDA_LAUNCHER(backward_cuda), args);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
@@ -105,15 +121,20 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       "bce_with_logits_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight,"
       " str reduction, bool[2] mask) -> (Tensor grad_input, Tensor grad_target)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "bce_with_logits_backward_from_one_(Tensor grad_output, Tensor input, Tensor target, Tensor? weight,"
+      " Tensor? pos_weight, str reduction, Tensor(a!) grad_input) -> ()",
+      {at::Tag::pt2_compliant_tag});
 }
 
-#define GDBP_BCE_IMPL(key)                         \
-  TORCH_LIBRARY_IMPL(gdbp, key, m) {               \
-    m.impl("bce_with_logits", &forward);           \
-    m.impl("bce_with_logits_backward", &backward); \
+#define GDBP_BCE_IMPL(key)                                             \
+  TORCH_LIBRARY_IMPL(gdbp, key, m) {                                   \
+    m.impl("bce_with_logits", &forward);                               \
+    m.impl("bce_with_logits_with_gradient", &forward_with_gradient);   \
+    m.impl("bce_with_logits_backward", &backward);                     \
+    m.impl("bce_with_logits_backward_from_one_", &backward_from_one_); \
   }
 GDBP_BCE_IMPL(CPU)
 GDBP_BCE_IMPL(CUDA)
-TORCH_LIBRARY_IMPL(gdbp, CPU, m) { m.impl("bce_with_logits_with_gradient", &forward_with_gradient); }
 
 }  // namespace gdbp::bce

@@ -1,13 +1,11 @@
-// Binary cross-entropy on CUDA. Sums are taken in two stages over tiles of fixed size, without atomics, so they have
-// the same bits in every run.
+// Binary cross-entropy on CUDA.
 #include "bce/bce.h"
 #include "bce/bce_math.h"
-#include "common/reduce_cuda.cuh"
+#include "common/tiled_sum_cuda.cuh"
 
 namespace gdbp::bce {
 namespace {
 
-using cuda::kThreads;
 using cuda::load;
 using cuda::store;
 
@@ -64,6 +62,33 @@ struct Losses {
   }
 };
 
+// The sum of some elements' losses; and their gradients at an upstream gradient of 1, where they are asked for.
+template <class T>
+struct Terms {
+  using C = Compute<T>;
+  static constexpr int width = cuda::kWidth<T>;
+  Elements<T> elements;
+  C factor;       // of the loss in the result
+  T* grad_input;  // or null
+  bool vectors;
+
+  __device__ double operator()(int64_t begin, int count) const {
+    double sum = 0;
+    if (grad_input == nullptr) {
+      elements(begin, count, [&](int, C x, C t, C w, C q) { sum += double(w * loss(Logit<C>(x), t, q)); });
+      return sum;
+    }
+    C dx[width];
+    elements(begin, count, [&](int k, C x, C t, C w, C q) {
+      const Logit<C> at(x);
+      sum += double(w * loss(at, t, q));
+      dx[k] = factor * (w * input_slope(at, t, q));
+    });
+    store(grad_input + begin, count, vectors, dx);
+    return sum;
+  }
+};
+
 template <class T>
 struct Gradients {
   using C = Compute<T>;
@@ -74,6 +99,7 @@ struct Gradients {
   T* grad_target;
   double scale;
   bool each;  // one gradient per element, and not one for all
+  bool unless_one;
   bool vectors;
 
   __device__ void operator()(int64_t begin, int count) const {
@@ -81,9 +107,10 @@ struct Gradients {
     if (each) {
       load(grad_output + begin, count, vectors, upstream);
     } else {
-      const C one = C(double(cuda::widen_fast(*grad_output)) * scale);
+      const C one = cuda::widen_fast(*grad_output);
+      if (unless_one && one == C(1)) return;
 #pragma unroll
-      for (int k = 0; k < width; ++k) upstream[k] = one;
+      for (int k = 0; k < width; ++k) upstream[k] = C(double(one) * scale);
     }
     elements(begin, count, [&](int k, C x, C t, C w, C q) {
       const Logit<C> at(x);
@@ -95,45 +122,16 @@ struct Gradients {
   }
 };
 
-// One block per tile of kTile elements.
-template <class T>
-__global__ void __launch_bounds__(kThreads) tile_kernel(int64_t numel, const Elements<T> elements, double* sums) {
-  using C = Compute<T>;
-  constexpr int width = cuda::kWidth<T>;
-  const int64_t first = int64_t(blockIdx.x) * kTile;
-  const int64_t end = first + kTile < numel ? first + kTile : numel;
-  double sum = 0;
-  for (int64_t at = first + int64_t(threadIdx.x) * width; at < end; at += kThreads * width) {
-    const int count = int(end - at < width ? end - at : width);
-    elements(at, count, [&](int, C x, C t, C w, C q) { sum += double(w * loss(Logit<C>(x), t, q)); });
-  }
-  sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    total_kernel(int64_t tiles, const double* GDBP_RESTRICT sums, double divisor, T* output) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < tiles; i += kThreads) sum += sums[i];
-  sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
-  if (threadIdx.x == 0) *output = cuda::narrow_fast<T>(Compute<T>(sum / divisor));
-}
-
 template <class T>
 int forward(const Forward& a, void* stream) {
   const Elements<T> elements(a);
   T* const output = static_cast<T*>(a.output);
   if (a.reduction == Reduction::none)
     return cuda::map(a.numel, Losses<T>{elements, output, cuda::aligned(output)}, stream);
-  double* const sums = static_cast<double*>(a.workspace);
-  const int64_t count = tiles(a.numel, kTile);
-  if (count > 0) {
-    const int error = GDBP_LAUNCH(tile_kernel<T>, unsigned(count), kThreads, 0, stream, a.numel, elements, sums);
-    if (error != 0) return error;
-  }
   const double divisor = a.reduction == Reduction::mean ? double(a.numel) : 1.0;
-  return GDBP_LAUNCH(total_kernel<T>, 1, kThreads, 0, stream, count, sums, divisor, output);
+  T* const grad_input = static_cast<T*>(a.grad_input);
+  const Terms<T> terms{elements, Compute<T>(1 / divisor), grad_input, cuda::aligned(grad_input)};
+  return cuda::tiled_sum<kTile>(a.numel, terms, divisor, static_cast<double*>(a.workspace), output, stream);
 }
 
 template <class T>
@@ -145,10 +143,11 @@ int backward(const Backward& a, void* stream) {
                   static_cast<T*>(a.grad_target),
                   a.reduction == Reduction::mean ? 1.0 / double(a.numel) : 1.0,
                   each,
+                  a.unless_one,
                   false};
   op.vectors =
       cuda::aligned(op.grad_input) && cuda::aligned(op.grad_target) && (!each || cuda::aligned(op.grad_output));
-  return cuda::map(a.numel, op, stream);
+  return cuda::map(a.numel, op, stream, a.unless_one ? cuda::kFewBlocks : cuda::kMaxBlocks);
 }
 
 }  // namespace

@@ -68,6 +68,11 @@ inline at::Tensor on_huge_pages(at::Tensor fresh) {
   return fresh;
 }
 
+// For autograd, which would compute with other numbers than it kept, or refuses.
+inline void mark_changed(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
 // ---- what the layers share ----
 
 inline Activation parse_activation(c10::string_view name, const char* op) {
@@ -98,6 +103,15 @@ inline void check_grad_output(const at::Tensor& grad, const at::Tensor& input, R
   const int64_t expected = reduction == Reduction::none ? elements : 1;
   TORCH_CHECK(grad.numel() == expected, op, ": grad_output has shape ", grad.sizes(), "; expected ", expected,
               " element(s) for this reduction");
+}
+
+// `gradient` of `input`, written beside the loss for an upstream gradient of 1, may become that for another.
+inline void check_from_one(const at::Tensor& gradient, const char* name, const at::Tensor& input, Reduction reduction,
+                           const char* op) {
+  TORCH_CHECK_VALUE(reduction != Reduction::none, op, ": reduction is 'none'; expected mean or sum");
+  TORCH_CHECK(gradient.sizes() == input.sizes() && gradient.strides() == input.strides() &&
+                  gradient.scalar_type() == input.scalar_type() && gradient.device() == input.device(),
+              op, ": ", name, " is not what the loss's operator _with_gradient returned for this input");
 }
 
 // Runs a launcher where `where` lives, on that device's current stream.

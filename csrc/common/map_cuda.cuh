@@ -25,11 +25,14 @@ __global__ void __launch_bounds__(kThreads) map_kernel(int64_t n, Op op) {
   for (; begin < n; begin += stride) op(begin, neighbours<Op::width>(begin, n));
 }
 
+// Of a kernel that may find nothing to do: to start many blocks would then be all its cost.
+constexpr int64_t kFewBlocks = 2048;
+
 template <class Op>
-int map(int64_t n, const Op& op, void* stream) {
+int map(int64_t n, const Op& op, void* stream, int64_t most_blocks = kMaxBlocks) {
   if (n == 0) return 0;
   const int64_t blocks = ceil_div(n, kThreads * Op::width);
-  const unsigned grid = unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+  const unsigned grid = unsigned(blocks < most_blocks ? blocks : most_blocks);
   return GDBP_LAUNCH(map_kernel<Op>, grid, kThreads, 0, stream, n, op);
 }
 

@@ -149,7 +149,7 @@ bool Gradients::write(std::vector<Source> sources, const OnDense& on_dense, cons
     if (!dense_[i]) on_other(i);
   on_dense(sources);
   for (size_t i = 0; i < tensors_.size(); ++i)
-    if (dense_[i] && !tensors_[i].is_inference()) tensors_[i].unsafeGetTensorImpl()->bump_version();
+    if (dense_[i]) mark_changed(tensors_[i]);
   return true;
 }
 

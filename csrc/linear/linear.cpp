@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 std::tuple<Tensor, Tensor, Tensor> backward_over_saved(const Tensor& grad_output, const Tensor& input,
                                                        const Tensor& weight, Tensor saved, c10::string_view activation,
                                                        std::array<bool, 3> mask) {
-  if (!saved.is_inference()) saved.unsafeGetTensorImpl()->bump_version();
+  mark_changed(saved);
   return gradients(grad_output, input, weight, saved, activation, mask, true);
 }
 

@@ -222,16 +222,13 @@ void backward_from_one_(const Tensor& grad_output, const Tensor& logits, const T
                         double label_smoothing, double z_loss, double softcap, Tensor grad_logits) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const char* const op = "cross_entropy_backward_from_one_";
-  TORCH_CHECK_VALUE(reduction != "none", op, ": reduction is 'none'; expected mean or sum");
   const Problem problem(logits, target, second, share, weight, reduction, ignore_index, label_smoothing, z_loss,
                         softcap, op);
-  TORCH_CHECK(grad_logits.sizes() == problem.x.sizes() && grad_logits.strides() == problem.x.strides() &&
-                  grad_logits.scalar_type() == problem.x.scalar_type() && grad_logits.device() == problem.x.device(),
-              op, ": grad_logits is not what cross_entropy_with_gradient returned for these logits");
-  if (!grad_logits.is_inference()) grad_logits.unsafeGetTensorImpl()->bump_version();
-  if (grad_output.is_cpu() && grad_output.item<double>() == 1) return;
+  check_from_one(grad_logits, "grad_logits", problem.x, problem.args.reduction, op);
   const Tensor g = grad_output.contiguous();
   CrossEntropyBackward args = describe_backward(problem, g, stats, divisor, op);
+  mark_changed(grad_logits);
+  if (g.is_cpu() && g.item<double>() == 1) return;
   args.grad_logits = grad_logits.mutable_data_ptr();
   args.unless_one = true;
   run_on(logits.device(), op, cross_entropy_backward_cpu, GDBP_CUDA_LAUNCHER(cross_entropy_backward_cuda), args);
@@ -251,7 +248,7 @@ void backward_(const Tensor& grad_output, Tensor logits, const Tensor& target, c
   args.grad_logits = problem.x.mutable_data_ptr();
   run_on(logits.device(), op, cross_entropy_backward_cpu, GDBP_CUDA_LAUNCHER(cross_entropy_backward_cuda), args);
   if (problem.x.const_data_ptr() != logits.const_data_ptr()) logits.copy_(problem.x);
-  if (!logits.is_inference()) logits.unsafeGetTensorImpl()->bump_version();
+  mark_changed(logits);
 }
 
 }  // namespace

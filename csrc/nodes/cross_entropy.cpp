@@ -1,5 +1,3 @@
-#include <ATen/SavedTensorHooks.h>
-
 #include <array>
 #include <tuple>
 
@@ -31,9 +29,9 @@ class CrossEntropyBackward : public Node {
                             saved[5], reduction, ignore_index, smoothing, z_loss, softcap);
     }
     if (writes_ == Writes::at_once) {
-      if (grad_output.is_cpu() && is_plain(grad_output) && grad_output.item<double>() == 1) return {saved[8], Tensor()};
+      if (is_one(grad_output)) return {saved[8], Tensor()};
       if (is_plain(grad_output) && is_free(8, saved[8])) {
-        // On CUDA only the device knows what is upstream; where it is 1 there is nothing to do.
+        // Where the device finds a 1 there is nothing to do.
         static const auto op =
             find<void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                       const OptionalTensor&, const Tensor&, const Tensor&, c10::string_view, int64_t, double, double,
@@ -90,10 +88,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
   };
   if (!torch::autograd::compute_requires_grad(logits, target))
     return std::get<0>(run("gdbp::cross_entropy", static_cast<Statistics*>(nullptr)));
-  // For an upstream gradient of 1, which it nearly always is. On CUDA its memory is written again where it is not,
-  // which must then be the node's alone.
-  const bool is_free = logits.is_cpu() || !at::SavedTensorDefaultHooks::get_hooks();
-  const bool at_once = !inplace && options.reduction != "none" && !target.requires_grad() && is_free;
+  const bool at_once = !inplace && takes_gradient_at_once(logits, target, options.reduction);
   Tensor loss, stats, divisor, gradient;
   if (at_once)
     std::tie(loss, stats, divisor, gradient) =

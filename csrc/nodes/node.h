@@ -1,6 +1,7 @@
 // The backward pass of an operator as torch's engine calls it, in C++: what gdbp/ops has in Python for every use, for
 // the usual one alone, where a call of a Python function takes longer than a small layer.
 #pragma once
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
@@ -82,6 +83,11 @@ class Node : public torch::autograd::Node {
     constexpr c10::DispatchKeySet others({DispatchKey::Batched, DispatchKey::FuncTorchBatched, DispatchKey::Python});
     return !gradient.key_set().has_any(others);
   }
+  // Whether this is known to be the number 1, for which a loss may have written its gradient ahead: on CUDA only the
+  // device knows.
+  static bool is_one(const Tensor& gradient) {
+    return gradient.is_cpu() && is_plain(gradient) && gradient.item<double>() == 1;
+  }
   // Gradients that will be differentiated again, from plain torch: what `function` of gdbp.reference returns.
   template <class... Arguments>
   static Gradients from_reference(const char* function, const Arguments&... arguments) {
@@ -125,6 +131,14 @@ void connect(const Pointer& node, const Tensor& output, const Inputs&... inputs)
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
   (node->save(inputs), ...);
   torch::autograd::set_history(output, node);
+}
+
+// Whether a loss computes its gradient along with its value, for an upstream gradient of 1, which it nearly always is;
+// and for no other gradient than this one. On CUDA its memory is written again where it is not, and must then be the
+// node's alone.
+inline bool takes_gradient_at_once(const Tensor& input, const Tensor& target, const std::string& reduction) {
+  return reduction != "none" && input.requires_grad() && !target.requires_grad() &&
+         (input.is_cpu() || !at::SavedTensorDefaultHooks::get_hooks());
 }
 
 // Below autograd, for which the node stands.

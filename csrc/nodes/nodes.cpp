@@ -48,6 +48,8 @@ void bind(py::module_& module) {
   module.def("is_direct", &is_direct);
   module.def("linear", &linear, WithoutLock());
   module.def("batch_norm", &batch_norm, WithoutLock());
+  module.def("pointwise_loss", &pointwise_loss, WithoutLock());
+  module.def("bce_with_logits", &bce_with_logits, WithoutLock());
   module.def(
       "cross_entropy",
       [](const Tensor& logits, const Tensor& target, const OptionalTensor& second, const OptionalTensor& share,

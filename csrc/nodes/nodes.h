@@ -31,6 +31,13 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
                          const std::optional<at::Tensor>& normalizer, const CrossEntropyOptions& options,
                          bool empty_is_zero, bool inplace);
 
+// Losses of single elements, by the names of csrc/pointwise.
+at::Tensor pointwise_loss(const at::Tensor& input, const at::Tensor& target, const std::string& kind, double parameter,
+                          const std::string& reduction);
+
+at::Tensor bce_with_logits(const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                           const std::optional<at::Tensor>& pos_weight, const std::string& reduction);
+
 void bind(pybind11::module_& module);
 
 }  // namespace gdbp::nodes

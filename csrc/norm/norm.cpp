@@ -134,10 +134,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   return {grad_input, rounded(grad_weight, weight), rounded(grad_bias, bias)};
 }
 
-void bump(const Tensor& changed) {
-  if (!changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
-}
-
 // The running statistics after a batch of which batch_norm returned `stats`, each channel of `elements` values.
 // Without a momentum they are the mean over all batches so far, which `batches` counts.
 void update(const Tensor& running_mean, const Tensor& running_var, const Optional& batches, const Tensor& stats,
@@ -172,9 +168,9 @@ void update(const Tensor& running_mean, const Tensor& running_var, const Optiona
   run_on(running_mean.device(), op, update_cpu, GDBP_CUDA_LAUNCHER(update_cuda), args);
   if (!mean.is_same(running_mean)) running_mean.copy_(mean);
   if (!variance.is_same(running_var)) running_var.copy_(variance);
-  bump(running_mean);
-  bump(running_var);
-  if (batches) bump(*batches);
+  mark_changed(running_mean);
+  mark_changed(running_var);
+  if (batches) mark_changed(*batches);
 }
 
 }  // namespace

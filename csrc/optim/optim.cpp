@@ -45,7 +45,7 @@ void write(const Tensor& count, double value) {
   } else {
     *count.mutable_data_ptr<float>() = float(value);
   }
-  if (!count.is_inference()) count.unsafeGetTensorImpl()->bump_version();
+  mark_changed(count);
 }
 
 }  // namespace

@@ -85,6 +85,22 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
   return {grad_input, grad_target};
 }
 
+// grad_input is what forward_with_gradient returned, and becomes the gradient for grad_output.
+void backward_from_one_(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                        c10::string_view kind_name, double parameter, c10::string_view reduction, Tensor grad_input) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Kind kind = parse(kind_name);
+  const std::string name = std::string(kKindNames[int(kind)]) + "_backward_from_one_";
+  const Tensor g = grad_output.contiguous(), x = input.contiguous(), y = target.contiguous();
+  const Loss loss = describe(x, y, kind, parameter, reduction, name.c_str());
+  check_from_one(grad_input, "grad_input", x, loss.reduction, name.c_str());
+  check_grad_output(g, x, loss.reduction, x.numel(), name.c_str());
+  mark_changed(grad_input);
+  if (g.is_cpu() && g.item<double>() == 1) return;
+  const Backward args{loss, g.const_data_ptr(), grad_input.mutable_data_ptr(), nullptr, true};
+  run_on(x.device(), name.c_str(), backward_cpu, GDBP_CUDA_LAUNCHER(backward_cuda), args);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
@@ -98,17 +114,20 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       "pointwise_loss_backward(Tensor grad_output, Tensor input, Tensor target, str kind, float parameter,"
       " str reduction, bool[2] mask) -> (Tensor grad_input, Tensor grad_target)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "pointwise_loss_backward_from_one_(Tensor grad_output, Tensor input, Tensor target, str kind, float parameter,"
+      " str reduction, Tensor(a!) grad_input) -> ()",
+      {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(gdbp, CPU, m) {
-  m.impl("pointwise_loss", &forward);
-  m.impl("pointwise_loss_with_gradient", &forward_with_gradient);
-  m.impl("pointwise_loss_backward", &backward);
-}
-
-TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {
-  m.impl("pointwise_loss", &forward);
-  m.impl("pointwise_loss_backward", &backward);
-}
+#define GDBP_POINTWISE_IMPL(key)                                      \
+  TORCH_LIBRARY_IMPL(gdbp, key, m) {                                  \
+    m.impl("pointwise_loss", &forward);                               \
+    m.impl("pointwise_loss_with_gradient", &forward_with_gradient);   \
+    m.impl("pointwise_loss_backward", &backward);                     \
+    m.impl("pointwise_loss_backward_from_one_", &backward_from_one_); \
+  }
+GDBP_POINTWISE_IMPL(CPU)
+GDBP_POINTWISE_IMPL(CUDA)
 
 }  // namespace gdbp::pointwise

@@ -24,7 +24,7 @@ struct Loss {
 struct Forward : Loss {
   void* output;     // (numel) for none, else one element
   void* workspace;  // tiles(numel, kTile) doubles, or null for none
-  // CPU, mean and sum: (numel) for the gradient of the input where that of the loss is 1, in the same pass; or null.
+  // mean and sum: (numel) for the gradient of the input where that of the loss is 1, in the same pass; or null.
   void* grad_input = nullptr;
 };
 
@@ -32,6 +32,8 @@ struct Backward : Loss {
   const void* grad_output;  // (numel) for none, else one element
   void* grad_input;         // (numel) or null
   void* grad_target;        // (numel) or null
+  // mean and sum: where grad_output is 1, grad_input stays, as the forward pass has written it.
+  bool unless_one = false;
 };
 
 int forward_cpu(const Forward& args, void* stream);

@@ -1,12 +1,10 @@
-// Losses of single elements on CUDA. Sums are taken in two stages over tiles of fixed size, without atomics,
-// so they have the same bits in every run.
-#include "common/reduce_cuda.cuh"
+// Losses of single elements on CUDA.
+#include "common/tiled_sum_cuda.cuh"
 #include "pointwise/pointwise.h"
 
 namespace gdbp::pointwise {
 namespace {
 
-using cuda::kThreads;
 using cuda::load;
 using cuda::store;
 
@@ -49,6 +47,30 @@ struct Elements {
   }
 };
 
+// The sum of some elements' losses; and their gradients at an upstream gradient of 1, where they are asked for.
+template <class T, class Op>
+struct Terms {
+  static constexpr int width = cuda::kWidth<T>;
+  Difference<T> difference;
+  Compute<T> parameter;
+  Compute<T> factor;  // of the loss in the result
+  T* grad_input;      // or null
+  bool vectors;
+
+  __device__ double operator()(int64_t begin, int count) const {
+    Compute<T> d[width];
+    difference(begin, count, d);
+    double sum = 0;
+#pragma unroll
+    for (int k = 0; k < width; ++k) sum += k < count ? double(Op::forward(d[k], parameter)) : 0.0;
+    if (grad_input == nullptr) return sum;
+#pragma unroll
+    for (int k = 0; k < width; ++k) d[k] = factor * Op::backward(d[k], parameter);
+    store(grad_input + begin, count, vectors, d);
+    return sum;
+  }
+};
+
 template <class T, class Op>
 struct Gradients {
   static constexpr int width = cuda::kWidth<T>;
@@ -59,18 +81,20 @@ struct Gradients {
   T* grad_target;
   double scale;
   bool each;  // one gradient per element, and not one for all
+  bool unless_one;
   bool vectors;
 
   __device__ void operator()(int64_t begin, int count) const {
     Compute<T> d[width], g[width];
-    difference(begin, count, d);
     if (each) {
       load(grad_output + begin, count, vectors, g);
     } else {
-      const auto one = Compute<T>(double(cuda::widen_fast(*grad_output)) * scale);
+      const Compute<T> upstream = cuda::widen_fast(*grad_output);
+      if (unless_one && upstream == Compute<T>(1)) return;
 #pragma unroll
-      for (int k = 0; k < width; ++k) g[k] = one;
+      for (int k = 0; k < width; ++k) g[k] = Compute<T>(double(upstream) * scale);
     }
+    difference(begin, count, d);
 #pragma unroll
     for (int k = 0; k < width; ++k) d[k] = g[k] * Op::backward(d[k], parameter);
     if (grad_input != nullptr) store(grad_input + begin, count, vectors, d);
@@ -79,34 +103,6 @@ struct Gradients {
     if (grad_target != nullptr) store(grad_target + begin, count, vectors, d);
   }
 };
-
-// One block per tile of kTile elements.
-template <class T, class Op>
-__global__ void __launch_bounds__(kThreads)
-    tile_kernel(int64_t numel, const Difference<T> difference, Compute<T> parameter, double* sums) {
-  constexpr int width = cuda::kWidth<T>;
-  const int64_t first = int64_t(blockIdx.x) * kTile;
-  const int64_t end = first + kTile < numel ? first + kTile : numel;
-  double sum = 0;
-  for (int64_t at = first + int64_t(threadIdx.x) * width; at < end; at += kThreads * width) {
-    const int count = int(end - at < width ? end - at : width);
-    Compute<T> d[width];
-    difference(at, count, d);
-#pragma unroll
-    for (int k = 0; k < width; ++k) sum += k < count ? double(Op::forward(d[k], parameter)) : 0.0;
-  }
-  sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    total_kernel(int64_t tiles, const double* GDBP_RESTRICT sums, double divisor, T* output) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < tiles; i += kThreads) sum += sums[i];
-  sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
-  if (threadIdx.x == 0) *output = cuda::narrow_fast<T>(Compute<T>(sum / divisor));
-}
 
 template <class T, class Op>
 int forward(const Forward& args, void* stream) {
@@ -117,16 +113,10 @@ int forward(const Forward& args, void* stream) {
     const bool vectors = cuda::aligned(output);
     return cuda::map(args.numel, Elements<T, Op>{difference, parameter, output, vectors}, stream);
   }
-  double* const sums = static_cast<double*>(args.workspace);
-  const int64_t count = tiles(args.numel, kTile);
-  if (count > 0) {
-    const auto kernel = tile_kernel<T, Op>;
-    const int error =
-        GDBP_LAUNCH(kernel, unsigned(count), kThreads, 0, stream, args.numel, difference, parameter, sums);
-    if (error != 0) return error;
-  }
   const double divisor = args.reduction == Reduction::mean ? double(args.numel) : 1.0;
-  return GDBP_LAUNCH(total_kernel<T>, 1, kThreads, 0, stream, count, sums, divisor, output);
+  T* const grad_input = static_cast<T*>(args.grad_input);
+  const Terms<T, Op> terms{difference, parameter, Compute<T>(1 / divisor), grad_input, cuda::aligned(grad_input)};
+  return cuda::tiled_sum<kTile>(args.numel, terms, divisor, static_cast<double*>(args.workspace), output, stream);
 }
 
 template <class T, class Op>
@@ -139,10 +129,11 @@ int backward(const Backward& args, void* stream) {
                       static_cast<T*>(args.grad_target),
                       args.reduction == Reduction::mean ? 1.0 / double(args.numel) : 1.0,
                       each,
+                      args.unless_one,
                       false};
   op.vectors =
       cuda::aligned(op.grad_input) && cuda::aligned(op.grad_target) && (!each || cuda::aligned(op.grad_output));
-  return cuda::map(args.numel, op, stream);
+  return cuda::map(args.numel, op, stream, args.unless_one ? cuda::kFewBlocks : cuda::kMaxBlocks);
 }
 
 // Calls f with the element type and the loss as types.

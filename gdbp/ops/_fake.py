@@ -97,6 +97,11 @@ def _(grad_output, input, target, kind, parameter, reduction, mask):
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
 
 
+@torch.library.register_fake("gdbp::pointwise_loss_backward_from_one_")
+def _(grad_output, input, target, kind, parameter, reduction, grad_input):
+    _check_devices(f"{kind}_backward_from_one_", grad_output=grad_output, input=input, target=target)
+
+
 @torch.library.register_fake("gdbp::bce_with_logits")
 def _(input, target, weight, pos_weight, reduction):
     op = "binary_cross_entropy_with_logits"
@@ -114,6 +119,12 @@ def _(input, target, weight, pos_weight, reduction):
 @torch.library.register_fake("gdbp::bce_with_logits_backward")
 def _(grad_output, input, target, weight, pos_weight, reduction, mask):
     return tuple(input.new_empty(input.shape) if wanted else None for wanted in mask)
+
+
+@torch.library.register_fake("gdbp::bce_with_logits_backward_from_one_")
+def _(grad_output, input, target, weight, pos_weight, reduction, grad_input):
+    op = "binary_cross_entropy_with_logits_backward_from_one_"
+    _check_devices(op, grad_output=grad_output, input=input, target=target)
 
 
 def _empty_like_logits(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

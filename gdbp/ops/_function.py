@@ -55,32 +55,6 @@ def is_batched(tensor: torch.Tensor) -> bool:
     )
 
 
-def takes_gradient_at_once(reduction: str, differentiated: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a loss may compute its gradient along with its value, for one pass over the memory less. Not on CUDA,
-    where nobody knows without waiting whether the upstream gradient is the 1 that it is computed for; not for
-    whoever traces or transforms; and for no other gradient than this one."""
-    return (
-        reduction != "none"
-        and type(differentiated) in _PLAIN
-        and differentiated.is_cpu
-        and differentiated.requires_grad
-        and not any(t is not None and t.requires_grad for t in others)
-        and not torch.compiler.is_compiling()
-        and not is_transformed()
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
-def is_one(grad_output: torch.Tensor) -> bool:
-    """Whether an upstream gradient is the number 1, as that of a loss is wherever ``backward`` begins with it."""
-    return (
-        not torch.is_grad_enabled()
-        and not is_batched(grad_output)
-        and not torch._C._len_torch_dispatch_stack()
-        and grad_output.item() == 1
-    )
-
-
 def is_fused(*tensors: torch.Tensor | None) -> bool:
     """Whether our kernels take these tensors: dense, on CPU or CUDA, of no class that dispatches in Python
     (DTensor, say), and outside forward-mode differentiation. Where not, plain torch computes."""

@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_direct, is_fused, is_one, needs_autograd, takes_gradient_at_once
+from gdbp.ops._function import Function, is_direct, is_fused, needs_autograd
 
 if _load.available:
     from gdbp import _C
@@ -21,41 +21,16 @@ class _PointwiseLoss(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return _pointwise_backward(ctx, grad_output, *ctx.saved_tensors)
+        input, target = ctx.saved_tensors
+        nothing = (None,) * 3
+        if torch.is_grad_enabled():
+            return *reference.pointwise_loss_backward(grad_output, input, target, *ctx.options), *nothing
+        mask = ctx.needs_input_grad[:2]
+        return *torch.ops.gdbp.pointwise_loss_backward(grad_output, input, target, *ctx.options, mask), *nothing
 
     @staticmethod
     def vmap(info, in_dims, input, target, *options):
         return torch.vmap(reference.pointwise_loss, in_dims=in_dims)(input, target, *options), 0
-
-
-def _pointwise_backward(ctx, grad_output, input, target):
-    nothing = (None,) * 3
-    if torch.is_grad_enabled():
-        return *reference.pointwise_loss_backward(grad_output, input, target, *ctx.options), *nothing
-    mask = ctx.needs_input_grad[:2]
-    return *torch.ops.gdbp.pointwise_loss_backward(grad_output, input, target, *ctx.options, mask), *nothing
-
-
-class _PointwiseLossAtOnce(_PointwiseLoss):
-    """With the gradient of the input from the same pass, for the upstream gradient 1."""
-
-    @staticmethod
-    def forward(input, target, kind, parameter, reduction):
-        return torch.ops.gdbp.pointwise_loss_with_gradient(input, target, kind, parameter, reduction)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, target, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, output[1])
-
-    @staticmethod
-    def backward(ctx, grad_output, _):
-        input, target, grad_input = ctx.saved_tensors
-        if grad_output is None or is_one(grad_output):
-            return None if grad_output is None else grad_input, None, None, None, None
-        return _pointwise_backward(ctx, grad_output, input, target)
 
 
 def pointwise_loss(
@@ -66,10 +41,10 @@ def pointwise_loss(
     ``kind`` is a name of GDBP_POINTWISE_LOSSES in csrc/pointwise/pointwise_math.h, and of a function in
     :mod:`gdbp.nn.functional`; ``parameter`` is its delta or beta, greater than 0, or unused.
     """
+    if is_direct(input, target):
+        return _C.pointwise_loss(input, target, kind, parameter, reduction)
     if not (_load.available and is_fused(input, target)):
         return reference.pointwise_loss(input, target, kind, parameter, reduction)
-    if takes_gradient_at_once(reduction, input, target) and torch.is_grad_enabled():
-        return _PointwiseLossAtOnce.apply(input, target, kind, parameter, reduction)[0]
     if needs_autograd(input, target):
         return _PointwiseLoss.apply(input, target, kind, parameter, reduction)
     return torch.ops.gdbp.pointwise_loss(input, target, kind, parameter, reduction)
@@ -87,40 +62,15 @@ class _BceWithLogits(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return _bce_backward(ctx, grad_output, *ctx.saved_tensors)
+        tensors, nothing = ctx.saved_tensors, (None,) * 3
+        if torch.is_grad_enabled():
+            return *reference.bce_with_logits_backward(grad_output, *tensors, ctx.reduction), *nothing
+        mask = ctx.needs_input_grad[:2]
+        return *torch.ops.gdbp.bce_with_logits_backward(grad_output, *tensors, ctx.reduction, mask), *nothing
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return torch.vmap(reference.bce_with_logits, in_dims=in_dims)(*arguments), 0
-
-
-def _bce_backward(ctx, grad_output, *tensors):
-    if torch.is_grad_enabled():
-        return *reference.bce_with_logits_backward(grad_output, *tensors, ctx.reduction), None, None, None
-    mask = ctx.needs_input_grad[:2]
-    return *torch.ops.gdbp.bce_with_logits_backward(grad_output, *tensors, ctx.reduction, mask), None, None, None
-
-
-class _BceWithLogitsAtOnce(_BceWithLogits):
-    """With the gradient of the input from the same pass, for the upstream gradient 1."""
-
-    @staticmethod
-    def forward(input, target, weight, pos_weight, reduction):
-        return torch.ops.gdbp.bce_with_logits_with_gradient(input, target, weight, pos_weight, reduction)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.reduction = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[1])
-
-    @staticmethod
-    def backward(ctx, grad_output, _):
-        *tensors, grad_input = ctx.saved_tensors
-        if grad_output is None or is_one(grad_output):
-            return None if grad_output is None else grad_input, None, None, None, None
-        return _bce_backward(ctx, grad_output, *tensors)
 
 
 def bce_with_logits(
@@ -133,51 +83,46 @@ def bce_with_logits(
     """Binary cross-entropy with logits, for two tensors of one shape and factors that broadcast to it, all of one
     dtype; see :mod:`gdbp.nn.functional`. Not differentiable in the factors."""
     tensors = (input, target, weight, pos_weight)
+    if is_direct(*tensors):
+        return _C.bce_with_logits(*tensors, reduction)
     if not (_load.available and is_fused(*tensors)):
         return reference.bce_with_logits(*tensors, reduction)
-    if takes_gradient_at_once(reduction, input, target) and torch.is_grad_enabled():
-        return _BceWithLogitsAtOnce.apply(*tensors, reduction)[0]
     if needs_autograd(input, target):
         return _BceWithLogits.apply(*tensors, reduction)
     return torch.ops.gdbp.bce_with_logits(*tensors, reduction)
 
 
 class _CrossEntropy(Function):
-    """Keeps the logits. ``writes`` says how the gradient is written: "" by the backward pass, "inplace" by it over the
-    logits, "at once" by the forward pass, for the upstream gradient 1."""
+    """Keeps the logits, over which the backward pass writes the gradient if ``inplace``."""
 
     @staticmethod
-    def forward(logits, target, second, share, weight, normalizer, writes, empty_is_zero, *options):
+    def forward(logits, target, second, share, weight, normalizer, inplace, empty_is_zero, *options):
         arguments = (logits, target, second, share, weight, normalizer, *options, empty_is_zero)
-        if writes == "at once":
-            return torch.ops.gdbp.cross_entropy_with_gradient(*arguments)
         return torch.ops.gdbp.cross_entropy(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, normalizer, ctx.writes, _, reduction, ignore_index, smoothing, z_loss, softcap = inputs
+        *tensors, normalizer, ctx.inplace, _, reduction, ignore_index, smoothing, z_loss, softcap = inputs
         ctx.options = (reduction, ignore_index, smoothing, z_loss, softcap)
-        _, *kept = output
-        ctx.mark_non_differentiable(*kept)
+        _, stats, divisor = output
+        ctx.mark_non_differentiable(stats, divisor)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, normalizer, *kept)
+        ctx.save_for_backward(*tensors, normalizer, stats, divisor)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         nothing = (None,) * 11
         if grad_output is None:
             return None, None, *nothing
-        *tensors, normalizer, stats, divisor = ctx.saved_tensors[:8]
-        if ctx.writes == "at once" and is_one(grad_output):
-            return ctx.saved_tensors[8], None, *nothing
+        *tensors, normalizer, stats, divisor = ctx.saved_tensors
         if torch.is_grad_enabled():
-            if ctx.writes == "inplace":
+            if ctx.inplace:
                 raise RuntimeError(
                     "cross_entropy: inplace_backward=True writes the gradient over the logits, so it cannot be "
                     "differentiated again; leave out inplace_backward or create_graph"
                 )
             return *reference.cross_entropy_backward(grad_output, *tensors, normalizer, *ctx.options), *nothing
-        if ctx.writes == "inplace":
+        if ctx.inplace:
             torch.ops.gdbp.cross_entropy_backward_(grad_output, *tensors, stats, divisor, *ctx.options)
             return tensors[0].detach(), None, *nothing
         mask = ctx.needs_input_grad[:2]
@@ -185,7 +130,7 @@ class _CrossEntropy(Function):
         return *grads, *nothing
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, second, share, weight, normalizer, writes, *options):
+    def vmap(info, in_dims, logits, target, second, share, weight, normalizer, inplace, *options):
         f = torch.vmap(reference.cross_entropy, in_dims=(*in_dims[:6], *in_dims[7:]))
         loss = f(logits, target, second, share, weight, normalizer, *options)
         # Only the fused backward reads the statistics, and it never runs on what vmap made.
@@ -216,8 +161,6 @@ def cross_entropy(
     if not (_load.available and is_fused(*tensors)):
         return reference.cross_entropy(*tensors, empty_is_zero, *options)
     if needs_autograd(logits, target):
-        writes = "inplace" if inplace and not torch.compiler.is_compiling() else ""
-        if not writes and takes_gradient_at_once(reduction, logits, target):
-            writes = "at once"
-        return _CrossEntropy.apply(*tensors, writes, empty_is_zero, *options)[0]
+        inplace = inplace and not torch.compiler.is_compiling()
+        return _CrossEntropy.apply(*tensors, inplace, empty_is_zero, *options)[0]
     return torch.ops.gdbp.cross_entropy(*tensors, *options, empty_is_zero)[0]

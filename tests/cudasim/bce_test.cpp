@@ -59,10 +59,17 @@ double ulps(Dtype dtype) { return size_of(dtype) == 2 ? 1 : 8; }
 
 void forward() {
   for_problems([](const Problem& p, std::mt19937&) {
-    Array cpu(p.input.dtype(), p.losses()), cuda(cpu);
+    Array cpu(p.input.dtype(), p.losses()), cuda(cpu), dx(p.input.dtype(), p.input.size()), cuda_dx(dx);
     std::vector<double> workspace(tiles(p.input.size(), kTile));
-    expect(forward_cpu({p.description(), cpu.data(), workspace.data()}, nullptr) == 0, "the CPU fails");
-    expect(forward_cuda({p.description(), cuda.data(), workspace.data()}, nullptr) == 0, "the launch fails");
+    const bool with_gradient = p.reduction != Reduction::none && p.input.size() != 3;
+    expect(
+        forward_cpu({p.description(), cpu.data(), workspace.data(), with_gradient ? dx.data() : nullptr}, nullptr) == 0,
+        "the CPU fails");
+    expect(forward_cuda({p.description(), cuda.data(), workspace.data(), with_gradient ? cuda_dx.data() : nullptr},
+                        nullptr) == 0,
+           "the launch fails");
+    const double scale = p.reduction == Reduction::mean ? 1 / double(p.input.size()) : 1;
+    expect_close(cuda_dx, dx, ulps(p.input.dtype()), scale, "gradient");
     const double terms = p.reduction == Reduction::none ? 0 : std::sqrt(double(p.input.size()));
     expect_close(cuda, cpu, ulps(p.input.dtype()) + (size_of(p.input.dtype()) == 2 ? 0 : terms), 0, "loss");
   });
@@ -79,6 +86,15 @@ void backward() {
     const double scale = p.reduction == Reduction::mean ? 1 / double(p.input.size()) : 1;
     expect_close(cuda_dx, dx, ulps(dtype), scale, "grad_input");
     expect_close(cuda_dt, dt, ulps(dtype), scale, "grad_target");
+    if (p.reduction == Reduction::none) return;
+    // What is there stays where the upstream gradient is 1, and only there.
+    Array ahead(dtype, p.input.size()), one(dtype, 1);
+    for (int64_t i = 0; i < ahead.size(); ++i) ahead.set(i, 0.25);
+    one.set(0, 1);
+    expect(backward_cuda({p.description(), one.data(), ahead.data(), nullptr, true}, nullptr) == 0, "from one");
+    for (int64_t i = 0; i < ahead.size(); ++i) expect(ahead.get(i) == 0.25, "the gradient for 1 is written again");
+    expect(backward_cuda({p.description(), upstream.data(), ahead.data(), nullptr, true}, nullptr) == 0, "from one");
+    expect_close(ahead, cuda_dx, 0, 0, "grad_input from one");
   });
 }
 

@@ -41,10 +41,14 @@ void forward() {
     std::vector<double> workspace(tiles(loss.numel, kTile));
     const int64_t size = each ? loss.numel : 1;
     Array output[2] = {Array(loss.dtype, size, offset), Array(loss.dtype, size, offset)};
+    Array gradient[2] = {Array(loss.dtype, loss.numel, offset), Array(loss.dtype, loss.numel, offset)};
+    const bool with_gradient = !each && loss.numel != 9;
     for (int device : {0, 1}) {
-      const Forward args{loss, output[device].data(), each ? nullptr : workspace.data()};
+      const Forward args{loss, output[device].data(), each ? nullptr : workspace.data(),
+                         with_gradient ? gradient[device].data() : nullptr};
       expect((device ? forward_cuda : forward_cpu)(args, nullptr) == 0, "the launch fails");
     }
+    expect_close(gradient[1], gradient[0], 0, 0, "gradient");
     // Another order of the same sum; rounded to 16 bits, its last one may flip.
     const double sum_ulps = size_of(loss.dtype) == 2 ? 1 : 8 + std::sqrt(double(loss.numel));
     expect_close(output[1], output[0], each ? 0 : sum_ulps, 0, "output");
@@ -71,6 +75,16 @@ void backward() {
     const double ulps = loss.reduction == Reduction::mean ? 2 : 0;
     expect_close(grad_input[1], grad_input[0], ulps, 0, "grad_input");
     expect_close(grad_target[1], grad_target[0], ulps, 0, "grad_target");
+    if (grads == 1 && loss.reduction != Reduction::none) {
+      // What is there stays where the upstream gradient is 1, and only there.
+      Array ahead(loss.dtype, loss.numel, offset), one(loss.dtype, 1);
+      for (int64_t i = 0; i < loss.numel; ++i) ahead.set(i, 0.25);
+      one.set(0, 1);
+      expect(backward_cuda({loss, one.data(), ahead.data(), nullptr, true}, nullptr) == 0, "the launch fails");
+      for (int64_t i = 0; i < loss.numel; ++i) expect(ahead.get(i) == 0.25, "the gradient for 1 is written again");
+      expect(backward_cuda({loss, grad_output.data(), ahead.data(), nullptr, true}, nullptr) == 0, "the launch fails");
+      if (to_input) expect_close(ahead, grad_input[1], 0, 0, "grad_input from one");
+    }
   });
 }
 
