@@ -61,6 +61,7 @@ test_states_are_the_optimizers_own = test_train_step_protocols.test_states_are_t
 test_versions_are_bumped = test_train_step_protocols.test_versions_are_bumped
 test_gradients = test_train_step_protocols.test_gradients
 test_many = test_train_step_protocols.test_many
+test_dropout = test_train_step_protocols.test_dropout
 test_inputs_of_any_layout = test_train_step_protocols.test_inputs_of_any_layout
 
 
@@ -113,18 +114,21 @@ def test_stale_gradients_of_frozen_parameters_are_not_stepped():
     pair.train(3)
 
 
-def test_dropout_draws_what_torch_draws():
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_dropout_draws_what_it_draws_on_the_cpu(batch_norm, recordings, monkeypatch):
     torch.manual_seed(3)
-    model = nn.MLP([FEATURES, 30, 20, CLASSES], dropout=0.4)
+    model = nn.MLP([FEATURES, 30, 20, CLASSES], dropout=0.4, batch_norm=batch_norm)
     runs = []
-    for way in (0, 1):
+    for on_device in (False, True):
+        monkeypatch.setattr(train_step, "_is_on_device", lambda model, on_device=on_device: on_device)
         twin = copy.deepcopy(model)
         optimizer = optim.SGD(twin.parameters(), lr=0.1)
-        step = gdbp.TrainStep(twin, nn.CrossEntropyLoss(), optimizer)
-        torch.manual_seed(5)
-        batches = [data(seed=i) for i in range(4)]
-        losses = [step(*b) if way else eager(twin, nn.CrossEntropyLoss(), optimizer, *b) for b in batches]
+        step = gdbp.TrainStep(twin, nn.CrossEntropyLoss(), optimizer, seed=2**64 - 5)
+        losses = [step(*data(seed=i)) for i in range(3)]
+        step.steps, step.seed = 77, 9
+        losses += [step(*data(seed=i)) for i in range(3)]
         runs.append([*losses, *twin.parameters()])
+        assert replays(recordings) == ([5] if on_device else [])
     for ours, other in zip(*runs, strict=True):
         close(ours, other)
 

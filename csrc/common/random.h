@@ -16,7 +16,7 @@ GDBP_HD uint32_t mix(uint32_t x) {
 }
 
 // A seed from parts that may be small and close together: SplitMix64 (Steele et al., 2014) over each in turn.
-inline uint64_t combine_seed(uint64_t seed, uint64_t part) {
+GDBP_HD uint64_t combine_seed(uint64_t seed, uint64_t part) {
   uint64_t z = (seed ^ part) + 0x9e3779b97f4a7c15u;
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;

@@ -1,5 +1,4 @@
 #include "common/map_cpu.h"
-#include "common/random.h"
 #include "common/rows_cpu.h"
 #include "step/elementwise.h"
 
@@ -17,20 +16,6 @@ void dispatch_wide(Dtype dtype, const F& f) {
 }
 
 }  // namespace
-
-void dropout_cpu(Dtype dtype, int64_t n, double p, uint64_t seed, const void* in, void* out) {
-  // Of 2^32 equally likely numbers as many as p says are below it.
-  const uint64_t threshold = uint64_t(p * 0x1p32 + 0.5);
-  dispatch_wide(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const T scale = p < 1 ? T(1 / (1 - p)) : T(0);
-    const T* const x = static_cast<const T*>(in);
-    T* const y = static_cast<T*>(out);
-    cpu::map(n, [=](int64_t i) __attribute__((always_inline)) {
-      y[i] = uint64_t(random_bits(seed, uint64_t(i))) < threshold ? T(0) : x[i] * scale;
-    });
-  });
-}
 
 void activation_forward_cpu(Dtype dtype, Activation activation, int64_t n, const void* in, void* out) {
   dispatch_wide(dtype, [&](auto type) {

@@ -2,7 +2,7 @@
 
 #include "common/binding.h"
 #include "common/gemm.h"
-#include "common/random.h"
+#include "dropout/dropout.h"
 #include "linear/linear.h"
 #include "step/elementwise.h"
 
@@ -109,7 +109,7 @@ class Dropout final : public Layer {
 
  private:
   void apply(const Pass& pass, const void* in, void* out) const {
-    dropout_cpu(pass.dtype, pass.rows * width, p_, combine_seed(pass.seed, uint64_t(index_)), in, out);
+    dropout::dropout_cpu({pass.dtype, pass.rows * width, p_, &pass.seed, uint64_t(index_), in, out}, nullptr);
   }
   const double p_;
   const int index_;

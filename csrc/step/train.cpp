@@ -207,6 +207,9 @@ std::tuple<int64_t, int64_t, int64_t> TrainPlan::memory() const {
 void bind_train(py::module_& module) {
   module.def("gemm_name", &gemm_name, "What computes TrainStep's matrix products.");
   module.def("allow_blas", &allow_blas, "For tests: false computes them by at::mm, as other builds of torch do.");
+  module.def(
+      "step_seed", [](uint64_t seed, uint64_t number) { return int64_t(combine_seed(seed, number)); },
+      "Of dropout in a run's step, as an int64 tensor takes it.");
   py::class_<TrainPlan>(module, "TrainPlan", "A model, its loss and its optimizer, ready for whole training steps.")
       .def(py::init([](const py::list& layers, const py::tuple& objective, const py::list& values,
                        const py::list& lengths, bool flattens, int output_dims) {

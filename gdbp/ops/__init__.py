@@ -9,6 +9,7 @@ from gdbp import _load
 if _load.available:
     from gdbp.ops import _fake  # noqa: F401
 
+from gdbp.ops.dropout import dropout
 from gdbp.ops.grad import penalty
 from gdbp.ops.linear import linear
 from gdbp.ops.linear_loss import linear_cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "batch_norm",
     "bce_with_logits",
     "cross_entropy",
+    "dropout",
     "linear",
     "linear_cross_entropy",
     "penalty",

@@ -174,6 +174,12 @@ def _(grad_output, logits, target, *others):
     _check_devices("cross_entropy_backward_from_one_", logits=logits, grad_output=grad_output, target=target)
 
 
+@torch.library.register_fake("gdbp::dropout")
+def _(input, p, seed, layer):
+    _check_devices("dropout", input=input, seed=seed)
+    return input.new_empty(input.shape)
+
+
 @torch.library.register_fake("gdbp::unit_stats")
 def _(output, low, high):
     return output.new_empty((3, output.shape[1]), dtype=torch.float64)

@@ -48,14 +48,16 @@ class DevicePlan:
         else:
             self._why = f"it does not fit into a block's memory in {self._factors or 'this dtype'}"
 
-    def step(self, run: Callable, groups: list[dict], keep_grads: bool, input, target) -> torch.Tensor:
-        """One step by ``TrainStep._run``, which ``run`` is."""
+    def step(
+        self, run: Callable, groups: list[dict], keep_grads: bool, draw: tuple[int, int], input, target
+    ) -> torch.Tensor:
+        """One step by ``TrainStep._run``, which ``run`` is; draw: the run's seed and the step's number."""
         if self._is_kernel() and not (self._takes_labels and target.is_floating_point()):
             return run(self._launch, input, target)
         self._used = self._graphs
         if self._process_group is None:
             self._graphs.raise_labels()
-        value, decided, gradients = self._graphs.gradients(input, target)
+        value, decided, gradients = self._graphs.gradients(input, target, *draw)
         if self._process_group is not None and gradients:
             decided, gradients = self._averaged(decided, gradients)
         # Others have none in this step.

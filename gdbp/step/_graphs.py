@@ -30,11 +30,13 @@ class Graphs:
 
     def __init__(self, layers: Layers, objective: tuple):
         self._watched = _C.Watched(layers.watch.values, layers.watch.lengths)
-        self._forward, self._loss = forward_of(layers), loss_of(objective)
         self._tensors = [t for t in _flat([*layers.found, objective]) if isinstance(t, torch.Tensor)]
         self._parameters = [t for t in self._tensors if isinstance(t, torch.nn.Parameter)]
         self._statistics = [t for kind, *options in layers.found if kind == "batch_norm" for t in _written(*options)]
         self._device = self._parameters[0].device
+        self._drops = any(kind == "dropout" for kind, *_ in layers.found)
+        self._seed = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._forward, self._loss = forward_of(layers, self._seed), loss_of(objective)
         self.factor = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self._device)
         self._kinds: OrderedDict[tuple, _Graph | None] = OrderedDict()
         self.failure: str | None = None
@@ -45,15 +47,18 @@ class Graphs:
         return self._watched.unchanged()
 
     def gradients(
-        self, input: torch.Tensor, target: torch.Tensor
+        self, input: torch.Tensor, target: torch.Tensor, seed: int, number: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The loss; where labels were looked at, the numbers of ``grad::Norm``, the last of which skips the step if one
-        is out of range; parameters with their gradients, which the next call overwrites."""
+        is out of range; parameters with their gradients, which the next call overwrites. seed: of the run; number: of
+        the step, for dropout."""
         if not input.device == target.device == self._device:
             raise ValueError(
                 f"TrainStep: input is on {input.device} and target on {target.device}; expected {self._device}, as "
                 "the parameters"
             )
+        if self._drops:
+            self._seed.fill_(_C.step_seed(seed, number))
         kind = self._kind(input, target)
         graph = self._kinds.get(kind)
         if graph is None and kind in self._kinds and self.failure is None:

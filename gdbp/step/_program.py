@@ -13,10 +13,12 @@ from gdbp.step._model import Layers
 _Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-def forward_of(layers: Layers) -> _Function:
-    """The network as a function of its input."""
+def forward_of(layers: Layers, seed: torch.Tensor) -> _Function:
+    """The network as a function of its input; seed: of dropout, see :func:`gdbp.ops.dropout`."""
     functions = [_flat] if layers.flattens else []
-    for kind, _, *options in layers.found:
+    for layer, (kind, _, *options) in enumerate(layers.found):
+        if kind == "dropout":
+            options += [seed, layer]
         functions.append(partial(_FUNCTIONS[kind], *options))
     if layers.output_dims == 1:
         functions.append(torch.flatten)
@@ -53,8 +55,8 @@ def _activation(name, x):
     return reference.ACTIVATIONS[name][0](x)
 
 
-def _dropout(p, x):
-    return torch.nn.functional.dropout(x, p)
+def _dropout(p, seed, layer, x):
+    return ops.dropout(x, p, seed, layer)
 
 
 def _batch_norm(features, weight, bias, running_mean, running_var, batches, eps, momentum, of_batch, activation, x):

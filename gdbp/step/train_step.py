@@ -44,7 +44,7 @@ class TrainStep:
             that is returned, dropout and the statistics of a batch norm are each rank's own. As with
             ``DistributedDataParallel``, of which ``model.module`` is what to pass.
         seed: of the dropout masks, which are a function of it, the layer, :attr:`steps` and the element. Default:
-            ``torch.initial_seed()``. The masks are others than torch's.
+            ``torch.initial_seed()``. The masks are others than torch's, and the same on every device.
 
     float32 and float64 on the CPU; input (rows, features), or (rows, ...) where the model begins with ``Flatten``.
     On CUDA any of these networks in any dtype, also under ``torch.autocast``, and nothing waits for the device: a label
@@ -54,8 +54,7 @@ class TrainStep:
     ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", and else three of these, exact to some 2^-21. Sums are
     float32, and so are the loss and the gradients that the update sees. Of other networks, and of all with a
     ``process_group``, forward, loss and backward are a CUDA graph, recorded at the second batch of a shape, and what
-    the modules' functions compute; dropout draws from torch's generator there. Gradients that are kept are overwritten
-    by the next step.
+    the modules' functions compute. Gradients that are kept are overwritten by the next step.
     Results do not depend on the number of threads. Step hooks of the optimizer and hooks of modules are refused.
 
     Attributes:
@@ -105,7 +104,8 @@ class TrainStep:
             return self._eager(input, target)
         try:
             if self._on_device:
-                return self._plan.step(self._run, self.optimizer.param_groups, self.keep_grads, input, target)
+                groups, draw = self.optimizer.param_groups, (self.seed, self.steps)
+                return self._plan.step(self._run, groups, self.keep_grads, draw, input, target)
             return self._run(self._plan.step if self.process_group is None else self._reduced, input, target)
         except (ValueError, TypeError) as error:
             if self.strict:

@@ -47,6 +47,7 @@ FAMILIES = {
     "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites", "units", "penalties"],
     "bce": ["forward", "backward", "nothing"],
     "units": ["count"],
+    "dropout": ["masks"],
 }
 
 
