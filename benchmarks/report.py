@@ -20,8 +20,8 @@ NOT_MEASURED = {
 
 
 # Where a document has the tables of a device: of the rows in whose titles one of the words occurs, or of all; measured
-# with the heap that a word like heap:default names, or with any.
-HEAP = "heap:"
+# with the heap that a word like heap:default names, or with any; and where a word is "newest", of each heap the last run.
+HEAP, NEWEST = "heap:", "newest"
 PLACE = re.compile(
     r"<!-- benchmarks:(?P<what>(?P<device>cpu|cuda)(?P<words>( [^ >]+)*)) -->\n.*?<!-- /benchmarks:(?P=what) -->", re.S
 )
@@ -60,7 +60,11 @@ def updated(document: str, reports: list[Report], devices: list[str]) -> str:
         chosen = [report for report in reports if report["environment"]["device"] == device]
         if heaps:
             chosen = [report for report in chosen if report["environment"]["heap"] in heaps]
-        text = tables(chosen, [word for word in words if not word.startswith(HEAP)]) or NOT_MEASURED[device]
+        if NEWEST in words:
+            by_date = sorted(chosen, key=lambda report: report["environment"]["date"])
+            chosen = list({report["environment"]["heap"]: report for report in by_date}.values())
+        titles = [word for word in words if not word.startswith(HEAP) and word != NEWEST]
+        text = tables(chosen, titles) or NOT_MEASURED[device]
         return f"<!-- benchmarks:{what} -->\n{text}\n<!-- /benchmarks:{what} -->"
 
     return PLACE.sub(fill, document)

@@ -89,6 +89,18 @@ def test_document_shows_the_newest_gpu_or_that_there_is_none(save, tmp_path, mon
     assert "A100" not in text and "Not measured" not in text
 
 
+def test_document_shows_the_newest_of_each_heap(save):
+    words = "benchmarks:cpu loss. newest"
+    document = save("README.md", f"<!-- {words} -->\n<!-- /{words} -->\n")
+    dates = {"a": ("default", 2), "b": ("default", 1), "c": ("kept", 1), "d": ("kept", 3)}
+    runs = [
+        save(f"{name}.json", example_report(example_row(case=name), heap=heap, date=f"203{year}-01-01T00:00:00+00:00"))
+        for name, (heap, year) in dates.items()
+    ]
+    assert bench("report", "--update", document, *runs) == 0
+    assert [name for name in dates if f"loss.{name} |" in document.read_text()] == ["a", "d"]
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", '{"environment": {}}'])
 def test_what_is_no_result_is_refused(tmp_path, capsys, text):
     file = tmp_path / "x.json"
