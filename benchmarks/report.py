@@ -20,7 +20,7 @@ NOT_MEASURED = {
 
 
 # Where a document has the tables of a device: of the rows in whose titles one of the words occurs, or of all; measured
-# with the heap that a word like heap:default names, or with any; and where a word is "newest", of each heap the last run.
+# with the heap that a word like heap:default names, or with any; where a word is "newest", the last run of each heap.
 HEAP, NEWEST = "heap:", "newest"
 PLACE = re.compile(
     r"<!-- benchmarks:(?P<what>(?P<device>cpu|cuda)(?P<words>( [^ >]+)*)) -->\n.*?<!-- /benchmarks:(?P=what) -->", re.S
