@@ -126,6 +126,28 @@ def test_every_upstream_gradient(which, device):
     torch.testing.assert_close(many, torch.stack([unit, unit, 3 * unit]))
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_gradients_are_their_readers_own(which, device):
+    """Whoever keeps the graph may write to what came out of it."""
+    loss = functions(device)[which]
+    p = torch.randn(30, device=device, requires_grad=True)
+    value = loss(p.view(6, 5))  # behind a view .grad takes over what comes
+    value.backward(retain_graph=True)
+    unit = p.grad.clone()
+    for _ in range(3):
+        value.backward(retain_graph=True)
+    torch.testing.assert_close(p.grad, 4 * unit)
+    p.grad.data.zero_()
+    value.backward()
+    torch.testing.assert_close(p.grad, unit)
+    x = p.detach().view(6, 5).requires_grad_()
+    value = loss(x)
+    (first,) = torch.autograd.grad(value, x, retain_graph=True)
+    first.mul_(2)
+    (second,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(second, unit.view(6, 5))
+
+
 def operators(call):
     """Names of the operators that a call runs."""
     with torch.autograd.profiler.profile() as profile:

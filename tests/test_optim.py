@@ -227,7 +227,6 @@ class TestUnusualTensors:
     def test_complex(self, name, options):
         if name == "Lion":
             return  # the sign of a complex number is no Lion's
-        options = {k: v for k, v in options.items() if k != "initial_accumulator_value"}
         values = [torch.randn(5, 3, dtype=torch.complex128), torch.randn(4, dtype=torch.complex128)]
         ours, our_optimizer = make(name, values, options)
         exact, exact_optimizer = make(name, values, options, torch_class=True)
@@ -238,6 +237,38 @@ class TestUnusualTensors:
                 optimizer.step()
         for a, b in zip(ours, exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("shape", [(), (1, 1), (3,)])
+    @pytest.mark.parametrize("norm", [None, 100.0])
+    def test_gradients_that_are_yet_to_be_negated(self, shape, norm):
+        """As autograd makes them of the parts of complex numbers."""
+        p = torch.ones(shape, requires_grad=True)
+        p.grad = torch._neg_view(torch.full(shape, -3.0))
+        gdbp.optim.SGD([p], lr=1.0, max_grad_norm=norm).step()
+        torch.testing.assert_close(p.detach(), torch.full(shape, -2.0))
+
+    def test_gradients_that_are_yet_to_be_conjugated(self):
+        p = torch.ones(3, dtype=torch.complex64, requires_grad=True)
+        p.grad = torch.full((3,), 1 + 2j).conj()
+        gdbp.optim.SGD([p], lr=1.0).step()
+        torch.testing.assert_close(p.detach(), torch.full((3,), 2j))
+
+    def test_meta_parameters(self):
+        p = torch.ones(3, device="meta", requires_grad=True)
+        p.grad = torch.ones_like(p)
+        optimizer = gdbp.optim.Adam([p])
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].is_meta and optimizer.state[p]["step"].device.type == "cpu"
+
+    def test_parameters_in_a_tuple(self):
+        p, q = (torch.ones(3, requires_grad=True) for _ in range(2))
+        optimizers = gdbp.optim.Adam([p]), torch.optim.Adam([q])
+        for optimizer, own in zip(optimizers, (p, q), strict=True):
+            optimizer.param_groups[0]["params"] = (own,)
+            for _ in range(2):
+                own.grad = torch.ones(3)
+                optimizer.step()
+        torch.testing.assert_close(p, q)
 
     @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
     def test_duplicates_are_stepped_twice(self):

@@ -173,6 +173,33 @@ class TestStates:
         assert loaded.state[q]["exp_avg"].stride() == q.stride()
         torch.testing.assert_close(*momenta, rtol=0.05, atol=1e-3)
 
+    def test_start_where_adagrads_start(self):
+        """Also those of parameters that came after the constructor."""
+        for dtype in (torch.float32, torch.complex64):
+            late = []
+            for of in (gdbp.optim, torch.optim):
+                q = torch.ones(2, dtype=dtype, requires_grad=True)
+                optimizer = of.Adagrad([torch.ones(2, requires_grad=True)], lr=1.0, initial_accumulator_value=4.0)
+                optimizer.add_param_group({"params": [q]})
+                q.grad = torch.ones_like(q)
+                optimizer.step()
+                late.append(q)
+            torch.testing.assert_close(*late)
+
+    def test_are_made_on_the_cpu_whatever_the_default_device(self):
+        p = torch.randn(5, requires_grad=True)
+        p.grad = torch.randn(5)
+        with torch.device("meta"):
+            gdbp.optim.Adam([p]).step()
+        assert p.isfinite().all()
+
+    def test_without_an_owner_may_be_tensors(self):
+        p = torch.randn(5, requires_grad=True)
+        optimizer = gdbp.optim.Adam([p])
+        optimizer.state["history"] = torch.zeros(3)
+        train([p], optimizer, range(2))
+        assert optimizer.state[p]["step"] == 2
+
     def test_without_an_owner_stay(self):
         _, optimizer = adam(torch.float32)
         optimizer.state["note"] = "kept"
@@ -241,6 +268,16 @@ class TestCheckpointsOfTorch:
         train([q], theirs, range(2, 4))
         torch.testing.assert_close(p, q)
         assert ours.state[p]["step"].device.type == "cpu"
+
+    def test_groups_keep_options_that_torch_does_not_have(self):
+        w, b = (torch.zeros(4, requires_grad=True) for _ in range(2))
+        ours = gdbp.optim.AdamW([{"params": [w], "clip_value": 1.0}, {"params": [b], "l1": 0.0}], l1=0.1)
+        theirs = torch.optim.AdamW([{"params": [w]}, {"params": [b], "lr": 0.5}])
+        ours.load_state_dict(theirs.state_dict())
+        assert [(g["l1"], g["clip_value"], g["lr"]) for g in ours.param_groups] == [(0.1, 1.0, 1e-3), (0.0, None, 0.5)]
+        other = gdbp.optim.AdamW([{"params": [w], "l1": 0.7}, {"params": [b], "l1_mode": "prox"}])
+        ours.load_state_dict(other.state_dict())
+        assert [(g["l1"], g["l1_mode"]) for g in ours.param_groups] == [(0.7, "subgradient"), (0.0, "prox")]
 
     def test_older_than_our_options(self):
         p, optimizer = adam(torch.float32, l1=0.5)

@@ -53,6 +53,71 @@ def test_master_follows_new_weights():
     torch.testing.assert_close(optimizer.state[p]["master_param"], torch.full((5,), 3.0 * (1 - 0.01 * 0.01)))
 
 
+WRITES = {
+    "before the first step": lambda p, o: None,
+    "a new group": lambda p, o: o.add_param_group({"params": [torch.zeros(3).requires_grad_()]}),
+    "a checkpoint": lambda p, o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_master_follows_where_the_optimizer_starts_anew(write):
+    """Weights are written where no version tells of it; those that were not keep their digits."""
+    (p,), optimizer = make("AdamW", [torch.ones(5, dtype=torch.bfloat16)], master_weights=True, weight_decay=0.0)
+    give([p], [torch.ones(5)])
+    optimizer.step()
+    kept = optimizer.state[p]["master_param"][3:].clone()
+    if write == "before the first step":
+        state, optimizer = optimizer.state_dict(), make("AdamW", [p.detach()], master_weights=True)[1]
+        optimizer.param_groups[0].update(params=[p], weight_decay=0.0)
+        optimizer.load_state_dict(state)
+    else:
+        WRITES[write](p, optimizer)
+    with torch.no_grad():
+        p[:3] = 7.0
+    optimizer.param_groups[0]["lr"] = 0.0
+    give([p], [torch.ones(5)])
+    optimizer.step()
+    master = optimizer.state[p]["master_param"]
+    assert torch.equal(master[:3], torch.full((3,), 7.0)) and torch.equal(master[3:], kept)
+    assert torch.equal(p, master.bfloat16())
+
+
+LATE = {
+    "no state": lambda params, **options: gdbp.optim.SGD(params, lr=0.1, **options),
+    "a state of its own": lambda params, **options: gdbp.optim.Adagrad(params, lr=0.1, **options),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"state_dtype": "8bit"}, {"ema_decay": 0.5}], ids=str)
+def test_late_gradients(kind, options):
+    """A parameter gets what it keeps when its first gradient comes, as if it had come at once."""
+    values = [torch.randn(5000).bfloat16(), torch.randn(5000).bfloat16(), torch.randn(7)]
+    late, at_once = ([v.clone().requires_grad_() for v in values] for _ in range(2))
+    optimizer, other = LATE[kind](late, **options), LATE[kind](at_once[1:], **options)
+    give(late[:1], [torch.ones(5000)])
+    optimizer.step()
+    for _ in range(3):
+        grads = [torch.randn(5000), torch.randn(7)]
+        give(late[1:], grads)
+        give(at_once[1:], grads)
+        optimizer.step()
+        other.step()
+    for p, q in zip(late[1:], at_once[1:], strict=True):
+        assert torch.equal(p, q) and optimizer.state.get(p, {}).keys() == other.state.get(q, {}).keys()
+
+
+def test_a_parameter_of_half_type_since_the_last_step_gets_a_master():
+    (p,), optimizer = make("AdamW", [torch.ones(5)], master_weights=True)
+    give([p], [torch.ones(5)])
+    optimizer.step()
+    p.data, p.grad = p.data.bfloat16(), None
+    give([p], [torch.ones(5)])
+    optimizer.step()
+    assert torch.equal(p, optimizer.state[p]["master_param"].bfloat16())
+
+
 def test_stochastic_rounding_keeps_small_updates():
     """Updates of a fiftieth of the gap between neighbours: nearest rounding loses all, stochastic none on average."""
     value, step, steps = 1.0, 2**-8 / 50, 400
@@ -224,6 +289,40 @@ class TestEightBits:
         assert ours.state[p]["exp_avg"].dtype is torch.int8
         assert ours.state[p]["step"] == 2
 
+    def test_checkpoint_of_8_bits(self):
+        """It stays in 8 bits where nobody asks for another dtype."""
+        (p,), eight = make("AdamW", [torch.randn(5000)], state_dtype="8bit")
+        give([p], [torch.randn(5000)])
+        eight.step()
+        wide = _precision.decode(*(eight.state[p][key] for key in ("exp_avg", "exp_avg_scale")))
+        for wanted, found in ((None, torch.int8), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+            (q,), optimizer = make("AdamW", [p.detach()], state_dtype=wanted)
+            optimizer.load_state_dict(eight.state_dict())
+            optimizer.param_groups[0]["betas"] = (1 - 2**-20, 0.999)
+            give([q], [torch.zeros(5000)])
+            optimizer.step()
+            state = optimizer.state[q]
+            assert state["exp_avg"].dtype is found and ("exp_avg_scale" in state) == (found is torch.int8)
+            if found is not torch.int8:
+                torch.testing.assert_close(state["exp_avg"], wide.to(found), rtol=2e-6, atol=0)
+
+    @pytest.mark.parametrize("kind", ["Adagrad", "a checkpoint"])
+    def test_a_skipped_step_leaves_float32_states(self, kind):
+        (p,), optimizer = make("Adagrad", [torch.randn(5000)], state_dtype="8bit", skip_nonfinite=True)
+        if kind == "a checkpoint":
+            (q,), theirs = make("AdamW", [torch.randn(5000)])
+            give([q], [torch.randn(5000)])
+            theirs.step()
+            (p,), optimizer = make("AdamW", [torch.randn(5000)], state_dtype="8bit", skip_nonfinite=True)
+            optimizer.load_state_dict(theirs.state_dict())
+        before = dict(optimizer.state[p])
+        give([p], [torch.full((5000,), float("inf"))])
+        optimizer.step()
+        assert optimizer.state[p] == before
+        give([p], [torch.randn(5000)])
+        optimizer.step()
+        assert any(value.dtype is torch.int8 for value in optimizer.state[p].values())
+
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -332,6 +431,18 @@ def test_resume(name, options):
 def test_bad_options(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         gdbp.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_dtype": "8bit"}, {"state_dtype": torch.float32}, {"copy_dtype": torch.half}]
+)
+def test_complex_parameters_have_their_own_dtype(options):
+    p = torch.zeros(3, dtype=torch.complex64, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = gdbp.optim.AdamW([p], **options)
+    with pytest.raises(ValueError, match=r"shape \(3,\) is torch.complex64, and states and copies"):
+        optimizer.step()
+    assert not optimizer.state and not p.any()
 
 
 def test_do_not_go_with_torchs_step():

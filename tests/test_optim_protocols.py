@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gdbp
 from tests.optimizers import give, make
@@ -260,6 +261,16 @@ class TestErrors:
         with pytest.raises(ValueError, match="Invalid l1 value"):
             gdbp.optim.Adam([{"params": [torch.nn.Parameter(torch.zeros(1))], "l1": -1.0}])
 
+    @pytest.mark.parametrize("option", [{"max_grad_norm": 0.1}, {"master_weights": True}, {"state_dtype": "8bit"}])
+    def test_options_of_the_optimizer_in_a_group(self, option):
+        group, (name,) = {"params": [torch.nn.Parameter(torch.zeros(1))], **option}, option
+        with pytest.raises(ValueError, match=f"{name} is in a param group, .* an argument of Adam, for all groups"):
+            gdbp.optim.Adam([group])
+        optimizer = gdbp.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+        with pytest.raises(ValueError, match=f"{name} is in a param group"):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+
     def test_empty_list(self):
         with pytest.raises(ValueError, match="empty parameter list"):
             gdbp.optim.SGD([])
@@ -284,6 +295,22 @@ class TestErrors:
         params, optimizer = self.two()
         params[1].grad = torch.ones(4).to_sparse()
         self.refuses(params, optimizer, "sparse")
+
+    def test_gradient_of_another_class(self):
+        params, optimizer = self.two()
+        params[1].grad = TwoTensor(torch.ones(4), torch.ones(4))
+        self.refuses(params, optimizer, "a gradient is of a class of its own")
+
+    @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}])
+    def test_a_refused_first_step_leaves_no_state(self, options):
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        optimizer = gdbp.optim.SGD(params, lr=1.0, momentum=0.9, dampening=0.5, **options)
+        params[0].grad, params[1].grad = torch.ones(3) / 2, torch.ones(3).to_sparse()
+        self.refuses(params, optimizer, "sparse")
+        assert not optimizer.state
+        params[1].grad = None
+        optimizer.step()
+        assert torch.equal(params[0], torch.full((3,), 0.5))  # of a first gradient nothing is damped
 
     def test_state_of_another_shape(self):
         params, optimizer = self.two()

@@ -264,6 +264,30 @@ def test_dropout():
     assert (model[1].weight.grad != 0).all()
 
 
+def test_a_refused_step_makes_no_gradients():
+    x, y = data()
+    for batch in ((x, y + CLASSES), (x[:, 1:], y)):
+        pair = Pair(keep_grads=True)
+        with pytest.raises((IndexError, ValueError)):
+            pair.step(*batch)
+        assert all(p.grad is None for p in pair.model.parameters()) and not pair.optimizer.state
+        with pytest.raises((IndexError, ValueError)):
+            pair.step.many(batch, 8)
+        assert all(p.grad is None for p in pair.model.parameters())
+        pair.train()
+        kept = [p.grad.clone() for p in pair.model.parameters()]
+        with pytest.raises((IndexError, ValueError)):
+            pair.step(*batch)
+        assert all(torch.equal(p.grad, g) for p, g in zip(pair.model.parameters(), kept, strict=True))
+
+
+def test_inputs_that_are_yet_to_be_negated():
+    pair = Pair(loss=nn.MSELoss())
+    x, y = data(target="values")
+    close(pair.step(torch._neg_view(-x), torch._neg_view(-y)), eager(pair.twin, pair.loss, pair.other, x, y))
+    same_state(pair.model, pair.optimizer, pair.twin, pair.other)
+
+
 @pytest.mark.parametrize("batch_size, steps", [(None, 3), (1, 40), (7, None), (7, 10), (20, 2)])
 def test_many(batch_size, steps):
     x, y = data(20)

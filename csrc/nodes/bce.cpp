@@ -20,7 +20,7 @@ class BceWithLogitsBackward : public Node {
     const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]);
     if (at::GradMode::is_enabled())
       return from_reference("bce_with_logits_backward", grad_output, input, target, saved[2], saved[3], reduction_);
-    if (at_once_ && is_one(grad_output)) return {ahead, Tensor()};
+    if (at_once_ && is_one(grad_output)) return {handed_over(ahead), Tensor()};
     if (at_once_ && is_plain(grad_output) && is_free(4, ahead)) {
       static const auto op =
           find<void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,

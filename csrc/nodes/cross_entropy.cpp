@@ -29,7 +29,7 @@ class CrossEntropyBackward : public Node {
                             saved[5], reduction, ignore_index, smoothing, z_loss, softcap);
     }
     if (writes_ == Writes::at_once) {
-      if (is_one(grad_output)) return {saved[8], Tensor()};
+      if (is_one(grad_output)) return {handed_over(saved[8]), Tensor()};
       if (is_plain(grad_output) && is_free(8, saved[8])) {
         // Where the device finds a 1 there is nothing to do.
         static const auto op =

@@ -83,6 +83,9 @@ class Node : public torch::autograd::Node {
     constexpr c10::DispatchKeySet others({DispatchKey::Batched, DispatchKey::FuncTorchBatched, DispatchKey::Python});
     return !gradient.key_set().has_any(others);
   }
+  // What was saved, for the caller of the backward pass to keep: a copy, unless this is the last pass, as a caller may
+  // write to it.
+  Tensor handed_over(const Tensor& unpacked) const { return runs_last_ ? unpacked : unpacked.clone(); }
   // Whether this is known to be the number 1, for which a loss may have written its gradient ahead: on CUDA only the
   // device knows.
   static bool is_one(const Tensor& gradient) {

@@ -26,7 +26,7 @@ class PointwiseLossBackward : public Node {
     const auto& [kind, parameter, reduction] = options_;
     if (at::GradMode::is_enabled())
       return from_reference("pointwise_loss_backward", grad_output, input, target, kind, parameter, reduction);
-    if (at_once_ && is_one(grad_output)) return {ahead, Tensor()};
+    if (at_once_ && is_one(grad_output)) return {handed_over(ahead), Tensor()};
     if (at_once_ && is_plain(grad_output) && is_free(2, ahead)) {
       static const auto op =
           find<void(const Tensor&, const Tensor&, const Tensor&, c10::string_view, double, c10::string_view, Tensor)>(

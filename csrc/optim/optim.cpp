@@ -88,6 +88,9 @@ void check_grad(const Member& m) {
   TORCH_CHECK(m.grad.layout() == at::kStrided,
               "optimizer step: a gradient is sparse; expected a dense one; "
               "use torch.optim.SparseAdam or SGD, or set sparse=False in the embedding");
+  TORCH_CHECK(!m.grad.key_set().has(c10::DispatchKey::Python),
+              "optimizer step: a gradient is of a class of its own, such as DTensor, and its parameter a plain tensor; "
+              "expected both to be of one kind; convert one of them");
   TORCH_CHECK(m.grad.sizes() == m.param.sizes(), "optimizer step: a gradient has shape ", m.grad.sizes(),
               " and its parameter ", m.param.sizes(), "; expected the same");
   TORCH_CHECK(m.grad.device() == m.param.device(), "optimizer step: a gradient is on ", m.grad.device(),
@@ -102,9 +105,25 @@ void check_state(const Member& m, const Tensor& state) {
 
 }  // namespace
 
+namespace {
+
+// Whether the numbers in memory are yet to be negated or conjugated.
+bool is_lazy(const Tensor& t) { return t.is_neg() || t.is_conj(); }
+
+}  // namespace
+
 Batch::Place Batch::add(int rule, const Hyper* hyper, const Member& m) {
   const int count = rule_states(rule);
   check_grad(m);
+  TORCH_CHECK(!is_lazy(m.param),
+              "optimizer step: a parameter is a lazily negated or conjugated view; expected memory of its own; "
+              "make it with .resolve_neg().resolve_conj()");
+  if (m.grad.defined() && is_lazy(m.grad)) {
+    Member with_own = m;
+    with_own.grad = m.grad.resolve_neg().resolve_conj();
+    temporaries_.push_back(with_own.grad);
+    return add(rule, hyper, with_own);
+  }
   bool same_layout = (!m.grad.defined() || m.grad.is_contiguous()) && m.param.is_contiguous();
   written_.push_back(m.param.unsafeGetTensorImpl());
   const auto see = [&](const Tensor& state) {

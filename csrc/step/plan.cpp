@@ -2,6 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
@@ -50,15 +51,19 @@ void StepPlan::prefetch_storages(const Entry& entry) {
 
 StepPlan::StepPlan(const std::vector<Group>& groups, const py::dict& state,
                    const std::vector<std::vector<std::pair<std::string, std::string>>>& roles,
-                   const std::vector<std::vector<int64_t>>& fresh)
+                   const std::vector<std::vector<int64_t>>& fresh, const std::vector<std::vector<int64_t>>& waiting)
     : state_object_(state) {
   static std::atomic<uint64_t> made{0};
   id_ = ++made;
   for (const auto& [_, value] : state) state_dicts_.push_back(py::reinterpret_borrow<py::object>(value));
   for (size_t g = 0; g < groups.size(); ++g) {
     const auto& [params, name, hyper] = groups[g];
-    Rule rule{name, optim::parse_rule(name), {}, params.size(), {}};
-    for (const auto& [role, key] : roles[g]) rule.keys.emplace_back(key);
+    Rule rule{name, optim::parse_rule(name), {}, params.size(), false, {}};
+    for (const auto& [role, key] : roles[g]) {
+      rule.keys.emplace_back(key);
+      rule.has_masters = rule.has_masters || role == "master";
+    }
+    if (rule.has_masters) plain_.give_up();
     const size_t first = entries_.size();
     for (const py::handle& param : params) {
       Entry entry;
@@ -87,6 +92,7 @@ StepPlan::StepPlan(const std::vector<Group>& groups, const py::dict& state,
       entries_.push_back(std::move(entry));
     }
     for (const int64_t i : fresh[g]) entries_.at(first + i).counts.fresh = true;
+    for (const int64_t i : waiting[g]) entries_.at(first + i).ready = false;
     rules_.push_back(std::move(rule));
   }
   for (Entry& entry : entries_) {
@@ -120,6 +126,8 @@ bool StepPlan::unchanged(const std::vector<Group>& groups, const py::dict& state
 }
 
 bool StepPlan::unchanged(const Entry& entry) const {
+  // Of a parameter without a state nothing is kept, and state.size() has been looked at.
+  if (!entry.state_dict) return true;
   const Rule& rule = rules_[entry.group];
   for (size_t k = 0; k < rule.keys.size(); ++k)
     if (PyDict_GetItemWithError(entry.state_dict.ptr(), rule.keys[k].ptr()) != entry.state_objects[k].ptr())
@@ -183,16 +191,25 @@ bool StepPlan::collect_any(const std::vector<char>* takes_part) {
     if (!takes_part && !member.grad.defined()) continue;
     if (!takes_part) entry.last_grad = member.grad.unsafeGetTensorImpl();
     if (!entry.ready || !unchanged(entry)) return false;
-    // Somebody wrote new weights into the parameter since our last step: the master follows.
-    if (member.master.defined() && entry.version >= 0 && member.param._version() != entry.version)
-      member.master.copy_(member.param);
+    const Rule& rule = rules_[entry.group];
+    // Somebody made it a half type since the plan was made.
+    if (rule.has_masters && !member.master.defined() && member.param.element_size() == 2) return false;
+    if (member.master.defined() && member.param._version() != entry.version) follow(entry);
     tick(i);
     member.average_weight = average_weight_;
-    const Rule& rule = rules_[entry.group];
     entry.place = batch_.add(rule.index, &rule.hyper, member);
     collected_.push_back(i);
   }
   return true;
+}
+
+// Somebody wrote new weights into the parameter since our last step, or may have before our first: where it is not the
+// rounded master, the master becomes what it is.
+void StepPlan::follow(Entry& entry) {
+  const at::Tensor &master = entry.member.master, &param = entry.member.param;
+  if (master.sizes() != param.sizes() || master.device() != param.device()) return;  // an error later
+  const at::Tensor own = param.detach(), kept = own.eq(master.to(own.scalar_type()));
+  master.copy_(at::where(kept, master, own.to(master.scalar_type())));
 }
 
 at::Tensor StepPlan::norm(double max_norm, double scale, bool skip_nonfinite) {
@@ -287,8 +304,8 @@ void bind(py::module_& module) {
   py::class_<StepPlan>(module, "StepPlan", "The tensors of an optimizer, ready for a step.")
       .def(py::init<const std::vector<Group>&, const py::dict&,
                     const std::vector<std::vector<std::pair<std::string, std::string>>>&,
-                    const std::vector<std::vector<int64_t>>&>(),
-           py::arg("groups"), py::arg("state"), py::arg("roles"), py::arg("fresh"))
+                    const std::vector<std::vector<int64_t>>&, const std::vector<std::vector<int64_t>>&>(),
+           py::arg("groups"), py::arg("state"), py::arg("roles"), py::arg("fresh"), py::arg("waiting"))
       .def("configure", &StepPlan::configure, py::arg("average_weight"), py::arg("seed"))
       .def(
           "collect",

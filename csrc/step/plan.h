@@ -22,10 +22,10 @@ class StepPlan {
   // state: optimizer.state. roles: for each group what its parameters keep in their state, as pairs of role and
   // key: "state" (in the rule's order), "scale" (of 8-bit states, likewise), "count" (0-dim CPU tensors: step,
   // product), "master", "average", "copy". fresh: for each group the positions of parameters whose first update this
-  // will be, for rules that keep no count.
+  // will be, for rules that keep no count. waiting: the positions of those whose state is still to be made.
   StepPlan(const std::vector<Group>& groups, const pybind11::dict& state,
            const std::vector<std::vector<std::pair<std::string, std::string>>>& roles,
-           const std::vector<std::vector<int64_t>>& fresh);
+           const std::vector<std::vector<int64_t>>& fresh, const std::vector<std::vector<int64_t>>& waiting);
 
   // How the parameters are written. average_weight: what each step adds to the moving averages. seed: of
   // stochastic rounding, 0 for rounding to nearest.
@@ -75,6 +75,7 @@ class StepPlan {
   void tick(size_t i);
   void count();
   void forget();
+  static void follow(Entry& entry);
   bool unchanged(const std::vector<Group>& groups, const pybind11::dict& state) const;
   bool unchanged(const Entry& entry) const;
   static void prefetch_tensors(const Entry& entry);
@@ -85,6 +86,7 @@ class StepPlan {
     int index;
     std::vector<pybind11::str> keys;
     size_t params;
+    bool has_masters;
     optim::Hyper hyper;
   };
   std::vector<Rule> rules_;

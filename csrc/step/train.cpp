@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <exception>
 
 #include "common/binding.h"
 #include "common/gemm.h"
@@ -62,6 +63,19 @@ void gather(const at::Tensor& from, const int64_t* index, int64_t count, at::Ten
   for (int64_t i = 0; i < count; ++i) std::memcpy(target + i * bytes, source + index[i] * bytes, size_t(bytes));
 }
 
+// What was made for a step goes again if that fails.
+class Retraction {
+ public:
+  explicit Retraction(Updates& updates) : updates_(updates), before_(std::uncaught_exceptions()) {}
+  ~Retraction() {
+    if (std::uncaught_exceptions() > before_) updates_.retract();
+  }
+
+ private:
+  Updates& updates_;
+  const int before_;
+};
+
 constexpr auto kSignalInterval = std::chrono::milliseconds(100);
 
 }  // namespace
@@ -101,6 +115,7 @@ void TrainPlan::ready(const at::Tensor& input, int64_t rows, const Target& targe
 bool TrainPlan::finish(bool waits, const Limit& limit, grad::Norm* norm) {
   grad::Norm decided{0, 1, 0};
   if (limit) *norm = decided = network_.updates.norm({limit->first, 1, double(limit->second)});
+  network_.updates.settle();
   if (waits) network_.updates.update_all(decided);
   network_.finish();
   return decided.skip == 0;
@@ -110,7 +125,8 @@ py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Ten
                           uint64_t seed, uint64_t number) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
-  const at::Tensor x = input.contiguous(), y = target.contiguous();
+  const Retraction unless_done(network_.updates);
+  const at::Tensor x = input.resolve_neg().contiguous(), y = target.resolve_neg().contiguous();
   const Target described = describe(y, y.const_data_ptr());
   ready(x, x.dim() ? x.size(0) : 0, described);
   const at::Tensor loss = at::empty({}, x.options());
@@ -130,7 +146,8 @@ std::pair<at::Tensor, at::Tensor> TrainPlan::backward(const at::Tensor& input, c
                                                       uint64_t number) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
-  const at::Tensor x = input.contiguous(), y = target.contiguous();
+  const Retraction unless_done(network_.updates);
+  const at::Tensor x = input.resolve_neg().contiguous(), y = target.resolve_neg().contiguous();
   const Target described = describe(y, y.const_data_ptr());
   ready(x, x.dim() ? x.size(0) : 0, described);
   const at::Tensor loss = at::empty({}, x.options());
@@ -148,9 +165,11 @@ py::tuple TrainPlan::update(StepPlan& plan, const Limit& limit) {
   return py::make_tuple(limit ? wrap(tensor_of(norms)) : py::none(), counts);
 }
 
-py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& index,
-                          int64_t size, const Limit& limit, uint64_t seed, uint64_t first) {
+py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& all_inputs, const at::Tensor& all_targets,
+                          const at::Tensor& index, int64_t size, const Limit& limit, uint64_t seed, uint64_t first) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Retraction unless_done(network_.updates);
+  const at::Tensor inputs = all_inputs.resolve_neg(), targets = all_targets.resolve_neg();
   const int64_t total = index.defined() ? index.size(0) : inputs.size(0);
   const int64_t steps = (total + size - 1) / size;
   const at::Tensor losses = at::empty({steps}, inputs.options());

@@ -51,6 +51,7 @@ Updates::Outcome Updates::collect(StepPlan& plan, const std::vector<Group>& grou
   options_ = options;
   threads_ = threads;
   if (!same) lay_flat();
+  made_.clear();
   for (size_t k = 0; k < parameters_.size(); ++k) {
     at::Tensor& grad = parameters_[k].mutable_grad();
     if (entries_[k] < 0) continue;
@@ -60,12 +61,19 @@ Updates::Outcome Updates::collect(StepPlan& plan, const std::vector<Group>& grou
       const int64_t start =
           (static_cast<char*>(places_[k].fixed) - static_cast<char*>(flat_.mutable_data_ptr())) / flat_.element_size();
       grad = flat_.slice(0, start, start + parameters_[k].numel()).view(parameters_[k].sizes());
+      made_.push_back(k);
     } else if (!grad.defined() || !grad.is_contiguous() || grad.scalar_type() != parameters_[k].scalar_type() ||
                grad.sizes() != parameters_[k].sizes() || grad.requires_grad()) {
       grad = at::empty_like(parameters_[k], at::MemoryFormat::Contiguous).detach();
+      made_.push_back(k);
     }
   }
   return same ? Outcome::same : Outcome::replan;
+}
+
+void Updates::retract() {
+  for (const size_t k : made_) parameters_[k].mutable_grad().reset();
+  made_.clear();
 }
 
 void Updates::lay_flat() {

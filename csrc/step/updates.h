@@ -35,6 +35,11 @@ class Updates {
   Outcome collect(StepPlan& plan, const std::vector<Group>& groups, const pybind11::dict& state,
                   const Options& options);
 
+  // For a step that does not come to be: gradients that collect() made go again, as nothing was written to them.
+  void retract();
+  // The step has come to be.
+  void settle() { made_.clear(); }
+
   // Requests the place of a parameter's gradient, which is formed at `time`; inner: the length of the sums in it.
   void plan(int parameter, int64_t inner, Arena& arena, int time, int end);
 
@@ -88,6 +93,7 @@ class Updates {
 
   std::vector<at::Tensor> parameters_;
   std::vector<char> trained_, divisible_;
+  std::vector<size_t> made_;  // whose .grad is new in this step
   std::vector<Place> places_;
   std::vector<int> entries_;   // in the StepPlan; -1: the optimizer does not have it
   std::vector<char> in_plan_;  // by entry: whether it is trained

@@ -29,6 +29,7 @@ class Update(NamedTuple):
     # Numbers that torch keeps for each parameter as 0-dim tensors on the CPU, with their first values.
     counts: tuple[tuple[str, float], ...] = (("step", 0.0),)
     decoupled: bool = False  # whether weight_decay shrinks the parameter itself
+    initial: float = 0.0  # what every element of a state starts at
 
 
 _EXTRAS = (
@@ -73,14 +74,15 @@ class Fused(torch.optim.Optimizer):
             not lost; True, or a seed > 0. A function of the seed, the parameter's position, the step and the
             element: reproducible for any number of threads.
         state_dtype: dtype of the states, None for the parameter's; "8bit" for blocks of 8-bit numbers with a common
-            scale (states of fewer than 4096 elements stay float32).
+            scale (states of fewer than 4096 elements stay float32), which torch's classes cannot read.
         ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
             started at the parameters as first stepped; see :meth:`ema_parameters`.
         copy_dtype: write every new parameter also into a copy of this dtype, for a forward pass in low precision;
             see :meth:`copied_parameters`.
 
-    From max_grad_norm on these are the optimizer's, not a group's. ``max_grad_norm`` and ``skip_nonfinite`` can be
-    changed later through the attributes of their names.
+    From max_grad_norm on these are the optimizer's, and refused in a group. ``max_grad_norm`` and ``skip_nonfinite``
+    can be changed later through the attributes of their names. A master follows what is written into its parameter,
+    but for what is written through ``.data``, of which nobody is told.
 
     ``foreach`` and ``fused`` are accepted for torch's sake and change nothing: there is one implementation.
     Groups with ``capturable`` (on the CPU it changes nothing) or ``differentiable`` are stepped by torch's own class.
@@ -133,6 +135,12 @@ class Fused(torch.optim.Optimizer):
             _set_extras(group, extras)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for option in _STEP_EXTRAS:
+            if isinstance(param_group, dict) and option.name in param_group:
+                raise ValueError(
+                    f"{option.name} is in a param group, with {param_group[option.name]!r}; expected it as an argument "
+                    f"of {type(self).__name__}, for all groups"
+                )
         super().add_param_group(param_group)
         for option in _STEP_EXTRAS:
             self.param_groups[-1].pop(option.name, None)
@@ -215,29 +223,37 @@ class Fused(torch.optim.Optimizer):
     def _step_now(self) -> None:
         if any(map(is_torchs, self.param_groups)):
             return self._step_torch()
-        created: list[tuple[torch.Tensor, list[str]]] = []
+        created: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        try:
+            took_place = self._step_groups(created)
+        except BaseException:
+            self._undo(created)
+            raise
+        if not took_place:
+            self._undo(created)
+
+    def _step_groups(self, created: list[tuple[torch.Tensor, dict[str, Any]]]) -> bool:
+        """Whether the step took place; created: see :meth:`_make_plan`."""
         if _checkpoint.is_trial(self):
             self._plan = self._make_plan(*self._groups(), created)
-            return
+            return True
         if not (self.max_grad_norm is not None or self._may_skip() or getattr(self, "grad_scale", None) is not None):
             self._last["grad_norm"] = None
             self._collect(lambda plan, *arguments: plan.step(*arguments), created)
-            return
+            return True
         plan = self._collect(lambda plan, *arguments: plan.collect(*arguments), created)
-        norm = self._norm(plan.norm)
-        if not plan.run(norm, self._may_skip()):
-            self._undo(created)
+        return plan.run(self._norm(plan.norm), self._may_skip())
 
     def _groups(self) -> tuple[list[tuple[list, str, list[float]]], list[Update]]:
         """What the groups are to a plan, and their update rules."""
         updates = [self._update(group) for group in self.param_groups]
         groups = [
-            (group["params"], update.rule, _hyper(group, update))
+            (_listed(group["params"]), update.rule, _hyper(group, update))
             for group, update in zip(self.param_groups, updates, strict=True)
         ]
         return groups, updates
 
-    def _collect(self, collect, created: list[tuple[torch.Tensor, list[str]]], takes_part=None):
+    def _collect(self, collect, created: list[tuple[torch.Tensor, dict[str, Any]]], takes_part=None):
         """A plan that has taken this step's tensors in. ``collect(plan, groups, state)`` has it do so, and says whether
         the plan still fits; created, takes_part: see :meth:`_make_plan`."""
         groups, updates = self._groups()
@@ -252,12 +268,12 @@ class Fused(torch.optim.Optimizer):
                 )
         return plan
 
-    def _undo(self, created: list[tuple[torch.Tensor, list[str]]]) -> None:
+    def _undo(self, created: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
         """The step did not take place, so that nothing has begun: a first step is still to come."""
-        for p, keys in created:
-            for key in keys:
-                del self.state[p][key]
-            if not self.state[p]:
+        for p, before in created:
+            if before:
+                self.state[p] = before
+            else:
                 del self.state[p]
 
     def _norm(self, norm_of) -> torch.Tensor | None:
@@ -281,7 +297,8 @@ class Fused(torch.optim.Optimizer):
         As in torch, except that every state keeps its dtype (torch casts it to its parameter's) and is copied
         (torch shares it with ``state_dict``), into the parameter's memory layout and its placement over ranks.
         """
-        _checkpoint.load_state_dict(self, super().load_state_dict, state_dict)
+        options = [option.name for option in _EXTRAS]
+        _checkpoint.load_state_dict(self, super().load_state_dict, state_dict, options)
 
     def _init_group(self, group: dict[str, Any], *lists, fused: bool = False):
         # By this name torch's step and Dynamo know it; fused: ours asks, and not torch's.
@@ -289,36 +306,45 @@ class Fused(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _make_plan(
-        self, groups: list, updates: list[Update], created: list[tuple[torch.Tensor, list[str]]], takes_part=None
+        self, groups: list, updates: list[Update], created: list[tuple[torch.Tensor, dict[str, Any]]], takes_part=None
     ):
         """Creates the states that are missing and returns what will step the groups from now on.
 
         Args:
-            created: takes in the parameters that got new states, and the keys of these.
+            created: takes in the parameters whose states were made or replaced, and what these were before.
             takes_part: says of a parameter whether it will be stepped; default: whether it has a gradient.
         """
         takes_part = takes_part or (lambda p: p.grad is not None)
         precision = self._precision
-        roles, fresh = [], []
+        roles, fresh, waiting = [], [], []
         for (params, _, _), update in zip(groups, updates, strict=True):
             # Stochastic rounding needs the step's number, so that a resumed run draws what an unbroken one would.
             counts = update.counts or ((("step", 0.0),) if precision.seed else ())
             kept = precision.roles(update.states) + [("count", key) for key, _ in counts]
             roles.append(kept if update.states or not precision.is_default() else [])
             fresh.append([])
+            waiting.append([])
             for i, p in enumerate(params):
-                if not roles[-1] or not takes_part(p):
+                if not roles[-1]:
                     continue
+                if not takes_part(p):
+                    # It gets its state when its first gradient comes.
+                    if not precision.is_prepared(p, self.state.get(p, {}), update.states):
+                        waiting[-1].append(i)
+                    continue
+                before = dict(self.state.get(p, {}))
                 state = self.state[p]
-                known = set(state)
+                created.append((p, before))
                 for key, first in counts:
                     state[key] = _checkpoint.count_tensor(state.get(key, first))
-                if precision.prepare(p, state, update.states):
+                if precision.prepare(p, state, update.states, update.initial):
                     fresh[-1].append(i)
-                created.append((p, [key for key in state if key not in known]))
+                if len(state) == len(before) and all(state[key] is value for key, value in before.items()):
+                    created.pop()
         params = [p for params, _, _ in groups for p in params]
-        if _load.available and all(map(is_fused, params)) and len(set(map(id, params))) == len(params):
-            plan = _C.StepPlan(groups, self.state, roles, fresh)
+        compiled = _load.available and all(is_fused(p) and not p.is_meta for p in params)
+        if compiled and len(set(map(id, params))) == len(params):
+            plan = _C.StepPlan(groups, self.state, roles, fresh, waiting)
             plan.configure(precision.average_weight, precision.seed)
             return plan
         if not precision.is_default():
@@ -355,6 +381,10 @@ def _check_extras(extras: dict[str, Any]) -> None:
 def _check_max_grad_norm(value: float | None) -> None:
     if value is not None and not value > 0.0:
         raise ValueError(f"Invalid max_grad_norm: {value}; expected a number > 0, or None for no clipping")
+
+
+def _listed(params) -> list[torch.Tensor]:
+    return params if type(params) is list else list(params)
 
 
 def _set_extras(group: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Loading a state, and the trial step by which torch.distributed.checkpoint asks for an empty one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +15,27 @@ def count_tensor(count: Tensor | float) -> Tensor:
     """A step count as torch keeps it where nothing is captured: a 0-dim float tensor on the CPU."""
     if not isinstance(count, Tensor):
         wide = torch.get_default_dtype() is torch.float64
-        return torch.tensor(float(count), dtype=torch.float64 if wide else torch.float32)
+        return torch.tensor(float(count), dtype=torch.float64 if wide else torch.float32, device="cpu")
     return count.to("cpu", count.dtype if count.dtype in (torch.float32, torch.float64) else torch.float32)
 
 
-def load_state_dict(optimizer: torch.optim.Optimizer, load, state_dict: dict[str, Any]) -> None:
+def load_state_dict(optimizer: torch.optim.Optimizer, load, state_dict: dict[str, Any], options: Sequence[str]) -> None:
     """What ``load``, torch's own, does, except that states keep their dtypes and are copied.
 
     torch casts every state to its parameter's dtype and shares the tensors that fit. So it gets to see no
     state: a last hook before it takes the states away, and a first hook after it puts copies back. The hooks
-    that users registered run where they always do.
+    that users registered run where they always do. options: of a group, that torch's classes do not have.
     """
     taken: dict[str, Any] = {}
 
     def take(_, seen):
         taken.update(seen)
-        return {**seen, "state": {}}
+        # torch's own groups have none of our options: a group keeps those that it had.
+        groups = [
+            {**{name: own[name] for name in options if name in own}, **saved}
+            for own, saved in zip(optimizer.param_groups, seen["param_groups"], strict=False)
+        ]
+        return {**seen, "state": {}, "param_groups": groups + seen["param_groups"][len(groups) :]}
 
     def put(_):
         _put_states(optimizer, taken)
@@ -99,7 +104,7 @@ def like_param(value: Tensor, p: Tensor) -> Tensor:
 def is_trial(optimizer: torch.optim.Optimizer) -> bool:
     """Whether this step is torch.distributed.checkpoint's, which wants states and no update: it sets lr to 0
     and all gradients to zero, and there is no state yet. A warm-up from lr = 0 has gradients."""
-    if any(optimizer.state.values()):
+    if any(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
         return False
     for group in optimizer.param_groups:
         lr = group["lr"]

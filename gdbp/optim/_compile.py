@@ -26,7 +26,8 @@ def init_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], params, 
             state[key] = count_tensor(state.get(key, first))
         for key in update.states:
             if state.get(key) is None:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                initial = complex(update.initial, update.initial) if p.is_complex() else update.initial
+                state[key] = torch.full_like(p, initial, memory_format=torch.preserve_format)
     states.extend(optimizer.state[p][key] for key in update.states for p in params)
     counts.extend(optimizer.state[p][key] for key, _ in update.counts for p in params)
 

@@ -67,19 +67,37 @@ class Precision(NamedTuple):
             roles.append(("copy", "param_copy"))
         return roles
 
-    def prepare(self, p: torch.Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> bool:
-        """Creates what is missing in a parameter's state, in the dtypes wanted. True where a state was new."""
+    def is_prepared(self, p: torch.Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> bool:
+        """Whether :meth:`prepare` would find nothing to do."""
+        wanted = [name for name, is_wanted in (("master_param", self._has_master(p)), *self._besides()) if is_wanted]
+        return all(state.get(key) is not None for key in (*keys, *wanted)) and all(
+            state[key].dtype is self._stored(p) for key in keys if self._chooses_dtype
+        )
+
+    def prepare(self, p: torch.Tensor, state: dict[str, Any], keys: tuple[str, ...], initial: float = 0.0) -> bool:
+        """Creates what is missing in a parameter's state, in the dtypes wanted. True where a state was new.
+
+        initial: what its elements start at.
+        """
+        if p.is_complex() and (self._chooses_dtype or self.copy_dtype is not None):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is {p.dtype}, and states and copies of a dtype of their own "
+                "are for real ones; switch off master_weights, state_dtype and copy_dtype"
+            )
         fresh = False
         for key in keys:
             if state.get(key) is None:
-                state[key] = torch.zeros_like(p, dtype=self._dtype(p), memory_format=torch.preserve_format)
+                value = complex(initial, initial) if p.is_complex() else initial
+                state[key] = torch.full_like(p, value, dtype=self._dtype(p), memory_format=torch.preserve_format)
                 fresh = True
-            elif self._chooses_dtype and state[key].dtype not in (self._dtype(p), torch.int8):
+            elif self._chooses_dtype and state[key].dtype is not self._stored(p):
                 # From a checkpoint of another choice, or torch's Adagrad, which creates its own.
-                state[key] = state[key].to(self._dtype(p))
-            if self.state_dtype == "8bit" and p.numel() >= MIN_8BIT_SIZE and state[key].dtype is not torch.int8:
+                scale = state.pop(f"{key}_scale", None) if state[key].dtype is torch.int8 else None
+                wide = state[key] if scale is None else decode(state[key], scale)
+                state[key] = wide.to(self._dtype(p))
+            if self._stored(p) is torch.int8 and state[key].dtype is not torch.int8:
                 state[key], state[key + "_scale"] = encode(state[key])
-        if self.master_weights and p.dtype in _HALF and state.get("master_param") is None:
+        if self._has_master(p) and state.get("master_param") is None:
             state["master_param"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
         if self.ema_decay is not None and state.get("ema_param") is None:
             dtype = torch.float32 if p.dtype in _HALF else p.dtype
@@ -87,6 +105,16 @@ class Precision(NamedTuple):
         if self.copy_dtype is not None and state.get("param_copy") is None:
             state["param_copy"] = p.detach().to(self.copy_dtype, memory_format=torch.preserve_format, copy=True)
         return fresh
+
+    def _has_master(self, p: torch.Tensor) -> bool:
+        return self.master_weights and p.dtype in _HALF
+
+    def _besides(self) -> tuple[tuple[str, bool], ...]:
+        return ("ema_param", self.ema_decay is not None), ("param_copy", self.copy_dtype is not None)
+
+    def _stored(self, p: torch.Tensor) -> torch.dtype:
+        """What a state is kept in: int8 where it is in blocks with scales."""
+        return torch.int8 if self.state_dtype == "8bit" and p.numel() >= MIN_8BIT_SIZE else self._dtype(p)
 
     def _dtype(self, p: torch.Tensor) -> torch.dtype:
         if self.state_dtype == "8bit":

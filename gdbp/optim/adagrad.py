@@ -13,7 +13,8 @@ class Adagrad(Fused, torch.optim.Adagrad):
     """
 
     def _update(self, group):
-        return Update("adagrad", ("sum",), (group["lr_decay"], group["eps"]))
+        initial = float(group["initial_accumulator_value"])
+        return Update("adagrad", ("sum",), (group["lr_decay"], group["eps"]), initial=initial)
 
 
 class Adadelta(Fused, torch.optim.Adadelta):
