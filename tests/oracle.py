@@ -72,7 +72,10 @@ def leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | No
 
 
 def values_and_grads(
-    f: Callable[..., Tensor], tensors: Sequence[Tensor | None], upstream: Tensor | None = None
+    f: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    upstream: Tensor | None = None,
+    create_graph: bool = False,
 ) -> list[Tensor]:
     """The result of ``f``, and the gradients of the tensors that require them, for upstream gradients that
     are given, or drawn with a fixed seed."""
@@ -81,7 +84,8 @@ def values_and_grads(
     if upstream is None:
         generator = torch.Generator().manual_seed(7)
         upstream = torch.randn(output.shape, dtype=torch.float64, generator=generator).bfloat16()
-    grads = torch.autograd.grad(output, wanted, upstream.to(output.device, output.dtype)) if wanted else ()
+    upstream = upstream.to(output.device, output.dtype)
+    grads = torch.autograd.grad(output, wanted, upstream, create_graph=create_graph) if wanted else ()
     return [output.detach(), *grads]
 
 

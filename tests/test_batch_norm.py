@@ -127,8 +127,9 @@ def test_mean_far_from_zero(shape):
     for activation in (None, "tanh"):
         mine, torchs = norms(activation)
         exact = values_and_grads(torchs, [leaf(t, torch.float64) for t in (x, w, b)])
-        for ours, right in zip(values_and_grads(mine, (x, w, b)), exact):
-            assert (ours - right).abs().max() <= 2e-6 * right.abs().max().clamp_min(1)
+        for create_graph in (False, True):
+            for ours, right in zip(values_and_grads(mine, (x, w, b), create_graph=create_graph), exact):
+                assert (ours - right).abs().max() <= 2e-6 * right.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e15, 1e-15, 1e-30])

@@ -332,6 +332,60 @@ def test_autocast():
         assert cross_entropy(x.bfloat16(), MIX, z_loss=0.1).dtype is torch.float32
 
 
+DIFFERENTIATED = {
+    "labels": ("labels", {}), "smooth": ("labels", {"label_smoothing": 0.1}), "z": ("labels", {"z_loss": 0.01}),
+    "capped": ("labels", {"softcap": 3.0}), "mixture": ("mixture", {}), "zero": ("labels", {"empty": "zero"}),
+    "normalizer": ("labels", {"normalizer": torch.tensor([3.0])}), "probabilities": ("probabilities", {"z_loss": 0.1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("case", DIFFERENTIATED)
+def test_every_way_to_differentiate_gives_the_same(case, dtype):
+    """In value, gradient, dtype and shape."""
+    kind, options = DIFFERENTIATED[case]
+    x = logits((6, 4)).detach().to(dtype)
+    target = draw_target(kind, (6, 4), 4, dtype)
+
+    def loss(x):
+        return cross_entropy(x, target, **options)
+
+    leaf = x.clone().requires_grad_()
+    value = loss(leaf)
+    (grad,) = torch.autograd.grad(value, leaf)
+    (again,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    tangent = torch.rand(6, 4).to(dtype)
+    other, slope = torch.func.jvp(loss, (x,), (tangent,))
+    (batched,) = torch.vmap(loss)(x.unsqueeze(0))
+    eps = torch.finfo(dtype).eps
+    for found, wanted in ((again, grad), (other, value), (batched, value), (slope, (grad.double() * tangent).sum())):
+        assert found.dtype is dtype and found.shape == wanted.shape
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=0, atol=8 * eps * scale)
+
+
+def test_z_loss_of_float16_does_not_overflow():
+    x = torch.full((3, 4), 60.0, dtype=torch.float16)
+    x[:, 0] = 1000.0
+
+    def loss(x):
+        return cross_entropy(x, torch.zeros(3, dtype=torch.int64), z_loss=0.01)
+
+    value, _ = torch.func.jvp(loss, (x,), (x,))
+    assert value == loss(x) and value.isfinite()
+
+
+def test_class_weights_beside_probabilities_of_another_dtype():
+    x, p, w = torch.randn(3, 4), torch.rand(3, 4, dtype=torch.float64).softmax(1), torch.rand(4)
+    torch.testing.assert_close(cross_entropy(x, p, w), F.cross_entropy(x.double(), p, w.double()))
+    assert cross_entropy(x.bfloat16(), p.float(), w.bfloat16()).dtype is torch.float32
+
+
+def test_no_cap_at_infinity():
+    x, y = torch.randn(3, 4), torch.tensor([0, 3, 1])
+    assert torch.equal(cross_entropy(x, y, softcap=math.inf), cross_entropy(x, y))
+
+
 # ---- inplace_backward ----
 
 
@@ -360,8 +414,17 @@ def test_inplace_where_others_need_the_logits():
     inplace = {"inplace_backward": True}
     with pytest.raises(RuntimeError, match=r"these are a leaf.*leave it out"):
         cross_entropy(x, y, **inplace)
+    for view in (x[:3], x.view(6, 4)[:3].t().t()):
+        with pytest.raises(RuntimeError, match="these are a leaf or a view of one"):
+            cross_entropy(view, y[:3], **inplace)
+    with pytest.raises(RuntimeError, match=r"these are expanded \(strides \(0, 1\)\).*pass logits.contiguous"):
+        cross_entropy((x[:1] * 1).expand(3, 4), y[:3], **inplace)
+    soft = torch.rand(6, 4, dtype=x.dtype).softmax(1).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"target requires grad, which needs them.*pass target.detach"):
+        cross_entropy(2 * x, soft, **inplace)
     with torch.no_grad():
         cross_entropy(x, y, **inplace)
+    assert x._version == 0
     modified = pytest.raises(RuntimeError, match="modified by an inplace operation")
     with modified:  # the layer before keeps its output
         cross_entropy(x.exp(), y, **inplace).backward()
@@ -383,6 +446,13 @@ REFUSED = {
     "smoothing": (lambda: cross_entropy(X, X, label_smoothing=1.5), RuntimeError, "between 0.0 and 1.0. Got: 1.5"),
     "z_loss": (lambda: cross_entropy(X, Y, z_loss=-1), ValueError, "z_loss is -1; expected a number of at least 0"),
     "softcap": (lambda: cross_entropy(X, Y, softcap=0), ValueError, "softcap is 0; expected a number above 0, or None"),
+    "tiny softcap": (lambda: cross_entropy(X, Y, softcap=1e-60), ValueError, "is 1e-60; expected .* tells from 0"),
+    "list": (lambda: cross_entropy(X, [0, 1, 2]), TypeError, "target is or holds a list; expected a tensor of labels"),
+    "nothing": (lambda: cross_entropy(X, None), TypeError, "target is or holds a NoneType; expected a tensor"),
+    "lists": (lambda: cross_entropy(X, ([0], [1], 0.5)), TypeError, "target is or holds a list; expected a tensor"),
+    "normalizer's gradient": (
+        lambda: cross_entropy(X, Y, normalizer=torch.ones((), requires_grad=True)), RuntimeError, "pass normalizer.det"
+    ),
     "empty": (lambda: cross_entropy(X, Y, empty="one"), ValueError, "empty is 'one'; expected 'nan' or 'zero'"),
     "normalizer": (lambda: cross_entropy(X, Y, normalizer=3, reduction="sum"), ValueError, "reduction is 'sum'; leave"),
     "normalizers": (lambda: cross_entropy(X, Y, normalizer=X), ValueError, r"shape \(3, 4\); expected one number"),

@@ -214,6 +214,24 @@ def test_gradients_that_are_asked_for():
         assert CASES["mean"][0](*tensors).grad_fn is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["labels", "probabilities", "weighted", "autocast"])
+def test_half_types_are_differentiated_twice(kind, dtype):
+    full = dtype if kind != "autocast" else torch.float32
+    x, w = (torch.randn(n, 4).to(full).requires_grad_() for n in (3, 5))
+    target = torch.randn(3, 5).softmax(1).to(full) if kind == "probabilities" else torch.tensor([0, 4, 2])
+    options = {"weight": torch.rand(5).to(full)} if kind == "weighted" else {}
+    with torch.autocast("cpu", dtype, enabled=kind == "autocast"):
+        value = linear_cross_entropy(x, w, target, **options)
+    plain = torch.autograd.grad(value, (x, w), retain_graph=True)
+    again = torch.autograd.grad(value, (x, w), create_graph=True)
+    for a, b in zip(plain, again, strict=True):
+        assert a.dtype is b.dtype is full
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    (second,) = torch.autograd.grad(again[0].square().sum(), w)
+    assert second.dtype is full and second.isfinite().all() and second.any()
+
+
 def test_probabilities_that_require_gradients():
     x, w, _ = layer(4, 2, 3)
     p = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
@@ -277,6 +295,8 @@ def test_module():
 X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
 REFUSED = {
     "budget": (lambda: linear_cross_entropy(X, W, Y, memory_budget=0), ValueError, "memory_budget is 0; expected"),
+    "fraction": (lambda: linear_cross_entropy(X, W, Y, memory_budget=1e6), ValueError, "is 1000000.0; expected"),
+    "list": (lambda: linear_cross_entropy(X, W, [0, 1, 2]), TypeError, "target is or holds a list; expected"),
     "dtype": (lambda: linear_cross_entropy(X, W.double(), Y), RuntimeError, "linear_weight is torch.float64 on cpu"),
     "weight": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(4)), RuntimeError, "all 5 classes or no"),
     "weight dtype": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(5).double()), RuntimeError, "convert it"),

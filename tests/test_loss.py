@@ -147,6 +147,20 @@ def test_no_loss_is_minus_zero(loss):
     assert not torch.signbit(both_pointwise(loss, reduction="none")[0](x, t)).any()
 
 
+def test_limits_at_the_end_of_the_numbers():
+    x, t = torch.randn(2, 5, 4)
+    for beta in (1e-50, 1e-40):
+        assert torch.equal(smooth_l1_loss(x, t, beta=beta), l1_loss(x, t))
+    torch.testing.assert_close(smooth_l1_loss(x.double(), t.double(), beta=1e-50), l1_loss(x.double(), t.double()))
+    for dtype in (torch.float16, torch.float32):
+        leaf = x.to(dtype).requires_grad_()
+        value = huber_loss(leaf, t.to(dtype), delta=1e39)
+        (grad,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        (again,) = torch.autograd.grad(value, leaf, create_graph=True)
+        torch.testing.assert_close(again, grad)
+        torch.testing.assert_close(value, mse_loss(leaf, t.to(dtype)) / 2)
+
+
 def test_float16_and_bfloat16():
     assert mse_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).isinf()  # 90000 has no float16
     many = torch.full((100_000,), 4.0).bfloat16()

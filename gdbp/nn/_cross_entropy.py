@@ -53,7 +53,8 @@ def cross_entropy(
 
     Raises:
         IndexError: a label outside [0, C); names label and row. On CUDA its loss is NaN, and a later call raises.
-        RuntimeError: shapes, dtypes or devices that do not fit; inplace_backward over a leaf.
+        RuntimeError: shapes, dtypes or devices that do not fit; inplace_backward over a leaf or a view of one, or
+            with a target that requires gradients.
         ValueError: an unknown reduction or ``empty``, numbers out of range, batches of different size.
     """
     reduction = reduction_name(size_average, reduce, reduction)
@@ -70,15 +71,15 @@ def cross_entropy(
         return torch.nn.functional.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
-    if inplace_backward and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError(
-            "inplace_backward=True writes the gradient over the logits, and these are a leaf, whose values are yours "
-            "to keep; leave it out, or pass logits that were computed"
-        )
+    if inplace_backward:
+        inplace_backward = input.requires_grad and torch.is_grad_enabled()
+        _check_inplace(input, target)
     shape = input.shape[:1] + input.shape[2:] if dim > 1 else ()
     if soft:
         if target.dtype != input.dtype:
             dtype = torch.promote_types(input.dtype, target.dtype)
+            if weight is not None and weight.dtype == input.dtype:
+                weight = weight.to(dtype)
             input, target = input.to(dtype), target.to(dtype)
     else:
         target = _labels(target, input, shape)
@@ -88,12 +89,38 @@ def cross_entropy(
     if dim == 1:
         input, target, second, share = (None if t is None else t.unsqueeze(0) for t in (input, target, second, share))
     if normalizer is not None:
-        normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach()
+        normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach().reshape(())
     loss = ops.cross_entropy(
         input, target, second, share, weight, normalizer, reduction, ignore_index, max(0.0, label_smoothing),
-        z_loss, softcap or 0.0, empty == "zero", inplace_backward,
+        z_loss, _cap(softcap), empty == "zero", inplace_backward,
     )  # fmt: skip
     return loss.reshape(shape) if reduction == "none" and loss.shape != shape else loss
+
+
+def _check_inplace(logits: torch.Tensor, target: torch.Tensor) -> None:
+    if target.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace_backward=True writes the gradient over the logits, and target requires grad, which needs them; "
+            "leave it out, or pass target.detach()"
+        )
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf:
+        raise RuntimeError(
+            "inplace_backward=True writes the gradient over the logits, and these are a leaf or a view of one, whose "
+            "values are yours to keep; leave it out, or pass logits that were computed"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape)):
+        raise RuntimeError(
+            f"inplace_backward=True writes the gradient over the logits, and these are expanded (strides "
+            f"{logits.stride()}), several to one place; leave it out, or pass logits.contiguous()"
+        )
+
+
+def _cap(softcap: float | None) -> float:
+    """As the operators take it: 0 for none."""
+    return 0.0 if softcap is None or softcap == float("inf") else softcap
 
 
 def _mixture(target: tuple) -> Mixture:
@@ -106,24 +133,33 @@ def _mixture(target: tuple) -> Mixture:
     elif not 0 <= share <= 1:
         raise ValueError(f"the share of a mixture is {share}; expected a number from 0 to 1")
     for labels in target[:2]:
-        if labels.is_floating_point():
+        if isinstance(labels, torch.Tensor) and labels.is_floating_point():
             raise ValueError("a mixture is of labels; got floating-point targets; mix probabilities yourself")
     return target
 
 
 def _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty):
+    for labels in (target,) if second is None else (target, second):
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(
+                f"target is or holds a {type(labels).__name__}; expected a tensor of labels or probabilities, or a "
+                "tuple of two tensors of labels and the share of the first"
+            )
     if label_smoothing > 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if not z_loss >= 0:
         raise ValueError(f"z_loss is {z_loss}; expected a number of at least 0")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; expected a number above 0, or None")
+    if softcap is not None and not softcap >= torch.finfo(torch.float32).tiny:
+        least = "a number above 0" if not softcap > 0 else "a number that float32 tells from 0"
+        raise ValueError(f"softcap is {softcap}; expected {least}, or None")
     if empty not in ("nan", "zero"):
         raise ValueError(f"empty is {empty!r}; expected 'nan' or 'zero'")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides the mean, and reduction is {reduction!r}; leave one of them out")
     if isinstance(normalizer, torch.Tensor) and normalizer.numel() != 1:
         raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; expected one number")
+    if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("normalizer requires grad; the loss has no derivative in it; pass normalizer.detach()")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()")
     if second is not None and second.shape != target.shape:
@@ -194,9 +230,9 @@ def linear_cross_entropy(
     """
     _check_linear(input, linear_weight, linear_bias)
     reduction = reduction_name(None, None, reduction)
-    if memory_budget is not None and memory_budget < 1:
-        raise ValueError(f"memory_budget is {memory_budget}; expected bytes, 1 or more")
-    soft = not isinstance(target, tuple) and target.is_floating_point()
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget >= 1):
+        raise ValueError(f"memory_budget is {memory_budget}; expected a whole number of bytes, 1 or more")
+    soft = isinstance(target, torch.Tensor) and target.is_floating_point()
     if soft and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
@@ -235,7 +271,7 @@ def linear_cross_entropy(
         chunk = max(1, budget // max(1, classes * max(4, input.element_size())))
     loss = ops.linear_cross_entropy(
         input, linear_weight, linear_bias, target, second, share, weight, normalizer, chunk, empty == "zero",
-        reduction, ignore_index, max(0.0, label_smoothing), z_loss, softcap or 0.0,
+        reduction, ignore_index, max(0.0, label_smoothing), z_loss, _cap(softcap),
     )  # fmt: skip
     return loss.to(output)
 

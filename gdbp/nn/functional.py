@@ -136,7 +136,8 @@ def smooth_l1_loss(
     beta: float = 1.0,
 ) -> torch.Tensor:
     """Absolute error with its tip rounded off: of a difference d below ``beta`` in size ``d**2 / (2 * beta)``, beyond
-    it ``abs(d) - beta / 2``. It is ``huber_loss(delta=beta) / beta``, and for beta 0 :func:`l1_loss`.
+    it ``abs(d) - beta / 2``. It is ``huber_loss(delta=beta) / beta``, and for beta 0, or one below all normal
+    numbers, :func:`l1_loss`.
 
     Everything else is as in :func:`mse_loss`.
 
@@ -147,7 +148,8 @@ def smooth_l1_loss(
     reduction = reduction_name(size_average, reduce, reduction)
     if beta < 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more")
-    return _pointwise("smooth_l1_loss" if beta else "l1_loss", input, target, reduction, beta)
+    is_sharp = beta < torch.finfo(torch.float64 if input.dtype is torch.float64 else torch.float32).tiny
+    return _pointwise("l1_loss" if is_sharp else "smooth_l1_loss", input, target, reduction, beta)
 
 
 def binary_cross_entropy_with_logits(

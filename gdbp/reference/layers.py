@@ -61,14 +61,15 @@ def _per_channel(values: Tensor, input: Tensor) -> Tensor:
 
 
 def _normalized(input: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """(input - mean) / deviation in the compute type, 1 / deviation, mean and variance; those of the batch for None."""
-    x = input.double() if input.dtype is torch.float64 else input.float()
+    """(input - mean) / deviation and 1 / deviation in the compute type, mean and variance in float64; those of the
+    batch for None."""
+    x, compute = input.double(), torch.float64 if input.dtype is torch.float64 else torch.float32
     if mean is None:
         dims = [0, *range(2, input.dim())]
         mean = x.mean(dims, keepdim=True)
         variance = (x - mean).square().mean(dims, keepdim=True)
     inverse = (variance + eps).rsqrt()
-    return (x - mean) * inverse, inverse, mean, variance
+    return ((x - mean) * inverse).to(compute), inverse.to(compute), mean, variance
 
 
 def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

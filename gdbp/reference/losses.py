@@ -16,8 +16,13 @@ def _sign(d: Tensor) -> Tensor:
     return torch.where(d.isnan(), d, d.sign())
 
 
+def _clamped(d: Tensor, limit: float) -> Tensor:
+    """Beyond what the dtype holds there is no limit."""
+    return d if limit > torch.finfo(d.dtype).max else d.clamp(-limit, limit)
+
+
 def _huber(d: Tensor, delta: float) -> Tensor:
-    c = d.clamp(-delta, delta)
+    c = _clamped(d, delta)
     return c * (d - 0.5 * c)
 
 
@@ -25,8 +30,8 @@ def _huber(d: Tensor, delta: float) -> Tensor:
 POINTWISE_LOSSES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
     "mse_loss": (lambda d, _: d.square(), lambda d, _: 2 * d),
     "l1_loss": (lambda d, _: d * _sign(d).detach(), lambda d, _: _sign(d)),
-    "huber_loss": (_huber, lambda d, delta: d.clamp(-delta, delta)),
-    "smooth_l1_loss": (lambda d, beta: _huber(d, beta) / beta, lambda d, beta: d.clamp(-beta, beta) / beta),
+    "huber_loss": (_huber, _clamped),
+    "smooth_l1_loss": (lambda d, beta: _huber(d, beta) / beta, lambda d, beta: _clamped(d, beta) / beta),
 }
 
 
@@ -94,10 +99,15 @@ def _targets(
         label = torch.where(kept, labels, 0)
         part = kept.to(logits.dtype) if part is None else torch.where(kept, part, 0).to(logits.dtype)
         is_label = label.unsqueeze(-1) == torch.arange(classes, device=logits.device)
-        a = a + part.unsqueeze(-1) * w * ((1 - label_smoothing) * is_label + uniform)
+        a = a + part.unsqueeze(-1) * w * ((1 - label_smoothing) * is_label.to(w.dtype) + uniform)
         row_weight = row_weight + part * (w[label] if classes else 0)
         counts = kept | counts
     return a, row_weight, counts
+
+
+def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Half types in float32, as the kernels compute."""
+    return [None if t is None else t if t.element_size() > 2 else t.float() for t in tensors]
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:
@@ -133,15 +143,19 @@ def cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
+    dtype = logits.dtype
+    logits, weight = _wide(logits, weight)
+    if target.is_floating_point():
+        (target,) = _wide(target)
     a, row_weight, counts = _targets(logits, target, second, share, weight, ignore_index, label_smoothing)
     x = _capped(torch.where(counts.unsqueeze(-1), logits.movedim(1, -1), 0), softcap)
     total = x.logsumexp(-1)
     loss = torch.where(a != 0, a * (total.unsqueeze(-1) - x), 0).sum(-1) + z_loss * row_weight * total.square()
     divisor = _divisor(row_weight, normalizer, reduction)
     if divisor is None:
-        return loss if reduction == "none" else loss.sum()
+        return (loss if reduction == "none" else loss.sum()).to(dtype)
     mean = loss.sum() / divisor
-    return torch.where(divisor == 0, torch.zeros_like(mean), mean) if empty_is_zero else mean
+    return (torch.where(divisor == 0, torch.zeros_like(mean), mean) if empty_is_zero else mean).to(dtype)
 
 
 def cross_entropy_backward(
@@ -159,6 +173,10 @@ def cross_entropy_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the logits and of probabilities, as a graph that can be differentiated again."""
+    dtype, target_dtype = logits.dtype, target.dtype
+    grad_output, logits, weight = _wide(grad_output, logits, weight)
+    if target.is_floating_point():
+        (target,) = _wide(target)
     a, row_weight, counts = _targets(logits, target, second, share, weight, ignore_index, label_smoothing)
     # Whatever an ignored row holds: a NaN there would come back in the next derivative.
     rows = torch.where(counts.unsqueeze(-1), logits.movedim(1, -1), 0)
@@ -181,5 +199,5 @@ def cross_entropy_backward(
     grad_target = None
     if target.is_floating_point():
         w = 1 if weight is None else weight
-        grad_target = (-scale * (1 - label_smoothing) * w * x.log_softmax(-1)).movedim(-1, 1)
-    return grad.movedim(-1, 1), grad_target
+        grad_target = (-scale * (1 - label_smoothing) * w * x.log_softmax(-1)).movedim(-1, 1).to(target_dtype)
+    return grad.movedim(-1, 1).to(dtype), grad_target
