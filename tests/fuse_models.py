@@ -150,3 +150,14 @@ MODELS = {
         ],
     ),
 }
+
+
+def fused(model, **options):
+    """The model, and the report about it."""
+    reports = []
+    assert gdbp.fuse(model, report=reports.append, **options) is model
+    return model, reports[0]
+
+
+def reasons(report):
+    return {left.layer: left.reason for left in report.left}

@@ -7,26 +7,14 @@ from collections import OrderedDict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import gdbp
 from gdbp.nn._observe import observers
-from tests.fuse_models import MODELS, Functional, Shared, Tower
+from tests.fuse_models import MODELS, Functional, Shared, Tower, fused, reasons
 
 DOUBLE = torch.float64
-
-
-def fused(model, **options):
-    """The model, and the report about it."""
-    reports = []
-    assert gdbp.fuse(model, report=reports.append, **options) is model
-    return model, reports[0]
-
-
-def reasons(report):
-    return {left.layer: left.reason for left in report.left}
 
 
 def trained(model, x, steps=2):
@@ -347,122 +335,6 @@ def test_autocast():
         a, b = model(x), plain(x)
     assert a.dtype is b.dtype is torch.bfloat16
     torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-# ---- forwards that are left alone ----
-
-
-class Odd(nn.Module):
-    """A linear layer and an activation, in a forward that is given."""
-
-    def __init__(self, forward):
-        super().__init__()
-        self.fc, self.act, self.calls, self.seen = nn.Linear(4, 4), nn.ReLU(), 0, []
-        self.child = nn.Identity()
-        self.plain = torch.ones(4)
-        self.register_buffer("count", torch.zeros(()))
-        self.__class__ = type("Odd", (Odd,), {"forward": forward})
-
-
-def optional(self, x, scale=None):
-    return self.act(self.fc(x)) if scale is None else self.act(self.fc(x * scale))
-
-
-def depends_on_data(self, x):
-    return self.act(self.fc(x)) if x.sum() > 0 else x
-
-
-def depends_on_training(self, x):
-    return F.dropout(self.act(self.fc(x)), 0.5, self.training)
-
-
-def counts(self, x):
-    self.calls += 1
-    return self.act(self.fc(x))
-
-
-def remembers(self, x):
-    self.seen.append(x)
-    return self.act(self.fc(x))
-
-
-def keeps(self, x):
-    self.hidden = self.fc(x)
-    return self.act(self.hidden)
-
-
-def keeps_elsewhere(self, x):
-    self.child.hidden = x
-    return self.act(self.fc(x))
-
-
-def writes(self, x):
-    self.plain.mul_(2)
-    return self.act(self.fc(x)) + self.plain
-
-
-def draws(self, x):
-    return self.act(self.fc(x)) + torch.randn(4)
-
-
-FORWARDS = {
-    optional: "the forward of Odd has arguments that may be left out (scale)",
-    depends_on_data: "torch.fx cannot follow the forward of Odd: symbolically traced variables cannot",
-    depends_on_training: "the forward of Odd is another in training than in evaluation",
-    counts: "the forward of Odd changes self.calls",
-    remembers: "the forward of Odd changes self.seen",
-    keeps: "the forward of Odd changes self.hidden",
-    keeps_elsewhere: "the forward of Odd changes Identity.hidden",
-    writes: "the forward of Odd changes self.plain",
-    draws: "the forward of Odd makes a tensor (_tensor_constant0), which would become a constant",
-}
-
-
-@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
-def test_forwards_that_do_more_than_their_graph(forward):
-    model = Odd(forward)
-    kept, state = dict(vars(model)), torch.get_rng_state()
-    kept["seen"], plain = [], model.plain.clone()
-    cls = type(model)
-    _, report = fused(model)
-    assert not report.fused and reasons(report)["fc"].startswith(FORWARDS[forward])
-    assert type(model) is cls and torch.equal(torch.get_rng_state(), state) and torch.equal(model.plain, plain)
-    assert vars(model).keys() == kept.keys() and model.calls == 0 and model.seen == []
-    assert not hasattr(model.child, "hidden")
-
-
-def test_buffers_that_forward_changes_in_place_still_change():
-    def forward(self, x):
-        self.count.add_(1)
-        return self.act(self.fc(x)) * self.count
-
-    model, report = fused(Odd(forward))
-    assert len(report.fused) == 1 and model.count == 0
-    x = torch.ones(2, 4)
-    first, second = model(x), model(x)
-    assert model.count == 2
-    torch.testing.assert_close(second, 2 * first)
-
-
-def test_values_that_are_used_twice():
-    def forward(self, x):
-        h = self.fc(x)
-        return self.act(h) + h
-
-    _, report = fused(Odd(forward))
-    assert reasons(report) == {"fc": "its output is used more than once"}
-
-
-def test_what_forward_does_later_stays_later():
-    def forward(self, x):
-        h = self.fc(x)
-        x.add_(1)
-        return self.act(h) + x
-
-    plain = Odd(forward)
-    model = gdbp.fuse(copy.deepcopy(plain))
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(model(x.clone()), plain(x.clone()))
 
 
 def test_who_calls_what():

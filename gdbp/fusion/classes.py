@@ -6,6 +6,7 @@ A module is fused by giving it such a class, and nothing else of it changes; it 
 import copyreg
 import functools
 import importlib
+import inspect
 import re
 import types
 from collections.abc import Callable
@@ -97,3 +98,8 @@ def unfused_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
 def class_of(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The class of a module as if it were not fused."""
     return unfused_class(module) or type(module)
+
+
+def forward_of(module: torch.nn.Module) -> Callable | None:
+    """The forward of its class, as that has it: those of scripted modules do not like to be asked."""
+    return inspect.getattr_static(class_of(module), "forward", None)

@@ -2,7 +2,7 @@
 
 import torch
 
-from gdbp.fusion.classes import Code, class_of
+from gdbp.fusion.classes import Code, class_of, forward_of
 from gdbp.fusion.report import Fused, FuseReport, Left, describe, is_candidate
 from gdbp.fusion.trace import Untraceable, rewrite
 from gdbp.nn.mlp import MLP
@@ -52,7 +52,7 @@ def names_of(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
 
 
 def _is_sequential(module: torch.nn.Module) -> bool:
-    return class_of(module).forward in (torch.nn.Sequential.forward, MLP.forward) and "forward" not in vars(module)
+    return forward_of(module) in (torch.nn.Sequential.forward, MLP.forward) and "forward" not in vars(module)
 
 
 def _is_users(module: torch.nn.Module) -> bool:

@@ -78,7 +78,8 @@ def cut_short(found: Run, following: Sequence[Layer], names: Sequence[str]) -> l
     """Why the activation behind a run without one, if there is one, is not in it."""
     if found.activation is not None or not following or type(following[0]) not in activations.MODULES:
         return []
-    return [Left(names[0], activations.of_module(following[0])[1] or obstacle(following[0]))]
+    why = activations.of_module(following[0])[1] or obstacle(following[0])
+    return [Left(names[0], why or "what follows writes over its output, which must be kept for the backward pass")]
 
 
 def why_not(layers: Sequence[Layer], names: Sequence[str], end: str) -> str:
@@ -95,7 +96,8 @@ def why_not(layers: Sequence[Layer], names: Sequence[str], end: str) -> str:
     if missing:
         return f"followed by {names[1]}, {missing}"
     known = type(following) in activations.MODULES or type(following) in NORMS
-    why = f"; {obstacle(following)}" if known else ""
+    hindered = obstacle(following) if known else ""
+    why = f"; {hindered}" if hindered else ", whose output something writes over" if known else ""
     return f"followed by {names[1]}, a {type(following).__name__}{why}"
 
 

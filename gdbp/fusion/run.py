@@ -23,6 +23,10 @@ Layer = torch.nn.Module | str  # a module, or the name of an activation that is 
 LINEARS = frozenset((torch.nn.Linear, gdbp.nn.Linear))
 NORMS = frozenset((torch.nn.BatchNorm1d, gdbp.nn.BatchNorm1d))
 _TORCHS = frozenset((torch.nn.Linear, torch.nn.BatchNorm1d))
+# Activations whose output the backward pass reads, where torch's read their input: what comes after must not write to it.
+SAVED_BY_OUTPUT = frozenset(("leaky_relu", "elu", "softplus"))
+# Modules that may return what they are given, or a view of it.
+VIEWS = (torch.nn.Flatten, torch.nn.Unflatten, torch.nn.Identity, torch.nn.Dropout)
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -72,8 +76,20 @@ def match(layers: Sequence[Layer], start: int) -> Run | None:
             activation = layer
         elif type(layer) in activations.MODULES and not obstacle(layer):
             activation = activations.of_module(layer)[0]
+        if activation in SAVED_BY_OUTPUT and is_written_over(layers[end + 1 :]):
+            activation = None
         end += activation is not None
     return Run(linear, norm, activation, end - start) if end - start > 1 else None
+
+
+def is_written_over(following: Sequence[Layer]) -> bool:
+    """Whether layers that follow one another write to what the first of them is given."""
+    for layer in following:
+        if getattr(layer, "inplace", False):
+            return True
+        if not isinstance(layer, VIEWS):
+            return False
+    return False
 
 
 def _activation(layer: torch.nn.Module) -> str | None:

@@ -1,5 +1,7 @@
 """A module's forward as torch.fx sees it, and the same with its runs in one call each."""
 
+import collections
+import copy
 import inspect
 from typing import Any
 
@@ -7,21 +9,14 @@ import torch
 from torch import fx
 
 from gdbp.fusion import activations
-from gdbp.fusion.classes import Code, class_of
+from gdbp.fusion.classes import Code, class_of, forward_of
+from gdbp.fusion.follow import Tracer, is_written_over, writes
 from gdbp.fusion.report import Fused, FuseReport, Left, cut_short, is_candidate, why_not
-from gdbp.fusion.run import Layer, match, run
+from gdbp.fusion.run import NORMS, SAVED_BY_OUTPUT, Layer, Run, match, run
 
 
 class Untraceable(Exception):
     """Why a forward cannot be rewritten."""
-
-
-class _Tracer(fx.Tracer):
-    # Statistics that forward changes must be changed by the graph, not by the tracing.
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, module, name) -> bool:
-        return True  # each module's own forward is looked at by itself
 
 
 def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple[Code | None, FuseReport]:
@@ -45,6 +40,10 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
         if found is None:
             left.append(Left(called[0], why_not(layers, called, end)))
             continue
+        why = _obstacle(graph, [n for n, _ in chain[: found.length]], found, module)
+        if why:
+            left.append(Left(called[0], why))
+            continue
         fused.append(Fused(tuple(called[: found.length]), str(found)))
         left += cut_short(found, layers[found.length :], called[found.length :])
         taken.update(n for n, _ in chain[: found.length])
@@ -62,7 +61,7 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
 
 
 def _trace(module: torch.nn.Module) -> fx.Graph:
-    forward = class_of(module).forward
+    forward = forward_of(module)
     if "forward" in vars(module):
         raise Untraceable(f"{_of(module)} was replaced")
     optional = [
@@ -89,7 +88,7 @@ def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
         twin.training = training
         before = [(each, {name: _kept(value) for name, value in vars(each).items()}) for each in twins.values()]
         with torch.random.fork_rng(devices=[]):
-            graph = _Tracer().trace(twin)
+            graph = Tracer().trace(twin)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise Untraceable(f"torch.fx cannot follow {_of(module)}: {first or type(error).__name__}") from error
@@ -115,14 +114,25 @@ def _of(module: torch.nn.Module) -> str:
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    return value.copy() if type(value) in (list, dict, set) else value
+    return value.detach().clone() if isinstance(value, torch.Tensor) else _refilled(value)
+
+
+def _refilled(value: Any) -> Any:
+    """Containers, and those in them, as new ones with the same things in them."""
+    if type(value) is tuple:
+        return tuple(map(_refilled, value))
+    if not isinstance(value, (list, dict, set, collections.deque)):
+        return value
+    twin = copy.copy(value)
+    if not isinstance(value, set):
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            twin[key] = _refilled(item)
+    return twin
 
 
 def _kept(value: Any) -> tuple[Any, int]:
     """What to compare a value with later: tensors are changed in place, and count how often."""
-    return (value, value._version) if isinstance(value, torch.Tensor) else (_copied(value), 0)
+    return (value, value._version) if isinstance(value, torch.Tensor) else (_refilled(value), 0)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -130,7 +140,7 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, dict):
         return list(a) == list(b) and all(map(_same, a.values(), b.values()))
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, (list, tuple, collections.deque)):
         return len(a) == len(b) and all(map(_same, a, b))
     return a is b or (isinstance(a, (int, float, str, set)) and a == b)
 
@@ -180,11 +190,29 @@ def _called(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def _between(graph: fx.Graph, chain: list[fx.Node]) -> list[fx.Node]:
+    """What is done between the first and the last of these calls, besides them."""
+    nodes = list(graph.nodes)
+    span = nodes[nodes.index(chain[0]) : nodes.index(chain[-1])]
+    return [node for node in span if node not in chain]
+
+
+def _obstacle(graph: fx.Graph, chain: list[fx.Node], found: Run, module: torch.nn.Module) -> str:
+    """Why these calls, which make up a run, cannot be one; empty where they can."""
+    if found.norm is not None and any(writes(node, module) for node in _between(graph, chain)):
+        return "something is written in place between it and its batch norm"
+    if found.activation in SAVED_BY_OUTPUT and is_written_over(chain[-1], module):
+        return f"its {found.activation} is written over, and must be kept for the backward pass"
+    return ""
+
+
 def _replace(graph: fx.Graph, chain: list[tuple[fx.Node, Layer]]) -> None:
     nodes = [node for node, _ in chain]
     first, last = nodes[0], nodes[-1]
-    # Where the first layer was: what the forward does to its input later must stay later.
-    with graph.inserting_before(first):
+    # Where the first layer was, as what the forward does to its input later must stay later; but statistics move where
+    # their batch norm was.
+    has_norm = any(isinstance(layer, torch.nn.Module) and type(layer) in NORMS for _, layer in chain)
+    with graph.inserting_before(last if has_norm else first):
         layers = [layer if isinstance(layer, str) else graph.get_attr(node.target) for node, layer in chain]
         fused = graph.call_function(run, (first.args or tuple(first.kwargs.values()))[:1] + tuple(layers))
     last.replace_all_uses_with(fused)

@@ -1,0 +1,311 @@
+"""Forwards that torch.fx traces, or cannot: what they do besides calling layers stays as it was."""
+
+import collections
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gdbp
+from tests.fuse_models import fused, reasons
+
+
+class Odd(nn.Module):
+    """A linear layer and an activation, in a forward that is given."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.fc, self.act, self.calls, self.seen = nn.Linear(4, 4), nn.ReLU(), 0, []
+        self.other, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.recent, self.counter, self.nested = collections.deque(), collections.Counter(), {"seen": []}
+        self.child = nn.Identity()
+        self.plain = torch.ones(4)
+        self.register_buffer("count", torch.zeros(()))
+        self.__class__ = type("Odd", (Odd,), {"forward": forward})
+
+
+def optional(self, x, scale=None):
+    return self.act(self.fc(x)) if scale is None else self.act(self.fc(x * scale))
+
+
+def depends_on_data(self, x):
+    return self.act(self.fc(x)) if x.sum() > 0 else x
+
+
+def depends_on_training(self, x):
+    return F.dropout(self.act(self.fc(x)), 0.5, self.training)
+
+
+def counts(self, x):
+    self.calls += 1
+    return self.act(self.fc(x))
+
+
+def remembers(self, x):
+    self.seen.append(x)
+    return self.act(self.fc(x))
+
+
+def remembers_in_a_deque(self, x):
+    self.recent.append(x)
+    return self.act(self.fc(x))
+
+
+def remembers_deeper(self, x):
+    self.nested["seen"].append(x)
+    return self.act(self.fc(x))
+
+
+def counts_by_name(self, x):
+    self.counter["calls"] += 1
+    return self.act(self.fc(x))
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def reverses(self, x):
+    return self.act(self.fc(Reversal.apply(x)))
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        return self.act(self.fc(x))
+
+
+@torch.no_grad()
+def decorated(self, x):
+    return self.act(self.fc(x))
+
+
+def in_inference_mode(self, x):
+    with torch.inference_mode():
+        return self.act(self.fc(x))
+
+
+def without_autocast(self, x):
+    with torch.autocast("cpu", enabled=False):
+        return self.act(self.fc(x))
+
+
+def checkpointed(self, x):
+    return checkpoint(lambda x: self.act(self.fc(x)), x, use_reentrant=False)
+
+
+def checkpointed_with_reentry(self, x):
+    return checkpoint(lambda x: self.act(self.fc(x)), x, use_reentrant=True)
+
+
+def ordered(self, x):
+    return collections.OrderedDict(a=self.act(self.fc(x)))
+
+
+def keeps(self, x):
+    self.hidden = self.fc(x)
+    return self.act(self.hidden)
+
+
+def keeps_elsewhere(self, x):
+    self.child.hidden = x
+    return self.act(self.fc(x))
+
+
+def writes(self, x):
+    self.plain.mul_(2)
+    return self.act(self.fc(x)) + self.plain
+
+
+def draws(self, x):
+    return self.act(self.fc(x)) + torch.randn(4)
+
+
+FORWARDS = {
+    optional: "the forward of Odd has arguments that may be left out (scale)",
+    depends_on_data: "torch.fx cannot follow the forward of Odd: symbolically traced variables cannot",
+    depends_on_training: "the forward of Odd is another in training than in evaluation",
+    counts: "the forward of Odd changes self.calls",
+    remembers: "the forward of Odd changes self.seen",
+    remembers_in_a_deque: "the forward of Odd changes self.recent",
+    remembers_deeper: "the forward of Odd changes self.nested",
+    counts_by_name: "the forward of Odd changes self.counter",
+    reverses: "torch.fx cannot follow the forward of Odd: it calls an autograd.Function, which would not be recorded",
+    without_gradients: "torch.fx cannot follow the forward of Odd: it switches gradients or autocast",
+    decorated: "torch.fx cannot follow the forward of Odd: it switches gradients or autocast",
+    in_inference_mode: "torch.fx cannot follow the forward of Odd: it switches gradients or autocast",
+    without_autocast: "torch.fx cannot follow the forward of Odd: it switches gradients or autocast",
+    checkpointed: "torch.fx cannot follow the forward of Odd: it is checkpointed",
+    checkpointed_with_reentry: "torch.fx cannot follow the forward of Odd: it calls an autograd.Function",
+    ordered: "torch.fx cannot follow the forward of Odd: it makes a container of class OrderedDict",
+    keeps: "the forward of Odd changes self.hidden",
+    keeps_elsewhere: "the forward of Odd changes Identity.hidden",
+    writes: "the forward of Odd changes self.plain",
+    draws: "the forward of Odd makes a tensor (_tensor_constant0), which would become a constant",
+}
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+def test_forwards_that_do_more_than_their_graph(forward):
+    model = Odd(forward)
+    kept, state = dict(vars(model)), torch.get_rng_state()
+    kept["seen"], plain = [], model.plain.clone()
+    cls = type(model)
+    _, report = fused(model)
+    assert not report.fused and reasons(report)["fc"].startswith(FORWARDS[forward])
+    assert type(model) is cls and torch.equal(torch.get_rng_state(), state) and torch.equal(model.plain, plain)
+    assert vars(model).keys() == kept.keys() and model.calls == 0 and model.seen == []
+    assert not model.recent and not model.counter and model.nested == {"seen": []}
+    assert Reversal.apply(torch.ones(1, requires_grad=True)).requires_grad  # tracing leaves nothing behind
+    assert not hasattr(model.child, "hidden")
+
+
+def test_buffers_that_forward_changes_in_place_still_change():
+    def forward(self, x):
+        self.count.add_(1)
+        return self.act(self.fc(x)) * self.count
+
+    model, report = fused(Odd(forward))
+    assert len(report.fused) == 1 and model.count == 0
+    x = torch.ones(2, 4)
+    first, second = model(x), model(x)
+    assert model.count == 2
+    torch.testing.assert_close(second, 2 * first)
+
+
+def test_values_that_are_used_twice():
+    def forward(self, x):
+        h = self.fc(x)
+        return self.act(h) + h
+
+    _, report = fused(Odd(forward))
+    assert reasons(report)["fc"] == "its output is used more than once"
+
+
+def test_what_forward_does_later_stays_later():
+    def forward(self, x):
+        h = self.fc(x)
+        x.add_(1)
+        return self.act(h) + x
+
+    plain = Odd(forward)
+    model = gdbp.fuse(copy.deepcopy(plain))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x.clone()), plain(x.clone()))
+
+
+def adds_to_a_view(self, x):
+    y = F.gelu(self.fc(x))
+    h = y[:, :2]
+    h += 1
+    return y
+
+
+def adds_to_its_input(self, x):
+    x = x * 1
+    before = x
+    x += self.other.weight[0]
+    return F.gelu(self.fc(x)) + before
+
+
+def adds_to_a_buffer(self, x):
+    y = self.act(self.fc(x))
+    count = self.count
+    count += y.detach().mean()
+    return y
+
+
+def asks_for_a_tensor(self, x):
+    if isinstance(x, torch.Tensor):
+        x = x * 2
+    y = self.act(self.fc(x))
+    return y if isinstance(y.shape, torch.Tensor) else y + 1
+
+
+def norm_called_in_another_order(self, x):
+    a, b = self.fc(x), self.other(x)
+    z = self.act(self.norm(b))
+    return self.act(self.norm(a)) + z
+
+
+def reads_statistics_before_they_move(self, x):
+    a = self.fc(x)
+    mean = self.norm.running_mean.clone()
+    return self.act(self.norm(a)) + mean
+
+
+def writes_before_the_norm(self, x):
+    x = x * 1
+    a = self.fc(x.clone())
+    x.add_(1)
+    return self.act(self.norm(a)) + x
+
+
+def writes_over_leaky_relu(self, x):
+    return F.leaky_relu(self.fc(x)).add_(x)
+
+
+def writes_over_a_view_of_elu(self, x):
+    y = F.elu(self.fc(x))
+    y.view(-1)[:3] += 1
+    return y
+
+
+def drops_softplus_in_place(self, x):
+    return F.dropout(F.softplus(self.fc(x)), 0.0, True, True)
+
+
+def adds_behind_leaky_relu(self, x):
+    return F.leaky_relu(self.fc(x)) + x
+
+
+FOLLOWED = {
+    adds_to_a_view: 1, adds_to_its_input: 1, adds_to_a_buffer: 1, asks_for_a_tensor: 1,
+    norm_called_in_another_order: 2, reads_statistics_before_they_move: 1, writes_before_the_norm: 1,
+    writes_over_leaky_relu: 0, writes_over_a_view_of_elu: 0, drops_softplus_in_place: 0, adds_behind_leaky_relu: 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", FOLLOWED, ids=lambda f: f.__name__)
+def test_order_and_writing_in_place_stay(forward):
+    torch.manual_seed(0)
+    plain = Odd(forward)
+    model, report = fused(copy.deepcopy(plain))
+    assert len(report.fused) == FOLLOWED[forward]
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        for each in (model, plain):
+            each.zero_grad()
+            each(x.clone()).square().sum().backward()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_sequentials_whose_layers_write_in_place():
+    behind = nn.LeakyReLU(), nn.Flatten(), nn.Dropout(0.5, inplace=True), nn.Linear(4, 1)
+    model, report = fused(nn.Sequential(nn.Linear(4, 4), *behind))
+    assert not report.fused and "whose output something writes over" in reasons(report)["0"]
+    model(torch.randn(3, 4)).sum().backward()
+    model, report = fused(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), *behind))
+    assert [run.layers for run in report.fused] == [("0", "1")] and "writes over its output" in reasons(report)["2"]
+    model(torch.randn(3, 4)).sum().backward()
+    for last in (nn.ReLU(inplace=True), nn.Tanh()):
+        _, report = fused(nn.Sequential(nn.Linear(4, 4), nn.ELU(), nn.Linear(4, 4), last))
+        assert len(report.fused) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_modules_stay_as_they_are():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model, report = fused(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), scripted))
+    assert [run.layers for run in report.fused] == [("0", "1")] and model(torch.randn(2, 4)).shape == (2, 4)
+    gdbp.explain(model, torch.randn(2, 4))
