@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gdbp import nn, optim
-from gdbp.train import Data, History, fit, load_data, make_schedule
+from gdbp.train import Data, History, evaluate, fit, load_data, make_schedule
 from gdbp.train.data import split
 from gdbp.train.schedule import SCHEDULES
 
@@ -131,7 +131,10 @@ def test_fit_keeps_the_best():
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"epochs": 0}, "epochs is 0; expected a whole number of at least 1"),
+        ({"epochs": 1.5}, "epochs is 1.5; expected a whole number of at least 1"),
+        ({"noise": -1.0}, "noise is -1.0; expected a number of at least 0"),
+        ({"batch_size": 2.0}, "batch size 2.0 is out of range"),
         ({"clip": 0.0}, "clip is 0.0; expected a number above 0"),
         ({"batch_size": 51}, "batch size 51 is out of range"),
         ({"method": "newton"}, "method 'newton' is unknown"),
@@ -143,6 +146,28 @@ def test_fit_refuses(options, expected):
     model = nn.Linear(3, 1)
     with pytest.raises(ValueError, match=expected):
         fit(model, nn.MSELoss(), optim.SGD(model.parameters()), linear_problem(), **{"epochs": 1, **options})
+
+
+@pytest.mark.parametrize("inputs, targets", [(0, 0), (4, 5)])
+def test_fit_wants_a_target_for_each_input(inputs, targets):
+    model = nn.Linear(3, 1)
+    pair = torch.zeros(inputs, 3), torch.zeros(targets, 1)
+    with pytest.raises(ValueError, match=f"{inputs} inputs and {targets} targets; expected as many, and at least one"):
+        fit(model, nn.MSELoss(), optim.SGD(model.parameters()), pair, epochs=1, noise=0.1)
+
+
+@pytest.mark.parametrize("off, expected", [(0.0, 1.0), (0.5, 0.0)])
+def test_r2_of_a_constant_is_finite(off, expected):
+    """As scikit-learn's."""
+    from sklearn.metrics import r2_score
+
+    x, y = torch.randn(6, 1), torch.full((6, 1), 2.0)
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.fill_(2.0 + off)
+    found = evaluate(model, nn.MSELoss(), x, y)
+    assert found["r2"] == expected == r2_score(y, torch.full_like(y, 2.0 + off))
 
 
 def test_schedules():

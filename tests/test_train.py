@@ -132,6 +132,15 @@ def test_load_run_without_a_run(tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize("name, content", [("config.json", "{"), ("config.json", "{}"), ("model.safetensors", "no")])
+def test_load_run_of_a_damaged_folder(tmp_path, flowers, name, content):
+    folder = tmp_path / "run"
+    assert main(["train", "--data", flowers, "--epochs", "1", "--out", str(folder), "--quiet"]) == 0
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match="holds a damaged run: "):
+        load_run(folder)
+
+
 def test_same_seed_same_metrics(tmp_path, flowers):
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
         train(tmp_path / name, "--data", flowers, "--epochs", "4", "--seed", seed)
@@ -245,6 +254,10 @@ def test_info(capsys):
         (["train", "--init", "zeros"], "symmetry is never broken"),
         (["train", "--init", "lecun"], "scheme 'lecun' is unknown"),
         (["train", "--hidden", "64;32"], "expected whole numbers above 0 and commas"),
+        (["train", "--hidden", "\u00b2"], "expected whole numbers above 0 and commas"),
+        (["train", "--hidden", "9" * 20], "expected whole numbers above 0 and commas"),
+        (["train", "--hidden", "100000000,100000000"], "can't be made"),
+        (["train", "--seed", str(2**64)], "expected a whole number from 0 to 4294967295"),
         (["train", "--epochs", "0"], "expected a whole number of at least 1"),
         (["train", "--lr", "-1"], "expected a number above 0"),
         (["train", "--lr", "nan"], "expected a number above 0"),
@@ -288,6 +301,8 @@ def test_cuda_without_cuda(capsys):
         ("a,b,y\n1,2,x\n1,2,z\n", ["--task", "regression"], "column 'y' of"),
         ("y\n1\n2\n", [], "has one column only"),
         ("a,y\n1,3\n2,3\n", [], "is the same in all samples"),
+        ("2019,2020,y\n1,2,0\n1,2,1\n", [], "line 1 has 'y' where all others have a number of column 'column_3'"),
+        ("a,y\n" + "".join(f"{(-1) ** i}e308,{i % 2}\n" for i in range(40)), [], "is too large to be standardised"),
         ("a,y\n1,3\n2,4\n5,6\n", ["--task", "classification"], "too many for classes"),
         ("a,y\n1,3\n2,4\n5,3\n6,4\n", [], "too few to split"),
     ],
@@ -347,7 +362,7 @@ def test_diverging_loss(tmp_path, waves, capsys):
         "relu",
     ]
     message = sentence(capsys, "train", *options, "--out", str(tmp_path / "run"))
-    assert "in epoch 1; use a smaller learning rate" in message and "--clip 1" in message
+    assert "in epoch 1; use a smaller learning rate" in message and "--lr 0.1 or --clip 1" in message
     assert not (tmp_path / "run" / "config.json").exists()
 
 

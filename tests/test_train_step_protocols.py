@@ -306,6 +306,14 @@ def test_many(batch_size, steps):
     same_state(pair.model, pair.optimizer, pair.twin, pair.other, 5)
 
 
+def test_many_under_another_default_device():
+    pair = Pair()
+    x, y = data()
+    with torch.device("meta"):
+        pair.step.many((x, y), 4)
+    assert pair.step.steps == 4
+
+
 def test_many_without_shuffling():
     x, y = data(20, target="values")
     pair = Pair(loss=nn.MSELoss(), make=lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.5, dampening=0.1))

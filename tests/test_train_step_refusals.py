@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gdbp
 from gdbp import nn, optim
@@ -40,6 +41,8 @@ REFUSED_MODELS = [
     (lambda: torch.nn.Sequential(torch.nn.Flatten(2), network(4)), "Flatten '0' flattens dimensions 2 to -1"),
     (lambda: torch.nn.Sequential(torch.nn.Flatten(0), network(4)), "comes after a Flatten that joins rows"),
     (lambda: torch.nn.Sequential(), "no layers"),
+    (lambda: torch.nn.Sequential(torch.nn.ReLU()), "no layers with parameters; expected at least one Linear"),
+    (lambda: torch.nn.Sequential(torch.nn.LazyLinear(3)), "LazyLinear '0' has no parameters yet; call the model once"),
     (lambda: torch.compile(network(4)), "pass the model that torch.compile was given"),
     (lambda: torch.nn.utils.parametrizations.weight_norm(network(4)[0]), "weight of .* is computed"),
 ]
@@ -89,7 +92,59 @@ def test_refused_optimizers():
         step(*data())
 
 
+HOOKS = {
+    "gradient": lambda model: model[0].weight.register_hook(lambda grad: grad * 0),
+    "accumulated gradient": lambda model: model[0].bias.register_post_accumulate_grad_hook(lambda p: None),
+    "module": lambda model: model[1].register_full_backward_hook(lambda *_: None),
+    "all modules": lambda _: torch.nn.modules.module.register_module_forward_hook(lambda *_: None),
+    "all optimizers": lambda _: register_optimizer_step_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_refused_whenever_they_come(kind):
+    pair = Pair()
+    pair.train()
+    handle = HOOKS[kind](pair.model)
+    try:
+        before = copy.deepcopy(pair.model.state_dict())
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"hooks.*, which a fused step would not call; remove them"):
+                pair.step(*data())
+        torch.testing.assert_close(pair.model.state_dict(), before, rtol=0, atol=0)
+        with pytest.raises(ValueError, match="hooks"):
+            gdbp.TrainStep(pair.model, pair.loss, pair.optimizer)(*data())
+    finally:
+        handle.remove()
+    pair.train()
+    again = HOOKS[kind](pair.model)
+    try:
+        with pytest.raises(ValueError, match="hooks"):
+            pair.step(*data())
+    finally:
+        again.remove()
+
+
+def test_hooks_are_called_where_not_strict():
+    pair = Pair(strict=False)
+    for model in (pair.model, pair.twin):
+        model[0].weight.register_hook(lambda grad: grad * 0)
+    before = pair.model[0].weight.clone()
+    pair.train()
+    assert pair.step.explain().startswith("eager: weight of Linear '0' has hooks")
+    torch.testing.assert_close(pair.model[0].weight, before * (1 - 1e-2 * 1e-2) ** 2)  # decay alone
+
+
+def test_a_limit_that_is_none():
+    pair = Pair()
+    pair.step.max_grad_norm = -1.0
+    with pytest.raises(ValueError, match=r"max_grad_norm is -1.0; expected a number above 0, or None"):
+        pair.step(*data())
+
+
 REFUSED_INPUTS = [
+    (lambda x, y: (x.numpy(), y), TypeError, "the input is no tensor; expected two"),
+    (lambda x, y: (x, None), TypeError, "the target is no tensor; expected two"),
     (lambda x, y: (x.bfloat16(), y), ValueError, "input has dtype BFloat16"),
     (lambda x, y: (x.double(), y), ValueError, "weight of Linear '0' .*expected .* of the input's dtype Double"),
     (lambda x, y: (x[:, :5], y), ValueError, "Linear '0' gets 5 features; expected 12"),
@@ -133,6 +188,10 @@ def test_many_refuses():
         pair.step.many((x, y[:3]))
     with pytest.raises(ValueError, match="batch_size is 17; expected None, or 1 to the 16 rows"):
         pair.step.many((x, y), 17)
+    with pytest.raises(ValueError, match=r"batch_size is 2.0; expected None, or 1 to the 16 rows"):
+        pair.step.many((x, y), 2.0)
+    with pytest.raises(ValueError, match="steps is -1; expected None, or a whole number"):
+        pair.step.many((x, y), 2, -1)
     with pytest.raises(IndexError, match="Target 9 is out of bounds"):
         pair.step.many((x, torch.cat([y[:12], torch.tensor([9] * 4)])), 4, shuffle=False)
     # The three steps before that one took place.

@@ -124,6 +124,8 @@ bool TrainPlan::finish(bool waits, const Limit& limit, grad::Norm* norm) {
 py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const Limit& limit,
                           uint64_t seed, uint64_t number) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  TORCH_CHECK_TYPE(input.defined() && target.defined(), "TrainStep: the ", input.defined() ? "target" : "input",
+                   " is no tensor; expected two; make one with torch.as_tensor");
   TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
   const Retraction unless_done(network_.updates);
   const at::Tensor x = input.resolve_neg().contiguous(), y = target.resolve_neg().contiguous();
@@ -145,6 +147,8 @@ py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Ten
 std::pair<at::Tensor, at::Tensor> TrainPlan::backward(const at::Tensor& input, const at::Tensor& target, uint64_t seed,
                                                       uint64_t number) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  TORCH_CHECK_TYPE(input.defined() && target.defined(), "TrainStep: the ", input.defined() ? "target" : "input",
+                   " is no tensor; expected two; make one with torch.as_tensor");
   TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
   const Retraction unless_done(network_.updates);
   const at::Tensor x = input.resolve_neg().contiguous(), y = target.resolve_neg().contiguous();

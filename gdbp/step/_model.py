@@ -30,6 +30,8 @@ class Layers:
             CannotFuse: names the module that has no fused form.
         """
         label = f"{type(module).__name__} '{name}'" if name else type(module).__name__
+        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise CannotFuse(f"{label} has no parameters yet; call the model once with a batch")
         read = _READERS.get(type(module).forward)
         if read is None:
             raise CannotFuse(

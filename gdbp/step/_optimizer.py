@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from torch.optim import optimizer as of_all
 
 from gdbp import optim
 from gdbp.ops._function import is_fused
@@ -40,7 +41,8 @@ def check(optimizer: torch.optim.Optimizer) -> None:
         CannotFuse: something that a fused step does not do.
     """
     name = type(optimizer).__name__
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if own or of_all._global_optimizer_pre_hooks or of_all._global_optimizer_post_hooks:
         raise CannotFuse(f"{name} has step hooks, which a fused step would not call; remove them, or use strict=False")
     if any(map(is_torchs, optimizer.param_groups)):
         raise CannotFuse(f"{name} has a group with capturable or differentiable, which torch's own step computes")

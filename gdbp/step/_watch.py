@@ -1,10 +1,12 @@
 """What a compiled step was made of, and must find again at every call."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class CannotFuse(Exception):
@@ -18,6 +20,15 @@ class Watch:
         self.values: list[tuple[dict, str, Any]] = []  # a dict, a key, and what has to be there
         self.lengths: list[tuple[dict, int]] = []  # a dict, and how long it has to be
 
+    def no_hooks(self, owner: Any, names: Iterable[str], label: str) -> None:
+        """Raises CannotFuse: it has hooks of these names."""
+        for name in names:
+            hooks = getattr(owner, name)
+            if hooks:
+                raise CannotFuse(f"{label} has hooks ({name}), which a fused step would not call; remove them")
+            if hooks is not None:
+                self.lengths.append((hooks, 0))
+
     def module(self, module: torch.nn.Module, label: str) -> None:
         """Notes children, and that there are no hooks and no forward of its own.
 
@@ -26,11 +37,7 @@ class Watch:
         """
         if "forward" in vars(module):
             raise CannotFuse(f"{label} has a forward of its own, set on the instance; delete it")
-        for name in _HOOKS:
-            hooks = getattr(module, name)
-            if hooks:
-                raise CannotFuse(f"{label} has hooks ({name}), which a fused step would not call; remove them")
-            self.lengths.append((hooks, 0))
+        self.no_hooks(module, _HOOKS, label)
         self.lengths.append((module._modules, len(module._modules)))
         self.values += [(module._modules, name, child) for name, child in module._modules.items()]
 
@@ -50,5 +57,7 @@ class Watch:
             self.values.append((kind, name, value))
             if value is not None and type(value) not in (torch.Tensor, torch.nn.Parameter):
                 raise CannotFuse(f"{name} of {label} is a {type(value).__name__}; expected a plain tensor")
+            if value is not None:
+                self.no_hooks(value, _TENSOR_HOOKS, f"{name} of {label}")
             return value
         raise CannotFuse(f"{name} of {label} is computed, by a parametrization perhaps; make it a parameter again")

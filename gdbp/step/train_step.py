@@ -13,6 +13,12 @@ from gdbp.step._watch import CannotFuse
 if _load.available:
     from gdbp import _C
 
+# Of all modules.
+_GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
+
 
 class TrainStep:
     """One training step of a dense network as one call, without autograd, dispatcher or allocations in between.
@@ -55,7 +61,8 @@ class TrainStep:
     float32, and so are the loss and the gradients that the update sees. Of other networks, and of all with a
     ``process_group``, forward, loss and backward are a CUDA graph, recorded at the second batch of a shape, and what
     the modules' functions compute. Gradients that are kept are overwritten by the next step.
-    Results do not depend on the number of threads. Step hooks of the optimizer and hooks of modules are refused.
+    Results do not depend on the number of threads. Hooks of the optimizer's steps, of modules and of parameters are
+    refused.
 
     Attributes:
         steps: how many steps were made, which may be set: with ``seed`` it makes a continued run draw as an
@@ -81,8 +88,7 @@ class TrainStep:
         process_group=None,
         seed: int | None = None,
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
+        _check_norm(max_grad_norm)
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.strict, self.keep_grads, self.max_grad_norm = strict, keep_grads, max_grad_norm
         self.process_group = process_group
@@ -140,13 +146,15 @@ class TrainStep:
         if len(targets) != rows:
             raise ValueError(f"tensors have {rows} and {len(targets)} rows; expected as many targets as inputs")
         size = rows if batch_size is None else batch_size
-        if not 1 <= size <= max(rows, 1) or not rows:
+        if not isinstance(size, int) or not 1 <= size <= max(rows, 1) or not rows:
             raise ValueError(f"batch_size is {batch_size}; expected None, or 1 to the {rows} rows there are")
+        if steps is not None and not (isinstance(steps, int) and steps >= 0):
+            raise ValueError(f"steps is {steps}; expected None, or a whole number of at least 0")
         epoch = -(-rows // size)
         left = epoch if steps is None else steps
         losses, norms = [], []
         while left > 0:
-            index = torch.randperm(rows, generator=generator) if shuffle and size < rows else None
+            index = torch.randperm(rows, generator=generator, device="cpu") if shuffle and size < rows else None
             taken = min(left, epoch)
             losses.append(self._epoch(inputs, targets, index, size, taken))
             norms.append(self.grad_norms)
@@ -184,6 +192,7 @@ class TrainStep:
         self._plan = self._layers = None
         layers = Layers()
         try:
+            layers.watch.no_hooks(torch.nn.modules.module, _GLOBAL_HOOKS, "torch.nn.Module")
             if not _load.available:
                 raise CannotFuse("TrainStep needs the compiled part, which is missing; build it, or use strict=False")
             self._rules = _optimizer.fused_form(self.optimizer)
@@ -228,6 +237,7 @@ class TrainStep:
         """What the norm of all gradients decides, if anything asks for it."""
         defaults = self._rules.defaults  # of torch's own, too, which have none of ours
         own, skip = defaults.get("max_grad_norm"), defaults.get("skip_nonfinite", False)
+        _check_norm(self.max_grad_norm)
         if own is None and self.max_grad_norm is None and not skip:
             return None
         return min(float("inf") if limit is None else float(limit) for limit in (own, self.max_grad_norm)), skip
@@ -309,13 +319,18 @@ class TrainStep:
         return value.detach()
 
 
+def _check_norm(limit: float | None) -> None:
+    if limit is not None and not limit > 0:
+        raise ValueError(f"max_grad_norm is {limit}; expected a number above 0, or None")
+
+
 def _is_on_device(model: torch.nn.Module) -> bool:
     return next(model.parameters()).is_cuda
 
 
 def _check_layers(layers: Layers) -> None:
-    if not layers.found:
-        raise CannotFuse("the model has no layers; expected at least one Linear")
+    if not any(kind in ("linear", "batch_norm") for kind, *_ in layers.found):
+        raise CannotFuse("the model has no layers with parameters; expected at least one Linear")
     seen: dict[int, str] = {}
     for _, label, *options in layers.found:
         for option in options:

@@ -65,7 +65,10 @@ def train(options: argparse.Namespace) -> int:
         hidden = [128, 64] if len(data.train[0]) >= 1000 else [32]
     sizes = [data.features, *hidden, data.outputs]
     generator = torch.Generator().manual_seed(options.seed)
-    model = build_network(sizes, options.activation, options.init, generator).to(device)
+    try:
+        model = build_network(sizes, options.activation, options.init, generator).to(device)
+    except RuntimeError as error:
+        raise InputError(f"a network of {sizes} can't be made ({error}); use a smaller --hidden") from None
     loss = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing) if data.class_names else nn.MSELoss()
     optimizer = _optimizer(model, options)
     say = (lambda *_: None) if options.quiet else print
@@ -81,7 +84,8 @@ def train(options: argparse.Namespace) -> int:
                 keep=options.keep, progress=_bar_shown(options),
             )  # fmt: skip
     except FloatingPointError as error:
-        raise InputError(f"{error}: --lr {optimizer.defaults['lr'] / 10:g} or --clip 1") from None
+        rate = min(optimizer.defaults["lr"] / 10, _RULES[options.optimizer][2])
+        raise InputError(f"{error}: --lr {rate:g} or --clip 1") from None
     except torch.OutOfMemoryError:
         raise InputError(f"{options.device} is out of memory; use a smaller --batch-size or --hidden") from None
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,6 +107,9 @@ def prepare(table: Table, *, task: str | None = None, seed: int = 0) -> Data:
             f"{table.name!r} has {len(x)} samples, too few to split into training, validation and test sets; "
             "expected at least 4 for each class, or 20 for regression"
         )
+    for name, square in zip(table.feature_names, x.square().sum(0).tolist(), strict=True):
+        if not math.isfinite(square):
+            raise InputError(f"column {name!r} of {table.name!r} is too large to be standardised; scale it down")
     x_mean, x_std = _statistics(x[parts[0]], table.shared_scale)
     x = ((x - x_mean) / x_std).float()
     y_mean, y_std = 0.0, 1.0

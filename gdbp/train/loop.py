@@ -70,9 +70,13 @@ def fit(
         FloatingPointError: the loss was no longer finite after an epoch; names the epoch and what to change.
     """
     x, y = data.train if isinstance(data, Data) else data
+    if not len(x) or len(y) != len(x):
+        raise InputError(f"data has {len(x)} inputs and {len(y)} targets; expected as many, and at least one")
     size = step_size(len(x), method, batch_size)
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}; expected at least 1")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise InputError(f"epochs is {epochs}; expected a whole number of at least 1")
+    if not 0 <= noise < math.inf:
+        raise InputError(f"noise is {noise}; expected a number of at least 0")
     if clip is not None and not clip > 0:
         raise InputError(f"clip is {clip}; expected a number above 0, or None for no clipping")
     if keep not in ("last", "best") or (keep == "best" and not isinstance(data, Data)):
@@ -141,7 +145,7 @@ def step_size(samples: int, method: str = "minibatch", batch_size: int | None = 
         return samples if method == "batch" else 1
     if batch_size is None:
         return min(32, samples)
-    if not 1 <= batch_size <= samples:
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= samples:
         raise InputError(f"batch size {batch_size} is out of range; expected 1 to the {samples} training samples")
     return batch_size
 
@@ -156,7 +160,9 @@ def evaluate(model: torch.nn.Module, loss: Callable, x: torch.Tensor, y: torch.T
         figures["accuracy"] = (outputs.argmax(1) == y).double().mean().item()
     elif y.is_floating_point() and outputs.shape == y.shape:
         residual = (outputs - y).double().square().sum()
-        figures["r2"] = (1 - residual / (y - y.mean(0)).double().square().sum()).item()
+        spread = (y - y.mean(0)).double().square().sum()
+        # Of a constant nothing can be explained: as scikit-learn has it, 1 for a perfect prediction, and else 0.
+        figures["r2"] = (1 - residual / spread).item() if spread > 0 else float(residual == 0)
     return figures
 
 
@@ -165,7 +171,7 @@ def _batches(x: torch.Tensor, y: torch.Tensor, size: int, generator: torch.Gener
         yield x, y
         return
     # One shuffle an epoch and an index_select a step: no loader, no copies of single samples.
-    for index in torch.randperm(len(x), generator=generator).to(x.device).split(size):
+    for index in torch.randperm(len(x), generator=generator, device="cpu").to(x.device).split(size):
         yield x[index], y[index]
 
 

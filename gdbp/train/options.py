@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--data", default="digits", metavar="NAME|FILE", help=f"{', '.join(BUILTIN)}, or a .csv or .npz file")
     add("--target", metavar="COLUMN", help="the column of a .csv file to predict (default: the last)")
     add("--task", choices=("classification", "regression"), help="default: inferred from the target")
-    add("--seed", type=_integer(0), default=0, help="of the split, the initial weights and the shuffling")
+    add("--seed", type=_integer(0, 2**32 - 1), default=0, help="of the split, the initial weights and the shuffling")
 
     add = parser.add_argument_group("network").add_argument
     widths = "of the hidden layers, 0 for none (default: 128,64; 32 for fewer than 1000 training samples)"
@@ -55,10 +55,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="print nothing but errors")
 
 
-def _integer(least: int):
+def _integer(least: int, most: float = math.inf):
+    wanted = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least {least}")
+        if not text.lstrip("-").isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number {wanted}")
         return int(text)
 
     return parse
@@ -84,7 +86,7 @@ def _widths(text: str) -> list[int]:
     if text.strip() in ("", "0"):
         return []
     widths = text.split(",")
-    if not all(width.strip().isdigit() and int(width) > 0 for width in widths):
+    if not all(width.strip().isdecimal() and 0 < int(width) < 2**31 for width in widths):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected whole numbers above 0 and commas, as in 128,64")
     return [int(width) for width in widths]
 

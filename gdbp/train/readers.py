@@ -100,7 +100,13 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     x = np.empty((len(lines), len(inputs)))
     for position, column in enumerate(inputs):
         x[:, position] = _numbers(source, lines, names, column)
-    if task == "regression" or all(_is_number(cells[index]) for _, cells in lines):
+    is_number = [_is_number(cells[index]) for _, cells in lines]
+    if len(lines) > 1 and not is_number[0] and all(is_number[1:]):
+        raise InputError(
+            f"{source!r} line {lines[0][0]} has {lines[0][1][index]!r} where all others have a number of column "
+            f"{names[index]!r}; if that line holds names, expected none of them to be a number"
+        )
+    if task == "regression" or all(is_number):
         y = _numbers(source, lines, names, index)
     else:
         y = np.array([_label(source, line, cells[index], names[index]) for line, cells in lines])

@@ -82,15 +82,18 @@ class Run:
 
 def load_run(folder: str | Path) -> Run:
     """Opens what ``python -m gdbp train`` wrote; the network is on the CPU, in evaluation mode."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
+        model = build_network(config["network"]["sizes"], config["network"]["activation"])
+        model.load_state_dict(weights)
     except FileNotFoundError as error:
         missing = error.filename or error
         raise InputError(f"folder {str(folder)!r} holds no finished run: {missing} is missing") from None
-    model = build_network(config["network"]["sizes"], config["network"]["activation"])
-    model.load_state_dict(weights)
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"folder {str(folder)!r} holds a damaged run: {str(error).splitlines()[0]}") from None
     return Run(model.eval(), config)
