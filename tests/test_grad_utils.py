@@ -267,6 +267,14 @@ def test_health_in_words():
     assert str(utils.gradient_health([])).startswith("parameter")
 
 
+def test_health_and_penalty_say_what_they_want():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="model holds a Parameter; expected a module, or pairs of name and parameter"):
+        utils.gradient_health(model.parameters())
+    with pytest.raises(TypeError, match="penalty: model holds a tuple; expected a module, or tensors"):
+        utils.penalty(model.named_parameters(), l1=1.0)
+
+
 def test_health_without_kernels():
     p, q = torch.nn.Parameter(torch.zeros(4, 2)), torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
     p.grad, q.grad = torch.eye(4, 2).to_sparse(), torch.tensor([3 + 4j, 0, math.nan])

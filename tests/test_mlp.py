@@ -179,6 +179,7 @@ def test_learns_exclusive_or():
 
 REFUSED = {
     "one size": (([4],), {}, r"sizes is \[4\]; expected two or more whole numbers above 0"),
+    "no list": ((5,), {}, "sizes is 5; expected two or more whole numbers above 0"),
     "no units": (([4, 0, 2],), {}, r"sizes is \[4, 0, 2\]; expected"),
     "half a unit": (([4, 2.5, 2],), {}, r"sizes is \[4, 2.5, 2\]; expected"),
     "dropout": (([4, 2],), {"dropout": 1.0}, r"dropout is 1.0; expected a probability from 0"),

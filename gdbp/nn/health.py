@@ -109,7 +109,10 @@ def gradient_health(
     ``print(gradient_health(model))`` shows a table that says which layers vanish, explode or are dead, and what
     helps. A DTensor's numbers are those of all ranks, each of which must call this.
     """
-    named = model.named_parameters() if isinstance(model, torch.nn.Module) else model
+    named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
+    for pair in named:
+        if not isinstance(pair, tuple):
+            raise TypeError(f"model holds a {type(pair).__name__}; expected a module, or pairs of name and parameter")
     pairs = [(name, p) for name, p in named if p.grad is not None]
     numbers = _read([p.grad for _, p in pairs])
     ratio = None

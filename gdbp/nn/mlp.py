@@ -1,8 +1,9 @@
 """A multilayer perceptron."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 
@@ -54,8 +55,8 @@ class MLP(torch.nn.Sequential):
         device=None,
         dtype=None,
     ):
-        sizes = list(sizes)
-        if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        sizes = list(sizes) if isinstance(sizes, Iterable) else sizes
+        if not isinstance(sizes, list) or len(sizes) < 2 or not all(isinstance(s, Integral) and s > 0 for s in sizes):
             raise ValueError(
                 f"sizes is {sizes}; expected two or more whole numbers above 0: inputs, hidden units, outputs"
             )
