@@ -276,10 +276,18 @@ void apply(const Forward& a, const Tiling& t, const Tile& tile, const PerColumn<
   }
 }
 
+// Where the gradients of the pre-activations stay from the sums on until they are applied: in their results' place, if
+// they fit there and took any trouble. Null where they are formed anew.
+template <class T>
+T* kept_gradients(const Backward& a) {
+  const bool kept = kDirect<T> && a.activation != Activation::none && (a.of_batch || a.grad_weight || a.grad_bias);
+  return kept ? static_cast<T*>(a.grad_input) : nullptr;
+}
+
 // Calls f(grads, start, rows) with the gradients of a tile's pre-activations, a few rows at a time, from element
-// `start` of the input on.
+// `start` of the input on; these also go to `kept`, if it is not null.
 template <class T, int n, class F>
-void for_gradients(const Backward& a, const Tiling& t, const Tile& tile, const PerColumn<Compute<T>, n>& by,
+void for_gradients(const Backward& a, const Tiling& t, const Tile& tile, const PerColumn<Compute<T>, n>& by, T* kept,
                    const F& f) {
   using C = Compute<T>;
   alignas(64) C buffers[2][cpu::kBlock];
@@ -298,8 +306,12 @@ void for_gradients(const Backward& a, const Tiling& t, const Tile& tile, const P
       const Rows<const T> x{static_cast<const T*>(a.input) + start, t.row_step};
       normalize<T>(x, z, rows, tile.cols, by.at[0], by.at[1], by.at[2]);
       if (saves(a.activation) == Saved::output) cpu::activate<C>(a.activation, z, z, rows, tile.cols);
-      cpu::activate_backward<C>(a.activation, g, z, staged, rows, tile.cols);
-      g = staged;
+      Rows<C> to = staged;
+      if constexpr (kDirect<T>) {
+        if (kept) to = {kept + start, t.row_step};
+      }
+      cpu::activate_backward<C>(a.activation, g, z, to, rows, tile.cols);
+      g = to;
     }
     f(g, start, rows);
   }
@@ -310,10 +322,11 @@ void sum_gradients(const Backward& a, const Tiling& t, const Workspace<Compute<T
   t.for_tiles([&](const Tile& tile) {
     const PerColumn<Compute<T>, 3> by(w, t, tile);
     Sums sums;
-    for_gradients<T>(a, t, tile, by, [&](Rows<const Compute<T>> grads, int64_t start, int64_t rows) {
+    const auto collect = [&](Rows<const Compute<T>> grads, int64_t start, int64_t rows) {
       const Rows<const T> x{static_cast<const T*>(a.input) + start, t.row_step};
       collect_gradients<T>(grads, x, rows, tile.cols, by.at[0], sums);
-    });
+    };
+    for_gradients<T>(a, t, tile, by, kept_gradients<T>(a), collect);
     const int64_t at = tile.index * t.channels + tile.channel;
     if (t.by_column) {
       std::copy(sums.first, sums.first + tile.cols, w.first + at);
@@ -376,11 +389,16 @@ int backward_cpu(const Backward& a, void*) {
     if (!sums) std::fill(w.coefficients[3], w.coefficients[3] + 2 * t.channels, Compute<T>(0));
     t.for_tiles([&](const Tile& tile) {
       const PerColumn<Compute<T>, 5> by(w, t, tile);
-      for_gradients<T>(a, t, tile, by, [&](Rows<const Compute<T>> grads, int64_t start, int64_t rows) {
+      const auto apply = [&](Rows<const Compute<T>> grads, int64_t start, int64_t rows) {
         const Rows<const T> x{static_cast<const T*>(a.input) + start, t.row_step};
         const Rows<T> grad_x{static_cast<T*>(a.grad_input) + start, t.row_step};
         apply_gradients<T>(grads, x, grad_x, rows, tile.cols, by.at[0], by.at[1], by.at[3], by.at[4]);
-      });
+      };
+      if constexpr (kDirect<T>) {
+        if (const T* const kept = kept_gradients<T>(a))
+          return apply({kept + tile.start, t.row_step}, tile.start, tile.rows);
+      }
+      for_gradients<T>(a, t, tile, by, static_cast<T*>(nullptr), apply);
     });
   });
   return 0;
