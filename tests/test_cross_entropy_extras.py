@@ -379,6 +379,8 @@ def test_class_weights_beside_probabilities_of_another_dtype():
     x, p, w = torch.randn(3, 4), torch.rand(3, 4, dtype=torch.float64).softmax(1), torch.rand(4)
     torch.testing.assert_close(cross_entropy(x, p, w), F.cross_entropy(x.double(), p, w.double()))
     assert cross_entropy(x.bfloat16(), p.float(), w.bfloat16()).dtype is torch.float32
+    torch.testing.assert_close(cross_entropy(x, p.float(), w.double()), F.cross_entropy(x, p.float(), w.double()))
+    assert cross_entropy(x.bfloat16(), p.bfloat16(), w).dtype is torch.float32
 
 
 def test_no_cap_at_infinity():

@@ -33,7 +33,7 @@ def cross_entropy(
         target: int64 or uint8 labels of shape (), (N,) or (N, d1, ...); or probabilities of the input's shape, to
             which gradients flow; or for MixUp a tuple ``(labels, labels, share)``, the share of the first ones
             being a number from 0 to 1 or a tensor that broadcasts to the labels' shape.
-        weight: (C,) factor of each class, of the input's dtype, or None.
+        weight: (C,) factor of each class, or None; of the input's dtype, but with probabilities promoted like these.
         ignore_index: the label whose rows count for nothing, whatever their logits hold.
         reduction: "mean" (divided by the weights of the labels that count; for probabilities by the number of
             rows), "sum" or "none".
@@ -76,9 +76,10 @@ def cross_entropy(
         _check_inplace(input, target)
     shape = input.shape[:1] + input.shape[2:] if dim > 1 else ()
     if soft:
-        if target.dtype != input.dtype:
+        if target.dtype != input.dtype or (weight is not None and weight.dtype != input.dtype):
             dtype = torch.promote_types(input.dtype, target.dtype)
-            if weight is not None and weight.dtype == input.dtype:
+            if weight is not None:
+                dtype = torch.promote_types(dtype, weight.dtype)
                 weight = weight.to(dtype)
             input, target = input.to(dtype), target.to(dtype)
     else:
