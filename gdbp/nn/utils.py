@@ -46,7 +46,9 @@ def get_total_norm(
         error_if_nonfinite: raise where the norm is NaN or infinite; on CUDA this waits for it.
         foreach: for torch's function, which serves DTensors, complex and sparse tensors, and several devices.
 
-    Powers are summed in float64, so the norm overflows only where its own value does. It is a 0-dim tensor on the
+    Powers are summed in float64, which holds the squares of all other types: their 2-norm overflows only where its own
+    value does. That of float64 tensors is infinite, as torch's, from a norm of some 1e154 on, where the squares
+    overflow, and so is one of a high order (of float32 from 8 on) where the powers do. It is a 0-dim tensor on the
     tensors' device: float64 where one of them is, else float32, for half types too, which could not hold it.
 
     Raises:
