@@ -13,6 +13,7 @@ than the blocks in use at their peak, which stays with the process until :func:`
 Safe with threads, fork, ``DataLoader`` workers, NumPy, DLPack and shared memory.
 """
 
+import operator
 import os
 import warnings
 from collections.abc import Iterator
@@ -54,10 +55,12 @@ def enable_cpu_cache(max_bytes: int | None = None, huge_pages: bool = True) -> N
             missing. Nothing is changed then.
     """
     global _settings
-    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int)):
-        raise TypeError(f"max_bytes is {max_bytes!r}; expected None or a whole number of bytes")
-    if max_bytes is not None and not 0 <= max_bytes < 2**63:
-        raise ValueError(f"max_bytes is {max_bytes}; expected None or a number of bytes from 0 to 2**63 - 1")
+    if max_bytes is not None:
+        if isinstance(max_bytes, bool) or not hasattr(max_bytes, "__index__"):
+            raise TypeError(f"max_bytes is {max_bytes!r}; expected None or a whole number of bytes")
+        max_bytes = operator.index(max_bytes)
+        if not 0 <= max_bytes < 2**63:
+            raise ValueError(f"max_bytes is {max_bytes}; expected None or a number of bytes from 0 to 2**63 - 1")
     if not isinstance(huge_pages, bool):
         raise TypeError(f"huge_pages is {huge_pages!r}; expected True or False")
     if _C is None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,13 @@ def test_label_out_of_range():
             linear_cross_entropy(x, w, labels, memory_budget=budget)
 
 
+def test_budget_of_numpys():
+    x, w, _ = layer(6, 3, 4)
+    labels = torch.tensor([0, 1, 2, 3, 1, 0])
+    wanted = linear_cross_entropy(x, w, labels, memory_budget=32)
+    assert torch.equal(linear_cross_entropy(x, w, labels, memory_budget=np.int64(32)), wanted)
+
+
 # ---- derivatives ----
 
 TARGET = torch.tensor([2, 0, -100, 1])
@@ -296,6 +304,7 @@ X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64
 REFUSED = {
     "budget": (lambda: linear_cross_entropy(X, W, Y, memory_budget=0), ValueError, "memory_budget is 0; expected"),
     "fraction": (lambda: linear_cross_entropy(X, W, Y, memory_budget=1e6), ValueError, "is 1000000.0; expected"),
+    "truth": (lambda: linear_cross_entropy(X, W, Y, memory_budget=True), ValueError, "is True; expected a whole"),
     "list": (lambda: linear_cross_entropy(X, W, [0, 1, 2]), TypeError, "target is or holds a list; expected"),
     "dtype": (lambda: linear_cross_entropy(X, W.double(), Y), RuntimeError, "linear_weight is torch.float64 on cpu"),
     "weight": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(4)), RuntimeError, "all 5 classes or no"),

@@ -130,8 +130,9 @@ def test_empty_gives_everything_back(cache):
     assert kept.eq(1).all()
 
 
-def test_the_limit_holds_and_gives_up_the_least_recently_used():
-    memory.enable_cpu_cache(max_bytes=3 * MIB)
+@pytest.mark.parametrize("whole", [int, np.int64])
+def test_the_limit_holds_and_gives_up_the_least_recently_used(whole):
+    memory.enable_cpu_cache(max_bytes=whole(3 * MIB))
     tensors = [block() for _ in range(5)]
     addresses = [t.data_ptr() for t in tensors]
     while tensors:

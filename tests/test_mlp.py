@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -70,6 +71,7 @@ def test_layers():
         "Linear(in_features=4, out_features=8, bias=True, activation='relu')",
         "Linear(in_features=8, out_features=3, bias=True)",
     ]
+    assert repr(MLP(np.array([4, 8, 3]))) == repr(MLP([4, np.int64(8), 3])) == repr(MLP([4, 8, 3]))
     layers = list(MLP([4, 8, 8, 3], "gelu", batch_norm=True, dropout=0.2, dtype=torch.float64))
     assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "Dropout"] * 2 + ["Linear"]
     # The normalisation takes a bias out again.
@@ -182,6 +184,7 @@ REFUSED = {
     "no list": ((5,), {}, "sizes is 5; expected two or more whole numbers above 0"),
     "no units": (([4, 0, 2],), {}, r"sizes is \[4, 0, 2\]; expected"),
     "half a unit": (([4, 2.5, 2],), {}, r"sizes is \[4, 2.5, 2\]; expected"),
+    "truth": (([4, True, 2],), {}, r"sizes is \[4, True, 2\]; expected"),
     "dropout": (([4, 2],), {"dropout": 1.0}, r"dropout is 1.0; expected a probability from 0"),
     "activation": (([4, 3, 2], "swish"), {}, "activation is 'swish'; expected None or one of relu"),
     "zeros": (([4, 3, 2],), {"init": "zeros"}, "'zeros' is refused: .*the symmetry is never broken"),

@@ -1,4 +1,6 @@
-"""What the functions do to their arguments first: autocast, and torch's older names of reductions."""
+"""What the functions do to their arguments first: autocast, older names of reductions, and whole numbers."""
+
+import operator
 
 import torch
 from torch.nn import _reduction as _legacy
@@ -36,6 +38,14 @@ def without_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]
     if not autocast_is_on(tensors[0]):
         return list(tensors)
     return [t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
+
+
+def whole(value: object) -> int | None:
+    """A whole number, NumPy's too, as an int; None for anything else, and for a bool."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_activation(activation: str | None) -> None:

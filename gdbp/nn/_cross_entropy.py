@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import ops
-from gdbp.nn._arguments import autocast, autocast_is_on, reduction_name, without_autocast
+from gdbp.nn._arguments import autocast, autocast_is_on, reduction_name, whole, without_autocast
 
 Mixture = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
 
@@ -231,8 +231,9 @@ def linear_cross_entropy(
     """
     _check_linear(input, linear_weight, linear_bias)
     reduction = reduction_name(None, None, reduction)
-    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget >= 1):
-        raise ValueError(f"memory_budget is {memory_budget}; expected a whole number of bytes, 1 or more")
+    budget = None if memory_budget is None else whole(memory_budget) or 0
+    if budget is not None and budget < 1:
+        raise ValueError(f"memory_budget is {memory_budget!r}; expected a whole number of bytes, 1 or more")
     soft = isinstance(target, torch.Tensor) and target.is_floating_point()
     if soft and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
@@ -268,7 +269,7 @@ def linear_cross_entropy(
         normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach().reshape(())
     chunk = getattr(options, "batch_chunk_size", None)
     if not isinstance(chunk, int) or chunk < 1:
-        budget = memory_budget or _CHUNK_BYTES.get(input.device.type, _CHUNK_BYTES["cpu"])
+        budget = budget or _CHUNK_BYTES.get(input.device.type, _CHUNK_BYTES["cpu"])
         chunk = max(1, budget // max(1, classes * max(4, input.element_size())))
     loss = ops.linear_cross_entropy(
         input, linear_weight, linear_bias, target, second, share, weight, normalizer, chunk, empty == "zero",

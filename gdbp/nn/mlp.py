@@ -3,12 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 
 from gdbp.nn import init as init_
-from gdbp.nn._arguments import check_activation
+from gdbp.nn._arguments import check_activation, whole
 from gdbp.nn._observe import observers, obstacle
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
@@ -55,10 +54,11 @@ class MLP(torch.nn.Sequential):
         device=None,
         dtype=None,
     ):
-        sizes = list(sizes) if isinstance(sizes, Iterable) else sizes
-        if not isinstance(sizes, list) or len(sizes) < 2 or not all(isinstance(s, Integral) and s > 0 for s in sizes):
+        given = list(sizes) if isinstance(sizes, Iterable) else sizes
+        sizes = [whole(size) or 0 for size in given] if isinstance(given, list) else []
+        if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(
-                f"sizes is {sizes}; expected two or more whole numbers above 0: inputs, hidden units, outputs"
+                f"sizes is {given}; expected two or more whole numbers above 0: inputs, hidden units, outputs"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
