@@ -159,12 +159,15 @@ def test_refusals():
         (lambda: utils.clip_grad_norm_([p], -1.0), "max_norm is -1.0; expected a number of at least 0"),
         (lambda: utils.clip_grad_norm_([p], math.nan), "max_norm is nan; expected"),
         (lambda: utils.clip_grads_with_norm_([p], -1.0, torch.tensor(1.0)), "max_norm is -1.0; expected"),
+        (lambda: utils.clip_grads_with_norm_([p], 1.0, torch.ones(2)), r"total_norm has shape \(2,\); expected one"),
         (lambda: utils.clip_grad_value_([p], -1.0), "clip_value is -1.0; expected"),
     ):
         before = p.grad.clone()
         with pytest.raises(ValueError, match=sentence):
             call()
         assert torch.equal(p.grad, before)
+    with pytest.raises(TypeError, match="max_norm is '1'; expected a number"):
+        utils.clip_grad_norm_([p], "1")
 
 
 def test_what_torch_computes():

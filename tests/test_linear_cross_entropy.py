@@ -305,6 +305,7 @@ REFUSED = {
     "budget": (lambda: linear_cross_entropy(X, W, Y, memory_budget=0), ValueError, "memory_budget is 0; expected"),
     "fraction": (lambda: linear_cross_entropy(X, W, Y, memory_budget=1e6), ValueError, "is 1000000.0; expected"),
     "truth": (lambda: linear_cross_entropy(X, W, Y, memory_budget=True), ValueError, "is True; expected a whole"),
+    "no z_loss": (lambda: linear_cross_entropy(X, W, Y, z_loss=None), TypeError, "z_loss is None; expected a number"),
     "list": (lambda: linear_cross_entropy(X, W, [0, 1, 2]), TypeError, "target is or holds a list; expected"),
     "dtype": (lambda: linear_cross_entropy(X, W.double(), Y), RuntimeError, "linear_weight is torch.float64 on cpu"),
     "weight": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(4)), RuntimeError, "all 5 classes or no"),

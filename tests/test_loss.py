@@ -413,6 +413,7 @@ REFUSED = {
         RuntimeError,
         "does not support non-positive values for delta. Got: 0; expected",
     ),
+    "huber text": (lambda: huber_loss(X, X, delta="1"), TypeError, "delta is '1'; expected a number"),
     "huber operator": (
         lambda: torch.ops.gdbp.pointwise_loss(X, X, "huber_loss", -1, "mean"),
         ValueError,
@@ -423,6 +424,7 @@ REFUSED = {
         RuntimeError,
         "does not support negative values for beta. Got: -0.5; expected",
     ),
+    "smooth_l1 nothing": (lambda: smooth_l1_loss(X, X, beta=None), TypeError, "beta is None; expected a number"),
     "smooth_l1 reduction": (
         lambda: smooth_l1_loss(X, X, reduction="avg"),
         ValueError,

@@ -1,6 +1,7 @@
-"""What the functions do to their arguments first: autocast, older names of reductions, and whole numbers."""
+"""What the functions do to their arguments first: autocast, older names of reductions, and what is no number."""
 
 import operator
+from numbers import Real
 
 import torch
 from torch.nn import _reduction as _legacy
@@ -46,6 +47,12 @@ def whole(value: object) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def no_number(**values: object) -> TypeError:
+    """What to raise where a comparison of these was a TypeError, which is when there is time to see whose."""
+    found = [f"{name} is {value!r}" for name, value in values.items() if not isinstance(value, Real)]
+    return TypeError(f"{' and '.join(found)}; expected a number")
 
 
 def check_activation(activation: str | None) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import ops
-from gdbp.nn._arguments import autocast, autocast_is_on, reduction_name, whole, without_autocast
+from gdbp.nn._arguments import autocast, autocast_is_on, no_number, reduction_name, whole, without_autocast
 
 Mixture = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
 
@@ -53,6 +53,7 @@ def cross_entropy(
 
     Raises:
         IndexError: a label outside [0, C); names label and row. On CUDA its loss is NaN, and a later call raises.
+        TypeError: a target that is no tensor, a number that is none.
         RuntimeError: shapes, dtypes or devices that do not fit; inplace_backward over a leaf or a view of one, or
             with a target that requires gradients.
         ValueError: an unknown reduction or ``empty``, numbers out of range, batches of different size.
@@ -131,8 +132,12 @@ def _mixture(target: tuple) -> Mixture:
     if isinstance(share, torch.Tensor):
         if share.requires_grad:
             raise RuntimeError("the share of a mixture requires grad; it has no derivative here; pass share.detach()")
-    elif not 0 <= share <= 1:
-        raise ValueError(f"the share of a mixture is {share}; expected a number from 0 to 1")
+    else:
+        try:
+            if not 0 <= share <= 1:
+                raise ValueError(f"the share of a mixture is {share}; expected a number from 0 to 1")
+        except TypeError:
+            raise no_number(share=share) from None
     for labels in target[:2]:
         if isinstance(labels, torch.Tensor) and labels.is_floating_point():
             raise ValueError("a mixture is of labels; got floating-point targets; mix probabilities yourself")
@@ -146,13 +151,16 @@ def _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_l
                 f"target is or holds a {type(labels).__name__}; expected a tensor of labels or probabilities, or a "
                 "tuple of two tensors of labels and the share of the first"
             )
-    if label_smoothing > 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss is {z_loss}; expected a number of at least 0")
-    if softcap is not None and not softcap >= torch.finfo(torch.float32).tiny:
-        least = "a number above 0" if not softcap > 0 else "a number that float32 tells from 0"
-        raise ValueError(f"softcap is {softcap}; expected {least}, or None")
+    try:
+        if label_smoothing > 1:
+            raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+        if not z_loss >= 0:
+            raise ValueError(f"z_loss is {z_loss}; expected a number of at least 0")
+        if softcap is not None and not softcap >= torch.finfo(torch.float32).tiny:
+            least = "a number above 0" if not softcap > 0 else "a number that float32 tells from 0"
+            raise ValueError(f"softcap is {softcap}; expected {least}, or None")
+    except TypeError:
+        raise no_number(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or 0.0) from None
     if empty not in ("nan", "zero"):
         raise ValueError(f"empty is {empty!r}; expected 'nan' or 'zero'")
     if normalizer is not None and reduction != "mean":
@@ -226,8 +234,8 @@ def linear_cross_entropy(
     and ``torch.compile`` of torch before 2.13, which would lose the gradients.
 
     Raises:
-        IndexError: a label out of range. RuntimeError: shapes, dtypes or devices that do not fit. ValueError: an
-        unknown name, a number out of range.
+        IndexError: a label out of range. RuntimeError: shapes, dtypes or devices that do not fit. TypeError: a target
+        that is no tensor, a number that is none. ValueError: an unknown name, a number out of range.
     """
     _check_linear(input, linear_weight, linear_bias)
     reduction = reduction_name(None, None, reduction)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gdbp import _load
+from gdbp.nn._arguments import no_number
 from gdbp.nn.health import seen_in
 
 
@@ -35,8 +36,11 @@ def order_of(norm_type: float) -> float | None:
 
 
 def nonnegative(name: str, value: float) -> float:
-    if not value >= 0:
-        raise ValueError(f"{name} is {value}; expected a number of at least 0")
+    try:
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; expected a number of at least 0")
+    except TypeError:
+        raise no_number(**{name: value}) from None
     return float(value)
 
 

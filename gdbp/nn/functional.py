@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from gdbp import ops
-from gdbp.nn._arguments import autocast, autocast_is_on, check_activation, reduction_name, without_autocast
+from gdbp.nn._arguments import autocast, autocast_is_on, check_activation, no_number, reduction_name, without_autocast
 from gdbp.nn._batch_norm import batch_norm, linear_batch_norm  # noqa: F401
 from gdbp.nn._cross_entropy import Mixture, cross_entropy, linear_cross_entropy  # noqa: F401
 
@@ -114,14 +114,17 @@ def huber_loss(
     Everything else is as in :func:`mse_loss`.
 
     Raises:
-        RuntimeError: delta <= 0.
+        RuntimeError: delta <= 0. TypeError: delta is no number.
         ValueError: an unknown reduction.
     """
     reduction = reduction_name(None, None, reduction)
-    if delta <= 0:
-        raise RuntimeError(
-            f"huber_loss does not support non-positive values for delta. Got: {delta}; expected a number above 0"
-        )
+    try:
+        if delta <= 0:
+            raise RuntimeError(
+                f"huber_loss does not support non-positive values for delta. Got: {delta}; expected a number above 0"
+            )
+    except TypeError:
+        raise no_number(delta=delta) from None
     if weight is not None:
         return torch.nn.functional.huber_loss(input, target, reduction=reduction, delta=delta, weight=weight)
     return _pointwise("huber_loss", input, target, reduction, delta)
@@ -142,12 +145,17 @@ def smooth_l1_loss(
     Everything else is as in :func:`mse_loss`.
 
     Raises:
-        RuntimeError: beta < 0.
+        RuntimeError: beta < 0. TypeError: beta is no number.
         ValueError: an unknown reduction.
     """
     reduction = reduction_name(size_average, reduce, reduction)
-    if beta < 0:
-        raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more")
+    try:
+        if beta < 0:
+            raise RuntimeError(
+                f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more"
+            )
+    except TypeError:
+        raise no_number(beta=beta) from None
     is_sharp = beta < torch.finfo(torch.float64 if input.dtype is torch.float64 else torch.float32).tiny
     return _pointwise("l1_loss" if is_sharp else "smooth_l1_loss", input, target, reduction, beta)
 

@@ -75,7 +75,7 @@ def clip_grads_with_norm_(
         total_norm: one number, as from :func:`get_total_norm`.
 
     Raises:
-        ValueError: max_norm below 0 or NaN, with which torch turns the gradients around.
+        ValueError: max_norm below 0 or NaN, with which torch turns the gradients around; more than one total norm.
     """
     max_norm = nonnegative("max_norm", max_norm)
     parameters = listed(parameters)
@@ -84,7 +84,13 @@ def clip_grads_with_norm_(
         return _torch.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     device = parameters[gradients.positions[0]].grad.device
     coefficient = (max_norm / (total_norm.double() + 1e-6)).clamp(max=1.0).to(device)
-    if not gradients.scale(coefficient):
+    try:
+        scaled = gradients.scale(coefficient)
+    except RuntimeError:
+        if coefficient.numel() == 1:
+            raise
+        raise ValueError(f"total_norm has shape {tuple(total_norm.shape)}; expected one number") from None
+    if not scaled:
         _torch.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
 
 
