@@ -15,6 +15,7 @@
 // -march=native would crash on another machine; three copies of a small loop cost a few kilobytes.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define GDBP_HAS_CLONES
 #define GDBP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define GDBP_CLONES

@@ -1,6 +1,6 @@
-// Launchers of the mlp family: a whole dense network of narrow layers in one kernel, whose weights stay in shared
-// memory and whose activations stay there, too, or in registers. On CUDA alone; on the CPU step/network.h runs the
-// layers, which is as good there.
+// Launchers of the mlp family: a whole dense network of narrow layers. On CUDA in one kernel, whose weights stay in
+// shared memory and whose activations stay there, too, or in registers; on the CPU a block of rows after the other,
+// each through all layers while it is in the cache.
 #pragma once
 #include <cstdint>
 #include <string_view>
@@ -96,5 +96,41 @@ int shared_bytes_cuda();
 
 int train_cuda(const Train& args, void* stream);
 int infer_cuda(const Infer& args, void* stream);
+
+// ---- on the CPU: float32 and float64, as the parameters are; any layer may have an activation ----
+
+// What the forward pass leaves for the backward one. Behind each there is room for cpu::kVectorBytes.
+struct Kept {
+  void* outputs[kMaxLayers];  // of each layer, (rows, outputs)
+  void* pres[kMaxLayers];     // its pre-activation, where saves(activation) says so
+};
+
+struct Forward {
+  Network network;
+  int64_t rows;
+  const void* input;  // (rows, inputs)
+  Kept kept;
+  void* workspace;  // (forward_bytes(network))
+};
+
+struct Backward {
+  Network network;
+  int64_t rows;
+  const void* input;
+  Kept kept;
+  const void* grad_output;  // (rows, outputs)
+  void* grad_input;         // (rows, inputs), or null
+  int64_t gradients;        // of all parameters, their number
+  void* partials;           // (groups_for(network, rows), gradients): the first becomes the sum over all rows
+  void* workspace;          // (backward_bytes(network, rows))
+};
+
+// Into how many groups rows are cut, whose gradients are summed apart: a function of sizes, not of threads.
+int64_t groups_for(const Network& network, int64_t rows);
+int64_t forward_bytes(const Network& network);
+int64_t backward_bytes(const Network& network, int64_t rows);
+
+int forward_cpu(const Forward& args, void* stream);
+int backward_cpu(const Backward& args, void* stream);
 
 }  // namespace gdbp::mlp

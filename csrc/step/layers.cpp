@@ -11,11 +11,11 @@ namespace {
 
 class Linear final : public Layer {
  public:
-  Linear(std::string name, at::Tensor weight, at::Tensor bias, Activation activation)
-      : Layer(std::move(name), weight.size(1), weight.size(0)),
-        weight_(std::move(weight)),
-        bias_(std::move(bias)),
-        activation_(activation) {}
+  explicit Linear(LinearOptions options)
+      : Layer(std::move(options.name), options.weight.size(1), options.weight.size(0)),
+        weight_(std::move(options.weight)),
+        bias_(std::move(options.bias)),
+        activation_(options.activation) {}
 
   std::vector<at::Tensor> tensors() const override { return {weight_, bias_}; }
   bool reads_input(const std::vector<char>& trained) const override { return is_trained(trained, 0); }
@@ -117,19 +117,18 @@ class Dropout final : public Layer {
 
 }  // namespace
 
-void Layer::check_tensor(const at::Tensor& tensor, const char* what, at::IntArrayRef sizes, Dtype dtype) const {
+void check_tensor(const std::string& layer, const at::Tensor& tensor, const char* what, at::IntArrayRef sizes,
+                  Dtype dtype) {
   if (!tensor.defined()) return;
   const at::ScalarType type = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(
       tensor.is_contiguous() && tensor.sizes() == sizes && tensor.is_cpu() && tensor.scalar_type() == type,
-      "TrainStep: ", what, " of ", name, " has shape ", tensor.sizes(), ", strides ", tensor.strides(), " and dtype ",
+      "TrainStep: ", what, " of ", layer, " has shape ", tensor.sizes(), ", strides ", tensor.strides(), " and dtype ",
       tensor.scalar_type(), " on ", tensor.device(), "; expected shape ", sizes, ", contiguous, of the input's dtype ",
       type, " on cpu; convert one of them");
 }
 
-std::unique_ptr<Layer> make_linear(std::string name, at::Tensor weight, at::Tensor bias, Activation activation) {
-  return std::make_unique<Linear>(std::move(name), std::move(weight), std::move(bias), activation);
-}
+std::unique_ptr<Layer> make_linear(LinearOptions options) { return std::make_unique<Linear>(std::move(options)); }
 std::unique_ptr<Layer> make_activation(std::string name, Activation activation) {
   return std::make_unique<LoneActivation>(std::move(name), activation);
 }

@@ -33,6 +33,10 @@ struct Slabs {
   void* grad_input;
 };
 
+// Raises an error where a tensor, if there is one, is not what the kernels take.
+void check_tensor(const std::string& layer, const at::Tensor& tensor, const char* what, at::IntArrayRef sizes,
+                  Dtype dtype);
+
 class Layer {
  public:
   Layer(std::string name, int64_t inputs, int64_t outputs) : name(std::move(name)), inputs(inputs), outputs(outputs) {}
@@ -52,6 +56,9 @@ class Layer {
   // Whether the gradient of the input may take the place of the output's.
   virtual bool is_elementwise() const { return false; }
 
+  // The length of the sums in its gradients; below 0 where the updates take them from where they are.
+  virtual int64_t sum_length(int64_t rows) const { return rows; }
+
   // Raises an error where its tensors are not what the kernels take, or the input can't be.
   virtual void check(Dtype, int64_t /*rows*/) const {}
   // Buffers of its own. forward, backward: the times of the passes.
@@ -62,14 +69,23 @@ class Layer {
   virtual void finish(const Pass&) {}
 
  protected:
-  void check_tensor(const at::Tensor& tensor, const char* what, at::IntArrayRef sizes, Dtype dtype) const;
+  void check_tensor(const at::Tensor& tensor, const char* what, at::IntArrayRef sizes, Dtype dtype) const {
+    step::check_tensor(name, tensor, what, sizes, dtype);
+  }
   bool is_trained(const std::vector<char>& trained, size_t own) const {
     return own < parameters.size() && parameters[own] >= 0 && trained[parameters[own]];
   }
 };
 
-// bias: undefined for none.
-std::unique_ptr<Layer> make_linear(std::string name, at::Tensor weight, at::Tensor bias, Activation activation);
+struct LinearOptions {
+  std::string name;
+  at::Tensor weight, bias;  // bias: undefined for none
+  Activation activation;
+};
+std::unique_ptr<Layer> make_linear(LinearOptions options);
+// Layers that follow one another and are narrow, so that a block of rows stays in the cache on its way through them.
+bool fits_strip(const std::vector<LinearOptions>& layers, const LinearOptions& next);
+std::unique_ptr<Layer> make_strip(std::vector<LinearOptions> layers);
 
 struct BatchNormOptions {
   double eps;

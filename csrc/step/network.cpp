@@ -66,7 +66,7 @@ void Network::plan(Dtype dtype, int64_t rows, int64_t cols, int output_dims) {
       gradients_[i] = arena_.request(bytes(i), backward_time(i + 1), backward_time(i));
     }
     for (const int parameter : layers_[i]->parameters)
-      updates.plan(parameter, rows, arena_, backward_time(i), 2 * n + 1);
+      updates.plan(parameter, layers_[i]->sum_length(rows), arena_, backward_time(i), 2 * n + 1);
   }
   objective_->plan(output_, arena_, n);
   arena_.lay_out();

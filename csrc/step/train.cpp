@@ -12,6 +12,7 @@
 #include "common/gemm.h"
 #include "common/python.h"
 #include "common/random.h"
+#include "mlp/mlp.h"
 
 namespace gdbp::step {
 
@@ -22,22 +23,38 @@ namespace {
 // From (kind, name, ...), as gdbp/step/_model.py describes them.
 std::vector<std::unique_ptr<Layer>> make_layers(const py::list& descriptions) {
   std::vector<std::unique_ptr<Layer>> layers;
-  for (const py::handle& handle : descriptions) {
-    const auto d = handle.cast<py::tuple>();
+  std::vector<LinearOptions> strip;
+  const auto end_strip = [&] {
+    if (!strip.empty()) layers.push_back(make_strip(std::move(strip)));
+    strip.clear();
+  };
+  for (int at = 0; at < int(descriptions.size()); ++at) {
+    const auto d = descriptions[at].cast<py::tuple>();
     const auto kind = d[0].cast<std::string>(), name = d[1].cast<std::string>();
-    const auto activation = [&](int at) { return parse_activation(d[at].cast<std::string>(), "TrainStep"); };
+    const auto activation = [&](int i) { return parse_activation(d[i].cast<std::string>(), "TrainStep"); };
     if (kind == "linear") {
-      layers.push_back(make_linear(name, unwrap(d[2]), unwrap(d[3]), activation(4)));
-    } else if (kind == "batch_norm") {
+      LinearOptions linear{name, unwrap(d[2]), unwrap(d[3]), activation(4)};
+      if (!fits_strip(strip, linear)) end_strip();
+      if (fits_strip(strip, linear)) {
+        strip.push_back(std::move(linear));
+      } else {
+        layers.push_back(make_linear(std::move(linear)));
+      }
+      continue;
+    }
+    end_strip();
+    if (kind == "batch_norm") {
       layers.push_back(make_batch_norm(
           name, d[2].cast<int64_t>(), {unwrap(d[3]), unwrap(d[4]), unwrap(d[5]), unwrap(d[6]), unwrap(d[7])},
           {d[8].cast<double>(), d[9].cast<std::optional<double>>(), d[10].cast<bool>(), activation(11)}));
     } else if (kind == "dropout") {
-      layers.push_back(make_dropout(name, d[2].cast<double>(), int(layers.size())));
+      // Its mask depends on where it is in the network.
+      layers.push_back(make_dropout(name, d[2].cast<double>(), at));
     } else {
       layers.push_back(make_activation(name, activation(2)));
     }
   }
+  end_strip();
   return layers;
 }
 
@@ -228,6 +245,7 @@ std::tuple<int64_t, int64_t, int64_t> TrainPlan::memory() const {
 }
 
 void bind_train(py::module_& module) {
+  module.attr("MOST_NARROW") = int(mlp::kMaxWidth);
   module.def("gemm_name", &gemm_name, "What computes TrainStep's matrix products.");
   module.def("allow_blas", &allow_blas, "For tests: false computes them by at::mm, as other builds of torch do.");
   module.def(

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <cstring>
 #include <limits>
 
 #include "common/binding.h"
@@ -97,6 +98,7 @@ void Updates::plan(int parameter, int64_t inner, Arena& arena, int time, int end
   if (parameter < 0 || !trained_[parameter]) return;
   Place& p = places_[parameter];
   p = {Arena::kNone, p.fixed};
+  if (inner < 0) return;
   const at::Tensor& tensor = parameters_[parameter];
   const int64_t bytes = tensor.numel() * tensor.element_size();
   if (tensor.dim() == 2) {
@@ -129,8 +131,15 @@ void* Updates::place(int parameter) const {
   return options_.keep ? parameters_[parameter].grad().mutable_data_ptr() : arena_->at(places_[parameter].buffer);
 }
 
-void Updates::done(int parameter) {
-  void* const gradient = place(parameter);
+void Updates::take(int parameter, void* gradient) {
+  if (void* const to = place(parameter)) {
+    std::memcpy(to, gradient, size_t(parameters_[parameter].nbytes()));
+    gradient = to;
+  }
+  use(parameter, gradient);
+}
+
+void Updates::use(int parameter, void* gradient) {
   if (!gradient) return;
   if (!options_.wait) return update(parameter, 0, parameters_[parameter].size(0), gradient);
   plan_->slot(entries_[parameter]).grad = gradient;

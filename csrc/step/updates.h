@@ -40,16 +40,20 @@ class Updates {
   // The step has come to be.
   void settle() { made_.clear(); }
 
-  // Requests the place of a parameter's gradient, which is formed at `time`; inner: the length of the sums in it.
+  // Requests the place of a parameter's gradient, which is formed at `time`; inner: the length of the sums in it, or
+  // below 0 where it comes by take().
   void plan(int parameter, int64_t inner, Arena& arena, int time, int end);
 
   // ---- during the backward pass ----
 
   void begin(const Arena& arena);
-  // Where the gradient goes; null where none is wanted.
+  // Where the gradient goes; null where none is wanted, or where it comes by take().
   void* place(int parameter) const;
   // The gradient is in its place.
-  void done(int parameter);
+  void done(int parameter) { use(parameter, place(parameter)); }
+  // The gradient is there, and stays there until the updates that wait are done.
+  void take(int parameter, void* gradient);
+  bool wait() const { return options_.wait; }
   // compute(begin, end, out) leaves the rows [begin, end) of the gradient in `out`.
   template <class Compute>
   void matrix(int parameter, const Compute& compute) {
@@ -86,6 +90,7 @@ class Updates {
     bool by_tile = false;  // whether each tile is updated as it comes
   };
   static int64_t thread_number();
+  void use(int parameter, void* gradient);
   void update(int parameter, int64_t begin, int64_t end, const void* grad) const;
   void find(const StepPlan& plan);
   void lay_flat();

@@ -174,6 +174,9 @@ class TrainStep:
             updates = "after the norm of all gradients" if waits else "right after its gradient"
         for kind, label, *options in self._layers.found:
             suffix = f" + {options[-1]}" if isinstance(options[-1], str) and options[-1] != "none" else ""
+            # Those run by csrc/mlp/mlp_cpu.cpp.
+            narrow = kind == "linear" and not self._on_device and max(options[0].shape) <= _C.MOST_NARROW
+            suffix += ", narrow: a block of rows at a time" if narrow else ""
             lines.append(f"  {label}: {kind if kind != 'activation' else 'on its own'}{suffix}")
         lines.append(f"  {type(self.loss).__name__ if isinstance(self.loss, torch.nn.Module) else self.loss.__name__}")
         lines.append(f"  {type(self.optimizer).__name__}: each parameter {updates}")

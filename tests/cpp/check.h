@@ -13,6 +13,7 @@
 // One instruction set per program, the one given by -march, instead of the best of the clones.
 #ifdef GDBP_TEST_ONE_TARGET
 #undef GDBP_CLONES
+#undef GDBP_HAS_CLONES
 #define GDBP_CLONES
 #endif
 
