@@ -158,10 +158,11 @@ def test_compile(batch_norm):
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 4)
-    assert torch.equal(compiled(x), model(x))
+    # The compiled one is made of layers, whose sums are in another order than those of the network in one call.
+    torch.testing.assert_close(compiled(x), model(x))
     compiled(x).sum().backward(), model(x).sum().backward()
     for mine, other in zip(model.parameters(), twin.parameters()):
-        assert torch.equal(mine.grad, other.grad)
+        torch.testing.assert_close(mine.grad, other.grad)
     assert all(map(torch.equal, model.buffers(), twin.buffers()))
 
 

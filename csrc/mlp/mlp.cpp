@@ -1,17 +1,23 @@
-// The operators behind gdbp.nn.MLP on CUDA.
+// The operators behind gdbp.nn.MLP: mlp, mlp_backward on CUDA, mlp_rows, mlp_rows_backward on the CPU.
 #include "mlp/mlp.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 
+#include <cstring>
+#include <utility>
+
 #include "common/binding.h"
+#include "common/narrow_gemm_cpu.h"
 #include "mlp/mlp_math.h"
 
 namespace gdbp::mlp {
 namespace {
 
 using at::Tensor;
+
+using Biases = c10::List<std::optional<Tensor>>;
 
 // There are no such launchers for the CPU.
 int no_forward_on_cpu(const Infer&, void*) { return 0; }
@@ -22,7 +28,7 @@ at::ScalarType scalar_type_of(Factors factors) {
 }
 
 // Weights of shape (outputs, inputs), and a bias or None for each.
-Network network_of(const at::TensorList& weights, const c10::List<std::optional<Tensor>>& biases, Activation activation,
+Network network_of(const at::TensorList& weights, const Biases& biases, Activation activation,
                    c10::string_view factors) {
   TORCH_CHECK_VALUE(!weights.empty() && weights.size() <= kMaxLayers && biases.size() == weights.size(), "mlp: got ",
                     weights.size(), " weights and ", biases.size(), " biases; expected as many, 1 to ", kMaxLayers);
@@ -64,7 +70,7 @@ void check_fits(const Network& network, bool trains, at::Device device) {
                     device);
 }
 
-Tensor forward(const Tensor& input, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
+Tensor forward(const Tensor& input, at::TensorList weights, const Biases& biases,
                c10::string_view activation, c10::string_view factors) {
   const Network network = network_of(weights, biases, parse_activation(activation, "mlp"), factors);
   check_input(input, weights[0], network);
@@ -88,7 +94,7 @@ Tensor forward(const Tensor& input, at::TensorList weights, const c10::List<std:
 // piece those of weight, bias, weight, ..., where the others of it do; float32, for the pieces to be cast. The forward
 // pass is made again.
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, at::TensorList weights,
-                                    const c10::List<std::optional<Tensor>>& biases, c10::string_view activation,
+                                    const Biases& biases, c10::string_view activation,
                                     c10::string_view factors, const c10::List<bool>& mask) {
   Network network = network_of(weights, biases, parse_activation(activation, "mlp"), factors);
   check_input(input, weights[0], network);
@@ -131,8 +137,108 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
   return {grad_input, at::sum(partials, 0)};
 }
 
+// ---- on the CPU ----
+
+Network rows_network_of(const Tensor& input, at::TensorList weights, const Biases& biases, c10::string_view activation,
+                        const char* op) {
+  const Network network = network_of(weights, biases, parse_activation(activation, op), "float32");
+  check_input(input, weights[0], network);
+  check_same(weights[0], "a weight", input, "input", op);
+  TORCH_CHECK_TYPE(network.parameters == Dtype::float32 || network.parameters == Dtype::float64, op, ": input has dtype ",
+                   input.scalar_type(), "; expected float32 or float64; convert it with .to()");
+  return network;
+}
+
+Tensor empty_bytes(int64_t bytes, const Tensor& like) {
+  return at::empty({bytes}, at::TensorOptions(at::kByte).device(like.device()));
+}
+
+// Hidden outputs and pre-activations, one behind the other in elements from `base`; returns how many there are. What
+// lies between them is only read beside them; `clears` it so that all results are defined.
+int64_t place_kept(const Network& network, int64_t rows, char* base, Kept& kept, bool clears = false) {
+  const int64_t size = size_of(network.parameters), line = cpu::kVectorBytes / size;
+  int64_t used = 0;
+  const auto take = [&](int l) {
+    void* const at = base ? base + used * size : nullptr;
+    const int64_t end = used + rows * network.layers[l].outputs;
+    used += (end - used + 2 * line - 1) / line * line;
+    if (clears) std::memset(base + end * size, 0, size_t((used - end) * size));
+    return at;
+  };
+  for (int l = 0; l + 1 < network.count; ++l) {
+    kept.outputs[l] = take(l);
+    if (keeps_pre(network.layers[l])) kept.pres[l] = take(l);
+  }
+  return used;
+}
+
+std::tuple<Tensor, Tensor> rows_forward(const Tensor& input, at::TensorList weights, const Biases& biases,
+                                        c10::string_view activation, bool keeps) {
+  const Network network = rows_network_of(input, weights, biases, activation, "mlp_rows");
+  const Tensor x = input.contiguous();
+  const int64_t rows = input.numel() / network.inputs();
+  at::DimVector sizes(input.sizes());
+  sizes.back() = network.outputs();
+  const Tensor output = at::empty(sizes, input.options());
+  Kept kept{};
+  const Tensor all = at::empty({keeps ? place_kept(network, rows, nullptr, kept) : 0}, input.options());
+  if (keeps) place_kept(network, rows, static_cast<char*>(all.mutable_data_ptr()), kept, true);
+  kept.outputs[network.count - 1] = output.mutable_data_ptr();
+  const Tensor workspace = empty_bytes(forward_bytes(network, rows), input);
+  forward_cpu({network, rows, x.const_data_ptr(), kept, workspace.mutable_data_ptr()}, nullptr);
+  return {output, all};
+}
+
+// The gradients that `mask` asks for, of input, weight, bias, weight, ..., in this order.
+std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input, const Tensor& kept,
+                                  at::TensorList weights, const Biases& biases, c10::string_view activation,
+                                  const c10::List<bool>& mask) {
+  Network network = rows_network_of(input, weights, biases, activation, "mlp_rows_backward");
+  const int64_t rows = input.numel() / network.inputs();
+  TORCH_CHECK_VALUE(mask.size() == 1 + 2 * weights.size(), "mlp_rows_backward: mask has ", mask.size(),
+                    " elements; expected one for the input and two for each layer");
+  check_same(input, "input", grad_output, "grad_output", "mlp_rows_backward");
+  check_same(input, "input", kept, "kept", "mlp_rows_backward");
+  Kept places{};
+  const int64_t elements = place_kept(network, rows, nullptr, places);
+  TORCH_CHECK_VALUE(grad_output.numel() == rows * network.outputs() && kept.numel() == elements && kept.is_contiguous(),
+                    "mlp_rows_backward: grad_output has shape ", grad_output.sizes(), " and kept ", kept.sizes(),
+                    "; expected ", rows * network.outputs(), " elements and (", elements, ",), as mlp_rows returned it");
+  place_kept(network, rows, static_cast<char*>(kept.mutable_data_ptr()), places);
+
+  std::vector<Tensor> gradients;
+  if (mask[0]) gradients.push_back(at::empty(input.sizes(), input.options()));
+  int64_t total = 0;
+  std::vector<int64_t> starts;
+  const auto place = [&](bool wanted, const Tensor& parameter) {
+    if (!wanted) return int64_t(-1);
+    starts.push_back(total);
+    gradients.push_back(at::empty(parameter.sizes(), parameter.options()));
+    return std::exchange(total, total + parameter.numel());
+  };
+  for (int l = 0; l < network.count; ++l) {
+    const std::optional<Tensor> bias = biases.get(l);
+    network.layers[l].weight_at = place(mask[1 + 2 * l], weights[l]);
+    network.layers[l].bias_at = place(mask[2 + 2 * l] && bias, bias.value_or(Tensor()));
+  }
+  const Tensor x = input.contiguous(), dy = grad_output.contiguous();
+  const Tensor sums = at::empty({groups_for(network, rows), total}, input.options());
+  const Tensor workspace = empty_bytes(backward_bytes(network, rows), input);
+  backward_cpu({network, rows, x.const_data_ptr(), places, dy.const_data_ptr(),
+                mask[0] ? gradients[0].mutable_data_ptr() : nullptr, total, sums.mutable_data_ptr(),
+                workspace.mutable_data_ptr()},
+               nullptr);
+  // Copied, so that nobody's gradient holds on to those of all groups.
+  for (size_t i = 0; i < starts.size(); ++i) {
+    const Tensor& gradient = gradients[gradients.size() - starts.size() + i];
+    std::memcpy(gradient.mutable_data_ptr(),
+                static_cast<const char*>(sums.const_data_ptr()) + starts[i] * sums.element_size(), gradient.nbytes());
+  }
+  return gradients;
+}
+
 // Whether mlp() takes them, on this device, and where it `trains` mlp_backward(), too.
-bool fits_on(const Tensor& input, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
+bool fits_on(const Tensor& input, at::TensorList weights, const Biases& biases,
              c10::string_view activation, c10::string_view factors, bool trains) {
   const c10::DeviceGuard guard(input.device());
   for (const Tensor& w : weights)
@@ -167,6 +273,19 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, str activation, str factors, "
       "bool[] mask) -> (Tensor grad_input, Tensor grads)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "mlp_rows(Tensor input, Tensor[] weights, Tensor?[] biases, str activation, bool keeps) -> (Tensor output, "
+      "Tensor kept)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "mlp_rows_backward(Tensor grad_output, Tensor input, Tensor kept, Tensor[] weights, Tensor?[] biases, "
+      "str activation, bool[] mask) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(gdbp, CPU, m) {
+  m.impl("mlp_rows", &rows_forward);
+  m.impl("mlp_rows_backward", &rows_backward);
 }
 
 TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {

@@ -104,13 +104,14 @@ struct Kept {
   void* outputs[kMaxLayers];  // of each layer, (rows, outputs)
   void* pres[kMaxLayers];     // its pre-activation, where saves(activation) says so
 };
+inline bool keeps_pre(const Layer& layer) { return saves(layer.activation) == Saved::pre; }
 
 struct Forward {
   Network network;
   int64_t rows;
   const void* input;  // (rows, inputs)
-  Kept kept;
-  void* workspace;  // (forward_bytes(network))
+  Kept kept;        // but for the last output null where there will be no backward pass
+  void* workspace;  // (forward_bytes(network, rows))
 };
 
 struct Backward {
@@ -127,7 +128,7 @@ struct Backward {
 
 // Into how many groups rows are cut, whose gradients are summed apart: a function of sizes, not of threads.
 int64_t groups_for(const Network& network, int64_t rows);
-int64_t forward_bytes(const Network& network);
+int64_t forward_bytes(const Network& network, int64_t rows);
 int64_t backward_bytes(const Network& network, int64_t rows);
 
 int forward_cpu(const Forward& args, void* stream);

@@ -82,14 +82,53 @@ struct Packed {
   T* bias(const Layer& layer, int l) const { return weights[l] + layer.inputs * padded<T>(layer.outputs); }
 };
 
+// The last rows of a matrix (rows, cols) whose memory may end with it, copied to where there is room behind them.
 template <class T>
-void forward_block(const Forward& a, const Packed<T>& packed, int64_t begin, int64_t rows) {
+Right<T> with_end(const T* data, int64_t rows, int64_t cols, T* copy) {
+  const int64_t split = Right<T>::split_of(rows, cols);
+  if (split == rows) return {data, cols};
+  std::memcpy(copy, data + split * cols, size_t((rows - split) * cols) * sizeof(T));
+  return {data, cols, copy, split};
+}
+template <class T>
+int64_t end_elements(int64_t rows, int64_t cols) {
+  return (rows - Right<T>::split_of(rows, cols)) * cols;
+}
+
+// What a group of rows needs for itself.
+template <class T>
+struct Scratch {
+  T *slabs[2], *input;
+  Pieces pieces;
+
+  Scratch(const Network& network, void* base) : pieces(base) {
+    for (T*& slab : slabs) slab = pieces.take<T>(kBlockRows * widest(network));
+    input = pieces.take<T>(end_elements<T>(kBlockRows, network.inputs()));
+  }
+};
+
+template <class T>
+int64_t scratch_bytes(const Network& network) {
+  return Scratch<T>(network, nullptr).pieces.used();
+}
+
+// Whether an output is better summed along the inputs, lane by lane, than beside others: there are too few of them to
+// fill a vector.
+template <class T>
+bool has_few_outputs(const Layer& layer) {
+  constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(T)), to_fold = 8;  // what adding up the lanes takes
+  return layer.outputs * (layer.inputs / lanes + to_fold) < layer.inputs;
+}
+
+template <class T>
+void forward_block(const Forward& a, const Packed<T>& packed, const Scratch<T>& scratch, int64_t begin, int64_t rows) {
   const T* x = static_cast<const T*>(a.input) + begin * a.network.inputs();
   for (int l = 0; l < a.network.count; ++l) {
     const Layer& layer = a.network.layers[l];
-    T* const y = static_cast<T*>(a.kept.outputs[l]) + begin * layer.outputs;
-    T* const z = saves(layer.activation) == Saved::pre ? static_cast<T*>(a.kept.pres[l]) + begin * layer.outputs : y;
-    if (a.rows < kFewRows) {
+    const auto of_block = [&](void* all) { return static_cast<T*>(all) + begin * layer.outputs; };
+    T* const y = a.kept.outputs[l] ? of_block(a.kept.outputs[l]) : scratch.slabs[l % 2];
+    T* const z = keeps_pre(layer) && a.kept.pres[l] ? of_block(a.kept.pres[l]) : y;
+    if (a.rows < kFewRows || has_few_outputs<T>(layer)) {
       cpu::narrow_dots<T>(rows, layer.outputs, layer.inputs, x, static_cast<const T*>(layer.weight),
                           static_cast<const T*>(layer.bias), z);
     } else {
@@ -110,31 +149,6 @@ void forward_block(const Forward& a, const Packed<T>& packed, int64_t begin, int
     x = y;
   }
 }
-
-// The last rows of a matrix (rows, cols) whose memory may end with it, copied to where there is room behind them.
-template <class T>
-Right<T> with_end(const T* data, int64_t rows, int64_t cols, T* copy) {
-  const int64_t split = Right<T>::split_of(rows, cols);
-  if (split == rows) return {data, cols};
-  std::memcpy(copy, data + split * cols, size_t((rows - split) * cols) * sizeof(T));
-  return {data, cols, copy, split};
-}
-template <class T>
-int64_t end_elements(int64_t rows, int64_t cols) {
-  return (rows - Right<T>::split_of(rows, cols)) * cols;
-}
-
-// What a group of rows needs for itself.
-template <class T>
-struct Scratch {
-  T *grads[2], *input;
-  Pieces pieces;
-
-  Scratch(const Network& network, void* base) : pieces(base) {
-    for (T*& slab : grads) slab = pieces.take<T>(kBlockRows * widest(network));
-    input = pieces.take<T>(end_elements<T>(kBlockRows, network.inputs()));
-  }
-};
 
 // Weights as the right side of a product.
 template <class T>
@@ -165,7 +179,7 @@ void backward_block(const Backward& a, const Rights<T>& rights, const Scratch<T>
   for (int l = network.count - 1; l >= first; --l) {
     const Layer& layer = network.layers[l];
     const int64_t inputs = layer.inputs, outputs = layer.outputs, elements = rows * outputs;
-    T* const dz = scratch.grads[l % 2];
+    T* const dz = scratch.slabs[l % 2];
     if (layer.activation != Activation::none) {
       const bool of_output = saves(layer.activation) == Saved::output;
       const T* const saved = static_cast<const T*>((of_output ? a.kept.outputs : a.kept.pres)[l]) + begin * outputs;
@@ -183,7 +197,7 @@ void backward_block(const Backward& a, const Rights<T>& rights, const Scratch<T>
     if (layer.bias_at >= 0)
       cpu::narrow_gemm<T>({1, outputs, rows, &one, 0, 0, {dz, outputs}, sums + layer.bias_at, outputs, nullptr, adds});
     if (l == first && !a.grad_input) return;
-    T* const dx = l > 0 ? scratch.grads[(l - 1) % 2] : static_cast<T*>(a.grad_input) + begin * inputs;
+    T* const dx = l > 0 ? scratch.slabs[(l - 1) % 2] : static_cast<T*>(a.grad_input) + begin * inputs;
     cpu::narrow_gemm<T>({rows, inputs, outputs, dz, outputs, 1, rights.weights[l], dx, inputs});
     dy = dx;
   }
@@ -216,9 +230,12 @@ int64_t groups_for(const Network& network, int64_t rows) {
   return std::max<int64_t>(1, std::min({work * rows / kGroupWork, rows / kGroupRows, most}));
 }
 
-int64_t forward_bytes(const Network& network) {
+int64_t forward_bytes(const Network& network, int64_t rows) {
   int64_t bytes = 0;
-  dispatch_wide(network.parameters, [&](auto zero) { bytes = Packed<decltype(zero)>(network, nullptr).pieces.used(); });
+  dispatch_wide(network.parameters, [&](auto zero) {
+    using T = decltype(zero);
+    bytes = Packed<T>(network, nullptr).pieces.used() + groups_for(network, rows) * scratch_bytes<T>(network);
+  });
   return bytes;
 }
 
@@ -227,7 +244,7 @@ int64_t backward_bytes(const Network& network, int64_t rows) {
   dispatch_wide(network.parameters, [&](auto zero) {
     using T = decltype(zero);
     bytes = Rights<T>(network, nullptr).pieces.used() +
-            groups_for(network, rows) * Scratch<T>(network, nullptr).pieces.used();
+            groups_for(network, rows) * scratch_bytes<T>(network);
   });
   return bytes;
 }
@@ -237,11 +254,14 @@ int forward_cpu(const Forward& a, void*) {
     using T = decltype(zero);
     const Packed<T> packed(a.network, a.workspace);
     if (a.rows >= kFewRows) packed.pack(a.network);
+    char* const scratches = static_cast<char*>(a.workspace) + packed.pieces.used();
     const int64_t groups = groups_for(a.network, a.rows);
     parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
-      for (int64_t group = lo; group < hi; ++group)
+      for (int64_t group = lo; group < hi; ++group) {
+        const Scratch<T> scratch(a.network, scratches + group * scratch_bytes<T>(a.network));
         for_blocks(group, groups, a.rows,
-                   [&](int64_t begin, int64_t rows) { forward_block<T>(a, packed, begin, rows); });
+                   [&](int64_t begin, int64_t rows) { forward_block<T>(a, packed, scratch, begin, rows); });
+      }
     });
   });
   return 0;
@@ -251,12 +271,11 @@ int backward_cpu(const Backward& a, void*) {
   dispatch_wide(a.network.parameters, [&](auto zero) {
     using T = decltype(zero);
     const Rights<T> rights(a.network, a.workspace);
-    char* const rest = static_cast<char*>(a.workspace) + rights.pieces.used();
+    char* const scratches = static_cast<char*>(a.workspace) + rights.pieces.used();
     const int64_t groups = groups_for(a.network, a.rows);
     parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
       for (int64_t group = lo; group < hi; ++group) {
-        const int64_t bytes = Scratch<T>(a.network, nullptr).pieces.used();
-        const Scratch<T> scratch(a.network, rest + group * bytes);
+        const Scratch<T> scratch(a.network, scratches + group * scratch_bytes<T>(a.network));
         T* const sums = static_cast<T*>(a.partials) + group * a.gradients;
         bool adds = false;
         for_blocks(group, groups, a.rows, [&](int64_t begin, int64_t rows) {

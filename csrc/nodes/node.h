@@ -77,11 +77,15 @@ class Node : public torch::autograd::Node {
     // Held by saved_ and by the caller.
     return runs_last_ && !saved_[at].has_hooks() && unpacked.use_count() <= 2 && unpacked.storage().use_count() == 1;
   }
+  // Whether this stands for many gradients.
+  static bool is_batched(const Tensor& gradient) {
+    using c10::DispatchKey;
+    constexpr c10::DispatchKeySet batched({DispatchKey::Batched, DispatchKey::FuncTorchBatched});
+    return gradient.key_set().has_any(batched);
+  }
   // Whether this is a gradient, and does not stand for many of them or for one that lies elsewhere.
   static bool is_plain(const Tensor& gradient) {
-    using c10::DispatchKey;
-    constexpr c10::DispatchKeySet others({DispatchKey::Batched, DispatchKey::FuncTorchBatched, DispatchKey::Python});
-    return !gradient.key_set().has_any(others);
+    return !is_batched(gradient) && !gradient.key_set().has(c10::DispatchKey::Python);
   }
   // What was saved, for the caller of the backward pass to keep: a copy, unless this is the last pass, as a caller may
   // write to it.
@@ -94,9 +98,13 @@ class Node : public torch::autograd::Node {
   // Gradients that will be differentiated again, from plain torch: what `function` of gdbp.reference returns.
   template <class... Arguments>
   static Gradients from_reference(const char* function, const Arguments&... arguments) {
+    return from_python("gdbp.reference", function, arguments...);
+  }
+  template <class... Arguments>
+  static Gradients from_python(const char* module, const char* function, const Arguments&... arguments) {
     namespace py = pybind11;
     const py::gil_scoped_acquire gil;
-    const py::tuple found = py::module_::import("gdbp.reference").attr(function)(as_python(arguments)...);
+    const py::tuple found = py::module_::import(module).attr(function)(as_python(arguments)...);
     Gradients gradients;
     for (const py::handle& gradient : found) gradients.push_back(unwrap(gradient));
     return gradients;
@@ -104,6 +112,11 @@ class Node : public torch::autograd::Node {
 
  private:
   static pybind11::object as_python(const Tensor& tensor) { return tensor.defined() ? wrap(tensor) : pybind11::none(); }
+  static pybind11::object as_python(const std::vector<Tensor>& tensors) {
+    pybind11::list list;
+    for (const Tensor& tensor : tensors) list.append(as_python(tensor));
+    return list;
+  }
   template <class T>
   static pybind11::object as_python(const T& value) {
     return pybind11::cast(value);

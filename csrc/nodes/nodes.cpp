@@ -47,6 +47,7 @@ void bind(py::module_& module) {
   using WithoutLock = py::call_guard<py::gil_scoped_release>;
   module.def("is_direct", &is_direct);
   module.def("linear", &linear, WithoutLock());
+  module.def("mlp", &mlp, WithoutLock());
   module.def("batch_norm", &batch_norm, WithoutLock());
   module.def("pointwise_loss", &pointwise_loss, WithoutLock());
   module.def("bce_with_logits", &bce_with_logits, WithoutLock());

@@ -45,9 +45,9 @@ class Strip final : public Layer {
     };
     for (int l = 0; l < network_.count; ++l) {
       outputs_[l] = l + 1 < network_.count ? slab(l) : Arena::kNone;
-      pres_[l] = saves(network_.layers[l].activation) == Saved::pre ? slab(l) : Arena::kNone;
+      pres_[l] = mlp::keeps_pre(network_.layers[l]) ? slab(l) : Arena::kNone;
     }
-    forward_work_ = arena.request(mlp::forward_bytes(network_), forward, forward);
+    forward_work_ = arena.request(mlp::forward_bytes(network_, rows), forward, forward);
     backward_work_ = arena.request(mlp::backward_bytes(network_, rows), backward, backward);
     int64_t gradients = 0;
     for (const LinearOptions& l : layers_) gradients += l.weight.numel() + (l.bias.defined() ? l.bias.numel() : 0);

@@ -1,4 +1,4 @@
-"""A whole network of narrow layers in one kernel, forward or backward."""
+"""A whole network of narrow layers in one call, forward or backward."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from gdbp import _load
-from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, needs_autograd
+from gdbp.ops._function import Function, is_batched, is_direct, is_fused, is_transformed, needs_autograd
 from gdbp.ops.linear import linear
+
+if _load.available:
+    from gdbp import _C
 
 # Up to here a call for every layer costs more than its work. With a million rows torch's layers were 1.2 times as fast
 # (64 wide) to 2.6 times (128 wide) on an H200; see step.infer in benchmarks/results.
@@ -31,7 +34,8 @@ class _MLP(Function):
     def backward(ctx, grad_output):
         tensors, mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
-            return None, None, *_by_layers(ctx, grad_output, tensors, mask)
+            dtype = getattr(torch, ctx.factors, torch.float32)
+            return None, None, *backward_by_layers(grad_output, tensors, ctx.activation, mask, dtype)
         input, *parameters = tensors
         grad_input, flat = torch.ops.gdbp.mlp_backward(
             grad_output, input, parameters[::2], parameters[1::2], ctx.activation, ctx.factors, mask
@@ -41,21 +45,33 @@ class _MLP(Function):
         return None, None, grad_input, *(None if p is None else next(pieces).view_as(p) for p in wanted)
 
 
-def _by_layers(ctx, grad_output: Tensor, tensors: Sequence[Tensor | None], mask: Sequence[bool]) -> list:
-    """The gradients of layers, one by one, which can be differentiated again."""
-    again, dtype = torch.is_grad_enabled(), getattr(torch, ctx.factors, torch.float32)
+def backward_by_layers(
+    grad_output: Tensor,
+    tensors: Sequence[Tensor | None],
+    activation: str,
+    mask: Sequence[bool],
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``tensors``, input, weight, bias, weight, ..., that ``mask`` asks for, from layers one by one,
+    which can be differentiated again and take many gradients at once; computed in ``dtype``, the tensors' own for
+    None."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, *parameters = (None if t is None else t.to(dtype) for t in tensors)
+        x, *parameters = (None if t is None else t.to(dtype or t.dtype) for t in tensors)
         for at in range(0, len(parameters), 2):
-            x = linear(x, parameters[at], parameters[at + 1], ctx.activation if at + 2 < len(parameters) else "none")
+            x = linear(x, parameters[at], parameters[at + 1], activation if at + 2 < len(parameters) else "none")
     wanted = [t for t, m in zip(tensors, mask, strict=True) if m]
     grads = iter(torch.autograd.grad(x, wanted, grad_output, create_graph=again))
-    return [next(grads) if m else None for m in mask]
+    return tuple(next(grads) if m else None for m in mask)
 
 
 def is_taken(input: Tensor) -> bool:
     """Whether there are kernels for what lies there."""
-    return input.is_cuda and _load.available
+    return _load.available and (input.is_cuda or input.is_cpu)
+
+
+def _is_on_cpu(input: Tensor) -> bool:
+    return input.is_cpu
 
 
 def forward(
@@ -65,8 +81,13 @@ def forward(
 
     It takes up to MOST_ROWS rows on CUDA in float32, bfloat16 or float16, or under autocast to one of these, and layers
     up to 128 wide whose weights, and where something is differentiated also activations and sums of gradients, fit
-    into a block's shared memory. Not under ``torch.compile``, and not for transforms of torch.func.
+    into a block's shared memory. On the CPU any number of rows in float32 or float64, and layers up to 128 wide. Not
+    under ``torch.compile``, and not for transforms of torch.func.
     """
+    if _is_on_cpu(input):
+        if torch.is_autocast_enabled("cpu") or not is_direct(input, *weights, *biases):
+            return None
+        return _C.mlp(input, weights, biases, activation)
     if not is_taken(input) or torch.compiler.is_compiling() or is_transformed():
         return None
     if not torch.is_autocast_enabled("cuda") and input.dtype is not weights[0].dtype:
