@@ -1,5 +1,6 @@
-"""``MLP`` on the CPU, where a network of narrow layers is one node of the graph (csrc/nodes/mlp.cpp, csrc/mlp/mlp_cpu.cpp):
-its values and gradients against those of the layers in float64, and all that may be done with a node."""
+"""``MLP`` on the CPU, where a network of narrow layers is one node of the graph (csrc/nodes/mlp.cpp,
+csrc/mlp/mlp_cpu.cpp): its values and gradients against those of the layers in float64, and all that may be done with
+a node."""
 
 import copy
 import random
@@ -197,7 +198,7 @@ def test_autocast_takes_the_layers():
 
 def test_mismatches_raise_what_the_layers_raise():
     model = MLP(SIZES)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|expected"):
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|expected"):
         model(torch.randn(5, 8))
     with pytest.raises(RuntimeError, match="dtype"):
         model(torch.randn(5, 7, dtype=torch.float64))
@@ -243,11 +244,11 @@ def test_bad_arguments_of_the_operators():
     y, kept = ops.mlp_rows(x, weights, biases, "relu", True)
     with pytest.raises(TypeError, match="expected float32 or float64"):
         ops.mlp_rows(x.half(), [w.half() for w in weights], [b.half() for b in biases], "relu", True)
-    with pytest.raises(RuntimeError, match="input has dtype Double and a weight has Float"):
+    with pytest.raises(RuntimeError, match=r"input has dtype Double and a weight has Float"):
         ops.mlp_rows(x.double(), weights, biases, "relu", True)
-    with pytest.raises(ValueError, match="expected \\(\\*, 7\\)"):
+    with pytest.raises(ValueError, match=r"expected \(\*, 7\)"):
         ops.mlp_rows(x[:, :5], weights, biases, "relu", True)
-    with pytest.raises(ValueError, match="grad_output has shape \\[4, 3\\] and kept \\[3\\]"):
+    with pytest.raises(ValueError, match=r"grad_output has shape \[4, 3\] and kept \[3\]"):
         ops.mlp_rows_backward(y, x, kept[:3], weights, biases, "relu", [True] * 7)
     with pytest.raises(ValueError, match="mask has 2 elements"):
         ops.mlp_rows_backward(y, x, kept, weights, biases, "relu", [True] * 2)

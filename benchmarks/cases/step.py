@@ -1,5 +1,5 @@
 """A whole training step: zero_grad, forward, loss, backward, update. ``train``: in one call of TrainStep; ``modules``:
-of our modules and optimizers in the usual loop."""
+of our layers and optimizers in the usual loop; ``mlp``: of ``gdbp.nn.MLP`` there."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,6 +28,7 @@ from benchmarks.work import (
 from gdbp.ops.mlp import factors_of
 
 SMALL = (64, 64, 64, 10)
+DEEP = (64,) * 8 + (10,)
 OPTIMIZERS = {"sgd": ("SGD", {"lr": 0.1, "momentum": 0.9}), "adam": ("Adam", {}), "adamw": ("AdamW", {"lr": 1e-3})}
 # What Adam moves for a parameter: gradient read, parameter and states read and written.
 ADAM_BYTES = 28
@@ -52,7 +53,7 @@ ROWS = (
     Row((784, 128, 10), 64, Goal(ratio=2.5)),
     Row((784, 512, 512, 10), 128, Goal(ratio=1.3)),
     Row((1024, 1024, 1024, 1024, 10), 256, Goal(ratio=1.05, limit=0.9)),
-    Row((64,) * 8 + (10,), 4096, Goal(ratio=1.7)),
+    Row(DEEP, 4096, Goal(ratio=1.7)),
     Row((16, 16, 1), 1, Goal(ratio=50), steps=32),
 )
 
@@ -86,6 +87,10 @@ def cases(smoke: bool) -> Iterator[Case]:
     for name in ("sgd", "adamw"):
         row = Row(SMALL, 4 if smoke else 32, Goal())
         yield Case("step", f"modules_{name}", _title(row), partial(_build, row, name, False))
+    for sizes, batch in ((SMALL, 32),) if smoke else ((SMALL, 32), (DEEP, 4096)):
+        row = Row(sizes, batch, Goal())
+        row = _smoke(row) if smoke else row
+        yield Case("step", "mlp_adamw", _title(row), partial(_build, row, "adamw", False, own=gdbp.nn.MLP))
 
 
 def series(smoke: bool) -> Iterator[Series]:
@@ -110,7 +115,7 @@ def _title(row: Row) -> str:
     return "-".join(f"{width}x{count}" if count > 1 else f"{width}" for width, count in runs) + f"/{row.batch}"
 
 
-def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Work:
+def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup, own: Callable | None = None) -> Work:
     sizes, batch, steps = row.sizes, row.batch, row.steps
     x = setup.normal(batch * steps, sizes[0])
     classes = sizes[-1] > 1
@@ -167,7 +172,7 @@ def _build(row: Row, optimizer_name: str, in_one_call: bool, setup: Setup) -> Wo
     def torchs(x, target, **how) -> Contender:
         return training(_torch_network(sizes), nn, torch.optim, x, target, loop, **how)
 
-    ours = training(_our_network(sizes), gdbp.nn, gdbp.optim, x, target, one_call if in_one_call else loop)
+    ours = training((own or _our_network)(sizes), gdbp.nn, gdbp.optim, x, target, one_call if in_one_call else loop)
     contenders = {OURS: ours, "torch": torchs(x, target), "torch fused": torchs(x, target, fused=True)}
     # Where it is the peer that the goal names, unasked.
     if setup.compile or row.narrow:

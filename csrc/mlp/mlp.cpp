@@ -70,8 +70,8 @@ void check_fits(const Network& network, bool trains, at::Device device) {
                     device);
 }
 
-Tensor forward(const Tensor& input, at::TensorList weights, const Biases& biases,
-               c10::string_view activation, c10::string_view factors) {
+Tensor forward(const Tensor& input, at::TensorList weights, const Biases& biases, c10::string_view activation,
+               c10::string_view factors) {
   const Network network = network_of(weights, biases, parse_activation(activation, "mlp"), factors);
   check_input(input, weights[0], network);
   const c10::DeviceGuard guard(input.device());
@@ -94,8 +94,8 @@ Tensor forward(const Tensor& input, at::TensorList weights, const Biases& biases
 // piece those of weight, bias, weight, ..., where the others of it do; float32, for the pieces to be cast. The forward
 // pass is made again.
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, at::TensorList weights,
-                                    const Biases& biases, c10::string_view activation,
-                                    c10::string_view factors, const c10::List<bool>& mask) {
+                                    const Biases& biases, c10::string_view activation, c10::string_view factors,
+                                    const c10::List<bool>& mask) {
   Network network = network_of(weights, biases, parse_activation(activation, "mlp"), factors);
   check_input(input, weights[0], network);
   TORCH_CHECK_VALUE(mask.size() == 1 + 2 * weights.size(), "mlp_backward: mask has ", mask.size(),
@@ -144,8 +144,8 @@ Network rows_network_of(const Tensor& input, at::TensorList weights, const Biase
   const Network network = network_of(weights, biases, parse_activation(activation, op), "float32");
   check_input(input, weights[0], network);
   check_same(weights[0], "a weight", input, "input", op);
-  TORCH_CHECK_TYPE(network.parameters == Dtype::float32 || network.parameters == Dtype::float64, op, ": input has dtype ",
-                   input.scalar_type(), "; expected float32 or float64; convert it with .to()");
+  TORCH_CHECK_TYPE(network.parameters == Dtype::float32 || network.parameters == Dtype::float64, op,
+                   ": input has dtype ", input.scalar_type(), "; expected float32 or float64; convert it with .to()");
   return network;
 }
 
@@ -203,7 +203,8 @@ std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input
   const int64_t elements = place_kept(network, rows, nullptr, places);
   TORCH_CHECK_VALUE(grad_output.numel() == rows * network.outputs() && kept.numel() == elements && kept.is_contiguous(),
                     "mlp_rows_backward: grad_output has shape ", grad_output.sizes(), " and kept ", kept.sizes(),
-                    "; expected ", rows * network.outputs(), " elements and (", elements, ",), as mlp_rows returned it");
+                    "; expected ", rows * network.outputs(), " elements and (", elements,
+                    ",), as mlp_rows returned it");
   place_kept(network, rows, static_cast<char*>(kept.mutable_data_ptr()), places);
 
   std::vector<Tensor> gradients;
@@ -238,8 +239,8 @@ std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input
 }
 
 // Whether mlp() takes them, on this device, and where it `trains` mlp_backward(), too.
-bool fits_on(const Tensor& input, at::TensorList weights, const Biases& biases,
-             c10::string_view activation, c10::string_view factors, bool trains) {
+bool fits_on(const Tensor& input, at::TensorList weights, const Biases& biases, c10::string_view activation,
+             c10::string_view factors, bool trains) {
   const c10::DeviceGuard guard(input.device());
   for (const Tensor& w : weights)
     if (w.dim() != 2 || !w.is_contiguous() || w.size(0) > kMaxWidth || w.size(1) > kMaxWidth) return false;

@@ -110,8 +110,8 @@ struct Forward {
   Network network;
   int64_t rows;
   const void* input;  // (rows, inputs)
-  Kept kept;        // but for the last output null where there will be no backward pass
-  void* workspace;  // (forward_bytes(network, rows))
+  Kept kept;          // but for the last output null where there will be no backward pass
+  void* workspace;    // (forward_bytes(network, rows))
 };
 
 struct Backward {

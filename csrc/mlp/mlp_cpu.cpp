@@ -243,8 +243,7 @@ int64_t backward_bytes(const Network& network, int64_t rows) {
   int64_t bytes = 0;
   dispatch_wide(network.parameters, [&](auto zero) {
     using T = decltype(zero);
-    bytes = Rights<T>(network, nullptr).pieces.used() +
-            groups_for(network, rows) * scratch_bytes<T>(network);
+    bytes = Rights<T>(network, nullptr).pieces.used() + groups_for(network, rows) * scratch_bytes<T>(network);
   });
   return bytes;
 }

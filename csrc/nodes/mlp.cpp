@@ -34,9 +34,9 @@ class MLPBackward : public Node {
     }
     c10::List<bool> flags;
     for (const bool asked : mask) flags.push_back(asked);
-    static const auto op = find<std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, at::TensorList,
-                                                    const Biases&, c10::string_view, const c10::List<bool>&)>(
-        "gdbp::mlp_rows_backward");
+    static const auto op =
+        find<std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, at::TensorList, const Biases&,
+                                 c10::string_view, const c10::List<bool>&)>("gdbp::mlp_rows_backward");
     std::vector<Tensor> wanted = call(op, grad_output, saved[0], saved.back(), weights, biases, activation_, flags);
     for (size_t i = 0, next = 0; i < found.size(); ++i)
       if (mask[i]) found[i] = std::move(wanted[next++]);
@@ -82,8 +82,9 @@ OptionalTensor mlp(const Tensor& input, const std::vector<Tensor>& weights, cons
     inputs.push_back(biases[l].value_or(Tensor()));
   }
   const bool recorded = torch::autograd::compute_requires_grad(inputs);
-  static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, at::TensorList, const Biases&,
-                                                         c10::string_view, bool)>("gdbp::mlp_rows");
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, at::TensorList, const Biases&, c10::string_view, bool)>(
+          "gdbp::mlp_rows");
   Biases list;
   for (const OptionalTensor& bias : biases) list.push_back(bias);
   const auto [output, kept] = call(op, input, weights, list, activation, recorded);
