@@ -55,7 +55,8 @@ def build(folder: Path, name: str, engine: Future) -> Path:
     parts = []
     if name in FAMILIES:
         # A library of its own: what is thread-local in the program is shared memory to cudasim.
-        shared = [CSRC / "common" / f"{part}_cpu.cpp" for part in ("rows", "half_tables")]
+        parts_of_common = ("rows", "half_tables", *(["narrow_gemm"] if name == "mlp" else []))
+        shared = [CSRC / "common" / f"{part}_cpu.cpp" for part in parts_of_common]
         sources = [CSRC / name / f"{name}_cpu.cpp", *shared, HERE / "parallel_serial.cpp"]
         for kernels in sorted((CSRC / name).glob("*_cuda.cu")):
             flags = [*FLAGS, *FASTER.get(name, ())]
