@@ -321,3 +321,68 @@ def test_refusals(case):
     call, error, sentence = REFUSED[case]
     with pytest.raises(error, match=sentence):
         call()
+
+
+# ---- logits by panels of classes, on the CPU ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 63), (4, 512, 64), (7, 513, 65), (129, 1030, 130), (0, 4, 70)])
+def test_product_by_panels(sizes, bias, dtype):
+    rows, inputs, outputs = sizes
+    generator = torch.Generator().manual_seed(0)
+    # Memory that ends with the tensors, and rows that lie apart.
+    x = torch.randn(rows, 2 * inputs, generator=generator, dtype=dtype)[:, ::2]
+    weight = torch.randn(outputs, inputs, generator=generator, dtype=dtype)
+    b = torch.randn(outputs, generator=generator, dtype=dtype) if bias else None
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            output = torch.full((rows, outputs), float("nan"), dtype=dtype)
+            torch.ops.gdbp.linear_wide_(output, x, weight, b)
+            found.append(output)
+    finally:
+        torch.set_num_threads(2)
+    assert all(torch.equal(found[0], other) for other in found)
+    wide = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    scale = (x.double().abs() @ weight.double().abs().t() + 1).max().item() if rows else 1.0
+    tolerance = 64 * torch.finfo(dtype).eps * scale
+    torch.testing.assert_close(found[0].double(), wide, rtol=0, atol=tolerance)
+
+
+def test_product_by_panels_is_an_operator():
+    output, x, weight = torch.empty(3, 70), torch.randn(3, 5), torch.randn(70, 5)
+    torch.library.opcheck(torch.ops.gdbp.linear_wide_, (output, x, weight, torch.randn(70)))
+    before = output._version
+    torch.ops.gdbp.linear_wide_(output, x, weight, None)
+    assert output._version == before + 1
+    for arguments, error, match in (
+        ((output.half(), x.half(), weight.half(), None), TypeError, "expected float32 or float64"),
+        ((output, x.double(), weight, None), RuntimeError, "input has dtype Double"),
+        ((output, x[:, :4], weight, None), ValueError, r"input has shape \[3, 4\]"),
+        ((output.t().contiguous().t(), x, weight, None), ValueError, "contiguous"),
+        ((output, x, weight, torch.randn(69)), ValueError, "expected"),
+    ):
+        with pytest.raises(error, match=match):
+            torch.ops.gdbp.linear_wide_(*arguments)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_classes(bias, monkeypatch):
+    """The loss and its gradients where logits come by panels, against those where torch makes them."""
+    from gdbp.ops import linear_loss
+
+    classes = linear_loss._MANY_CLASSES + 5
+    x = torch.randn(37, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(classes, 24, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(classes, dtype=torch.float64, requires_grad=True) if bias else None
+    labels = torch.randint(classes, (37,))
+    results = []
+    for least in (linear_loss._MANY_CLASSES, 10**9):
+        monkeypatch.setattr(linear_loss, "_MANY_CLASSES", least)
+        loss = gdbp.nn.functional.linear_cross_entropy(x, weight, labels, linear_bias=b, memory_budget=10 * classes * 8)
+        results.append([loss, *torch.autograd.grad(loss, [t for t in (x, weight, b) if t is not None])])
+    for ours, other in zip(*results, strict=True):
+        torch.testing.assert_close(ours, other)

@@ -102,7 +102,7 @@ GDBP_INLINE void transpose(V (&rows)[kLanes]) {
 }
 
 template <class T, int kBytes>
-GDBP_INLINE void pack(const T* from, int64_t rows, int64_t cols, T* to) {
+GDBP_INLINE void pack(const T* from, int64_t rows, int64_t cols, int64_t from_stride, T* to) {
   using V = typename Register<T, kBytes>::type;
   constexpr int kLanes = kBytes / int(sizeof(T));
   const int64_t stride = padded<T>(rows);
@@ -112,12 +112,12 @@ GDBP_INLINE void pack(const T* from, int64_t rows, int64_t cols, T* to) {
     for (; col + kLanes <= cols; col += kLanes) {
       V square[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        square[i] = i < there ? *reinterpret_cast<const V*>(from + (row + i) * cols + col) : V{};
+        square[i] = i < there ? *reinterpret_cast<const V*>(from + (row + i) * from_stride + col) : V{};
       transpose<1>(square);
       for (int i = 0; i < kLanes; ++i) *reinterpret_cast<V*>(to + (col + i) * stride + row) = square[i];
     }
     for (; col < cols; ++col)
-      for (int64_t i = 0; i < kLanes; ++i) to[col * stride + row + i] = i < there ? from[(row + i) * cols + col] : T(0);
+      for (int64_t i = 0; i < kLanes; ++i) to[col * stride + row + i] = i < there ? from[(row + i) * from_stride + col] : T(0);
   }
 }
 
@@ -163,7 +163,7 @@ template <class T>
 struct Kernels {
   void (*product)(const Product<T>&);
   void (*dots)(int64_t m, int64_t n, int64_t k, const T* a, const T* b, const T* bias, T* c);
-  void (*pack)(const T* from, int64_t rows, int64_t cols, T* to);
+  void (*pack)(const T* from, int64_t rows, int64_t cols, int64_t stride, T* to);
 };
 
 // target_clones can't choose between them: the size of a vector is part of the code.
@@ -177,8 +177,8 @@ struct Kernels {
     all_dots<T, bytes>(m, n, k, a, b, bias, c);                                                            \
   }                                                                                                        \
   template <class T>                                                                                       \
-  target void pack_##level(const T* from, int64_t rows, int64_t cols, T* to) {                             \
-    pack<T, bytes>(from, rows, cols, to);                                                                  \
+  target void pack_##level(const T* from, int64_t rows, int64_t cols, int64_t stride, T* to) {                             \
+    pack<T, bytes>(from, rows, cols, stride, to);                                                                  \
   }                                                                                                        \
   template <class T>                                                                                       \
   constexpr Kernels<T> kKernels_##level = {&product_##level<T>, &dots_##level<T>, &pack_##level<T>};
@@ -225,15 +225,15 @@ void narrow_dots(int64_t m, int64_t n, int64_t k, const T* a, const T* b, const 
 }
 
 template <class T>
-void pack_transposed(const T* from, int64_t rows, int64_t cols, T* to) {
-  kBest<T>.pack(from, rows, cols, to);
+void pack_transposed(const T* from, int64_t rows, int64_t cols, int64_t stride, T* to) {
+  kBest<T>.pack(from, rows, cols, stride, to);
 }
 
 template void narrow_gemm(const Product<float>&);
 template void narrow_gemm(const Product<double>&);
 template void narrow_dots(int64_t, int64_t, int64_t, const float*, const float*, const float*, float*);
 template void narrow_dots(int64_t, int64_t, int64_t, const double*, const double*, const double*, double*);
-template void pack_transposed(const float*, int64_t, int64_t, float*);
-template void pack_transposed(const double*, int64_t, int64_t, double*);
+template void pack_transposed(const float*, int64_t, int64_t, int64_t, float*);
+template void pack_transposed(const double*, int64_t, int64_t, int64_t, double*);
 
 }  // namespace gdbp::cpu

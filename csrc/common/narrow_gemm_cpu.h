@@ -54,8 +54,8 @@ void narrow_gemm(const Product<T>& product);
 template <class T>
 void narrow_dots(int64_t m, int64_t n, int64_t k, const T* a, const T* b, const T* bias, T* c);
 
-// to (cols, padded(rows)) = from (rows, cols) transposed, 0 where it is padded.
+// to (cols, padded(rows)) = from (rows, cols) transposed, 0 where it is padded; rows of `from` are `stride` apart.
 template <class T>
-void pack_transposed(const T* from, int64_t rows, int64_t cols, T* to);
+void pack_transposed(const T* from, int64_t rows, int64_t cols, int64_t stride, T* to);
 
 }  // namespace gdbp::cpu

@@ -205,9 +205,31 @@ std::tuple<Tensor, Tensor, Tensor> backward_over_saved(const Tensor& grad_output
   return gradients(grad_output, input, weight, saved, activation, mask, true);
 }
 
+// On the CPU alone.
+void wide_(const Tensor& output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Dtype dtype = dtype_of(output, "linear_wide_", "output");
+  TORCH_CHECK_TYPE(dtype == Dtype::float32 || dtype == Dtype::float64, "linear_wide_: output has dtype ",
+                   output.scalar_type(), "; expected float32 or float64; convert it with .to()");
+  check_same(output, "output", input, "input", "linear_wide_");
+  check_same(output, "output", weight, "weight", "linear_wide_");
+  if (bias) check_same(output, "output", *bias, "bias", "linear_wide_");
+  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 &&
+                        input.size(1) == weight.size(1) && (!bias || bias->sizes() == weight.sizes().slice(0, 1)) &&
+                        output.sizes() == at::IntArrayRef({input.size(0), weight.size(0)}) && output.is_contiguous(),
+                    "linear_wide_: input has shape ", input.sizes(), ", weight ", weight.sizes(), " and output ",
+                    output.sizes(), "; expected (N, in), (out, in), none of them 0, and (N, out), contiguous");
+  const Tensor x = input.contiguous(), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
+  wide_cpu({dtype, x.size(0), x.size(1), w.size(0), x.const_data_ptr(), w.const_data_ptr(),
+            b.defined() ? b.const_data_ptr() : nullptr, output.mutable_data_ptr()},
+           nullptr);
+  mark_changed(output);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdbp, m) {
+  m.def("linear_wide_(Tensor(a!) output, Tensor input, Tensor weight, Tensor? bias) -> ()",
+        {at::Tag::pt2_compliant_tag});
   m.def("activations_that_save(str what) -> str[]", &activations_that_save);
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("linear_with_pre(Tensor input, Tensor weight, Tensor? bias, str activation) -> (Tensor output, Tensor pre)",
@@ -227,6 +249,7 @@ TORCH_LIBRARY_IMPL(gdbp, CPU, m) {
   m.impl("linear_with_pre", &forward_with_pre);
   m.impl("linear_backward", &backward);
   m.impl("linear_backward_over_saved", &backward_over_saved);
+  m.impl("linear_wide_", &wide_);
 }
 
 TORCH_LIBRARY_IMPL(gdbp, CUDA, m) {

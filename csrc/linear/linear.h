@@ -36,6 +36,18 @@ inline int64_t workspace_bytes(Dtype dtype, int64_t rows, int64_t cols) {
   return tiles * cols * (dtype == Dtype::float64 ? 8 : 4);
 }
 
+// A product with many outputs, as a language model's last layer has them: output = input weight^T + bias. On the CPU,
+// float32 and float64.
+struct Wide {
+  Dtype dtype;
+  int64_t rows, inputs, outputs;
+  const void* input;   // (rows, inputs)
+  const void* weight;  // (outputs, inputs)
+  const void* bias;    // (outputs) or null
+  void* output;        // (rows, outputs)
+};
+int wide_cpu(const Wide& args, void* stream);
+
 int forward_cpu(const Forward& args, void* stream);
 int forward_cuda(const Forward& args, void* stream);
 int backward_cpu(const Backward& args, void* stream);

@@ -40,6 +40,11 @@ def _(grad_output, input, weight, saved, activation, mask):
     )
 
 
+@torch.library.register_fake("gdbp::linear_wide_")
+def _(output, input, weight, bias):
+    _check_devices("linear_wide_", output=output, input=input, weight=weight, bias=bias)
+
+
 @torch.library.register_fake("gdbp::mlp")
 def _(input, weights, biases, activation, factors):
     _check_devices("mlp", input=input, weight=weights[0])

@@ -11,6 +11,8 @@ from gdbp.ops.loss import cross_entropy
 
 # torch.compile of torch 2.11 loses the gradients of _LinearCrossEntropy without a word; of 2.13 it has them.
 _TRACED_WHOLE = torch.__version__ < (2, 13)
+# From here on weights are transposed a panel at a time (csrc/linear/wide_cpu.cpp); there are panels enough for threads.
+_MANY_CLASSES = 2048
 
 
 class _Logits:
@@ -21,6 +23,9 @@ class _Logits:
         self.weight, self.bias = weight, bias
         shape = (min(rows, x.shape[0]), weight.shape[0])
         self.memory = None if _is_traced() else x.new_empty(shape)
+        # Which a BLAS would copy into an order of its own as a whole, for each chunk.
+        classes, features = weight.shape
+        self.by_panels = x.is_cpu and x.element_size() >= 4 and features > 0 and classes >= _MANY_CLASSES
         self.wide = x.new_empty(shape, dtype=torch.float32) if x.element_size() < 4 and not _is_traced() else None
 
     def of(self, x: Tensor) -> Tensor:
@@ -28,7 +33,9 @@ class _Logits:
             logits = torch.nn.functional.linear(x, self.weight, self.bias)
             return logits.float() if logits.element_size() < 4 else logits
         logits = self.memory[: x.shape[0]]
-        if self.bias is None:
+        if self.by_panels:
+            torch.ops.gdbp.linear_wide_(logits, x, self.weight, self.bias)
+        elif self.bias is None:
             torch.mm(x, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, x, self.weight.t(), out=logits)

@@ -74,7 +74,7 @@ void test_sizes(int64_t m, int64_t n, int64_t k, Errors<T>& errors) {
         }
     }
   }
-  pack_transposed(weight.at, n, k, packed.at);
+  pack_transposed(weight.at, n, k, k, packed.at);
   for (int64_t p = 0; p < k; ++p)
     for (int64_t j = 0; j < padded<T>(n); ++j) {
       const T wanted = j < n ? weight.at[j * k + p] : T(0);
