@@ -117,7 +117,8 @@ GDBP_INLINE void pack(const T* from, int64_t rows, int64_t cols, int64_t from_st
       for (int i = 0; i < kLanes; ++i) *reinterpret_cast<V*>(to + (col + i) * stride + row) = square[i];
     }
     for (; col < cols; ++col)
-      for (int64_t i = 0; i < kLanes; ++i) to[col * stride + row + i] = i < there ? from[(row + i) * from_stride + col] : T(0);
+      for (int64_t i = 0; i < kLanes; ++i)
+        to[col * stride + row + i] = i < there ? from[(row + i) * from_stride + col] : T(0);
   }
 }
 
@@ -177,8 +178,8 @@ struct Kernels {
     all_dots<T, bytes>(m, n, k, a, b, bias, c);                                                            \
   }                                                                                                        \
   template <class T>                                                                                       \
-  target void pack_##level(const T* from, int64_t rows, int64_t cols, int64_t stride, T* to) {                             \
-    pack<T, bytes>(from, rows, cols, stride, to);                                                                  \
+  target void pack_##level(const T* from, int64_t rows, int64_t cols, int64_t stride, T* to) {             \
+    pack<T, bytes>(from, rows, cols, stride, to);                                                          \
   }                                                                                                        \
   template <class T>                                                                                       \
   constexpr Kernels<T> kKernels_##level = {&product_##level<T>, &dots_##level<T>, &pack_##level<T>};

@@ -75,8 +75,7 @@ struct Packed {
   void pack(const Network& network) const {
     for (int l = 0; l < network.count; ++l) {
       const Layer& layer = network.layers[l];
-      cpu::pack_transposed(static_cast<const T*>(layer.weight), layer.outputs, layer.inputs, layer.inputs,
-                           weights[l]);
+      cpu::pack_transposed(static_cast<const T*>(layer.weight), layer.outputs, layer.inputs, layer.inputs, weights[l]);
       if (layer.bias) std::memcpy(bias(layer, l), layer.bias, size_t(layer.outputs) * sizeof(T));
     }
   }
