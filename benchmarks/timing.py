@@ -11,6 +11,8 @@ import torch
 # A sample lasts at least this long, in seconds, so that reading the clock costs nothing beside it.
 SAMPLE = 1e-3
 MINIMUM_ROUNDS = 5
+# Where a call takes longer than this, in seconds, and than the budget of all, two of them must do.
+SLOW = 2.0
 MAXIMUM_ROUNDS = 1000
 NOISY = 1.3
 
@@ -106,18 +108,23 @@ def take_turns(
 
     Args:
         runs: by name; each is called once, untimed, before the first sample.
-        budget: seconds for all of them together; exceeded where five rounds take longer.
+        budget: seconds for all of them together; exceeded where five rounds take longer, or two of what is slow.
         clock: returns the seconds that a number of calls took.
     """
     sample = min(SAMPLE, budget / (2 * MINIMUM_ROUNDS * max(1, len(runs))))
     calls = {}
+    samples: dict[str, list[float]] = {}
+    names = []
     for name, run in runs.items():
         run()
         # The shorter of two, lest a first slow call make all samples short.
-        once = min(clock(run, 1), clock(run, 1))
-        calls[name] = max(1, math.ceil(sample / max(once, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+        first_two = [clock(run, 1), clock(run, 1)]
+        once = min(first_two)
+        is_slow = once > max(SLOW, budget)
+        samples[name] = first_two if is_slow else []
+        if not is_slow:
+            names.append(name)
+            calls[name] = max(1, math.ceil(sample / max(once, 1e-7)))
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -126,7 +133,7 @@ def take_turns(
             if done >= MINIMUM_ROUNDS and time.perf_counter() >= end:
                 break
             # Each has the first turn now and then: what one leaves in the caches, the next one starts with.
-            first = done % len(names)
+            first = done % max(1, len(names))
             for name in names[first:] + names[:first]:
                 samples[name].append(clock(runs[name], calls[name]) / calls[name])
     finally:

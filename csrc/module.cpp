@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "grad/gradients.h"
+#include "linear/halves.h"
 #include "memory/memory.h"
 #include "nodes/nodes.h"
 #include "step/device_train.h"
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "What was built, and the instruction set it runs with on this CPU.");
   // Families with host-side objects bind them here, one line each.
   gdbp::grad::bind(module);
+  gdbp::linear::bind(module);
   gdbp::memory::bind(module);
   gdbp::nodes::bind(module);
   gdbp::step::bind(module);

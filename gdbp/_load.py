@@ -62,17 +62,21 @@ def build_info() -> dict[str, Any]:
         - ``version``: gdbp's version;
         - ``compiled``: whether the compiled part is in use; ``reason``: why not, else None;
         - ``torch_built``, ``torch_running``, ``python``: versions (``torch_built`` is None without the
-          compiled part, as are the following, up to ``instruction_set``);
+          compiled part, as are the following, up to ``half_products``);
         - ``compiler``, ``cxx_flags``, ``openmp``: how the C++ was compiled;
         - ``cuda``: nvcc's version, None in a build without CUDA; ``cuda_archs``: list such as
           ``["80", "90+PTX"]``;
         - ``instruction_set``: what the CPU loops run with here: x86-64-v4, x86-64-v3 or default;
+        - ``half_products``: the half types for whose matrix products torch's library has instructions on this CPU;
+          those of others are formed in float32;
         - ``threads``: torch's number of CPU threads;
         - ``cuda_devices``: names of the GPUs that torch sees.
     """
-    built = dict.fromkeys(("torch_built", "compiler", "cxx_flags", "openmp", "cuda", "cuda_archs", "instruction_set"))
+    facts = ("torch_built", "compiler", "cxx_flags", "openmp", "cuda", "cuda_archs", "instruction_set", "half_products")
+    built = dict.fromkeys(facts)
     if available:
         built |= _C.build_info()
+        built["half_products"] = [name for name in ("bfloat16", "float16") if _C.has_products_of(name)]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         **built,
@@ -115,6 +119,7 @@ def format_build_info() -> str:
         "CUDA architectures": ", ".join(f"sm_{arch}" for arch in info["cuda_archs"] or ()) or "-",
         "GPUs": ", ".join(info["cuda_devices"]) or "none visible",
         "CPU instructions": info["instruction_set"] or "-",
+        "CPU half products": ", ".join(info["half_products"] or ()) or "in float32",
         "CPU threads": info["threads"],
     }
     width = max(map(len, rows))

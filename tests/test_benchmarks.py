@@ -14,7 +14,7 @@ from benchmarks import memory, optional, run, scaling, table
 from benchmarks.accuracy import ulp_error
 from benchmarks.cases import select
 from benchmarks.measure import LIMIT, judge, measure
-from benchmarks.timing import MINIMUM_ROUNDS, CudaColdClock, percentile, summarize, take_turns
+from benchmarks.timing import MINIMUM_ROUNDS, SLOW, CudaColdClock, percentile, summarize, take_turns
 from benchmarks.work import OURS, Case, Contender, Goal, Setup, Work, powers
 from tests.bench_rows import contender, example_row
 
@@ -143,6 +143,17 @@ def test_everyone_gets_the_same_number_of_turns_and_the_first_one_now_and_then()
     rounds = turns[-3 * MINIMUM_ROUNDS :]
     rounds = ["".join(rounds[i : i + 3]) for i in range(0, len(rounds), 3)]
     assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+
+
+def test_slow_calls_are_timed_twice():
+    calls = []
+    seconds = {"fast": 1e-3, "slow": SLOW + 1}
+    runs = {name: (lambda name=name: calls.append(name) or name) for name in seconds}
+    timings = take_turns(runs, 1e-2, lambda run, count: count * seconds[run()])
+    assert calls.count("slow") == 3  # and one untimed
+    assert timings["slow"].samples == 2 and timings["slow"].median == SLOW + 1
+    assert timings["fast"].samples >= MINIMUM_ROUNDS
+    assert take_turns({"slow": runs["slow"]}, 1e-2, lambda *_: SLOW + 1)["slow"].samples == 2
 
 
 def test_fast_calls_are_timed_in_bulk():

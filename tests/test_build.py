@@ -179,6 +179,7 @@ def test_build_info():
     assert info["instruction_set"] in ("x86-64-v4", "x86-64-v3", "default")
     assert (info["cuda"] is None) == (info["cuda_archs"] == [])
     assert info["threads"] == torch.get_num_threads()
+    assert set(info["half_products"]) <= {"bfloat16", "float16"}
     assert len(info["cuda_devices"]) == torch.cuda.device_count()
 
 

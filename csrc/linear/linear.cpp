@@ -12,6 +12,7 @@
 
 #include "common/binding.h"
 #include "common/gemm.h"
+#include "linear/halves.h"
 
 namespace gdbp::linear {
 namespace {
@@ -85,6 +86,7 @@ Tensor small_product(const Tensor& a, const Tensor& b) {
 
 // a @ b, plus the bias where there is one.
 Tensor library_product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  if (is_faster_in_float32(a, b)) return product_in_float32(a, b, bias);
   if (a.size(0) * b.size(1) * a.element_size() < kLargeBytes) return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
   Tensor result = on_huge_pages(at::empty({a.size(0), b.size(1)}, a.options()));
   return bias ? at::addmm_out(result, *bias, a, b) : at::mm_out(result, a, b);
@@ -207,18 +209,20 @@ std::tuple<Tensor, Tensor, Tensor> backward_over_saved(const Tensor& grad_output
 
 // On the CPU alone.
 void wide_(const Tensor& output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Dtype dtype = dtype_of(output, "linear_wide_", "output");
-  TORCH_CHECK_TYPE(dtype == Dtype::float32 || dtype == Dtype::float64, "linear_wide_: output has dtype ",
-                   output.scalar_type(), "; expected float32 or float64; convert it with .to()");
-  check_same(output, "output", input, "input", "linear_wide_");
-  check_same(output, "output", weight, "weight", "linear_wide_");
-  if (bias) check_same(output, "output", *bias, "bias", "linear_wide_");
+  const Dtype dtype = dtype_of(weight, "linear_wide_", "weight");
+  check_same(weight, "weight", input, "input", "linear_wide_");
+  if (bias) check_same(weight, "weight", *bias, "bias", "linear_wide_");
+  TORCH_CHECK_TYPE(output.scalar_type() == compute_type(weight), "linear_wide_: output has dtype ",
+                   output.scalar_type(), "; expected ", compute_type(weight), " for a weight of ", weight.scalar_type(),
+                   "; allocate it so");
   TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 &&
                         input.size(1) == weight.size(1) && (!bias || bias->sizes() == weight.sizes().slice(0, 1)) &&
                         output.sizes() == at::IntArrayRef({input.size(0), weight.size(0)}) && output.is_contiguous(),
                     "linear_wide_: input has shape ", input.sizes(), ", weight ", weight.sizes(), " and output ",
                     output.sizes(), "; expected (N, in), (out, in), none of them 0, and (N, out), contiguous");
-  const Tensor x = input.contiguous(), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
+  const auto wide = [](const Tensor& x) { return (x.element_size() == 2 ? widened(x) : x).contiguous(); };
+  const Tensor x = wide(input), w = weight.contiguous();
+  const Tensor b = bias ? wide(bias->unsqueeze(0)) : Tensor();
   wide_cpu({dtype, x.size(0), x.size(1), w.size(0), x.const_data_ptr(), w.const_data_ptr(),
             b.defined() ? b.const_data_ptr() : nullptr, output.mutable_data_ptr()},
            nullptr);

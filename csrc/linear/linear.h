@@ -37,9 +37,9 @@ inline int64_t workspace_bytes(Dtype dtype, int64_t rows, int64_t cols) {
 }
 
 // A product with many outputs, as a language model's last layer has them: output = input weight^T + bias. On the CPU,
-// float32 and float64.
+// in float32 or float64; for weights of a half type in float32.
 struct Wide {
-  Dtype dtype;
+  Dtype dtype;  // the weight's
   int64_t rows, inputs, outputs;
   const void* input;   // (rows, inputs)
   const void* weight;  // (outputs, inputs)
@@ -47,6 +47,24 @@ struct Wide {
   void* output;        // (rows, outputs)
 };
 int wide_cpu(const Wide& args, void* stream);
+
+// Half types to float32 and back, the bias added in between: for products in float32. On the CPU.
+struct Widen {
+  Dtype dtype;
+  int64_t rows, cols, stride;
+  const void* halves;  // (rows, cols), `stride` elements from row to row
+  float* floats;       // (rows, cols)
+};
+struct Narrow {
+  Dtype dtype;
+  int64_t rows, cols;
+  const float* sums;  // (rows, cols)
+  const void* bias;   // (cols) or null
+  void* halves;       // (rows, cols), `stride` elements from row to row
+  int64_t stride;
+};
+int widen_cpu(const Widen& args, void* stream);
+int narrow_cpu(const Narrow& args, void* stream);
 
 int forward_cpu(const Forward& args, void* stream);
 int forward_cuda(const Forward& args, void* stream);

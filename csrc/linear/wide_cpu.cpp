@@ -4,6 +4,7 @@
 
 #include "common/narrow_gemm_cpu.h"
 #include "common/parallel.h"
+#include "common/rows_cpu.h"
 #include "linear/linear.h"
 
 namespace gdbp::linear {
@@ -13,18 +14,27 @@ namespace {
 // second-level cache while all rows are multiplied with them.
 constexpr int64_t kPanel = 64, kDepth = 512;
 
-template <class T>
+template <class Stored>
 void multiply(const Wide& a, int64_t first, int64_t last) {
-  const auto *const x = static_cast<const T*>(a.input), *const weight = static_cast<const T*>(a.weight);
+  using T = Compute<Stored>;
+  const auto* const x = static_cast<const T*>(a.input);
+  const auto* const weight = static_cast<const Stored*>(a.weight);
   auto* const y = static_cast<T*>(a.output);
-  const std::unique_ptr<T[]> packed(new T[kPanel * std::min(kDepth, a.inputs)]);
+  const int64_t most = kPanel * std::min(kDepth, a.inputs);
+  const std::unique_ptr<T[]> packed(new T[most]), wide(cpu::kDirect<Stored> ? nullptr : new T[most]);
   T bias[kPanel];
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t begin = panel * kPanel, outputs = std::min(kPanel, a.outputs - begin);
     if (a.bias) std::memcpy(bias, static_cast<const T*>(a.bias) + begin, size_t(outputs) * sizeof(T));
     for (int64_t from = 0; from < a.inputs; from += kDepth) {
       const int64_t depth = std::min(kDepth, a.inputs - from);
-      cpu::pack_transposed(weight + begin * a.inputs + from, outputs, depth, a.inputs, packed.get());
+      const Stored* const part = weight + begin * a.inputs + from;
+      if constexpr (cpu::kDirect<Stored>) {
+        cpu::pack_transposed(part, outputs, depth, a.inputs, packed.get());
+      } else {
+        cpu::widen_rows<Stored>({part, a.inputs}, {wide.get(), depth}, outputs, depth);
+        cpu::pack_transposed(wide.get(), outputs, depth, depth, packed.get());
+      }
       cpu::narrow_gemm<T>({a.rows,
                            outputs,
                            depth,
@@ -45,11 +55,7 @@ void multiply(const Wide& a, int64_t first, int64_t last) {
 int wide_cpu(const Wide& a, void*) {
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel;
   parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
-    if (a.dtype == Dtype::float64) {
-      multiply<double>(a, first, last);
-    } else {
-      multiply<float>(a, first, last);
-    }
+    dispatch(a.dtype, [&](auto type) { multiply<typename decltype(type)::type>(a, first, last); });
   });
   return 0;
 }

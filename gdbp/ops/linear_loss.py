@@ -9,10 +9,15 @@ from gdbp import _load, reference
 from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, needs_autograd
 from gdbp.ops.loss import cross_entropy
 
+if _load.available:
+    from gdbp import _C
+
 # torch.compile of torch 2.11 loses the gradients of _LinearCrossEntropy without a word; of 2.13 it has them.
 _TRACED_WHOLE = torch.__version__ < (2, 13)
 # From here on weights are transposed a panel at a time (csrc/linear/wide_cpu.cpp); there are panels enough for threads.
 _MANY_CLASSES = 2048
+# Elements of the weight that exist in float32 at a time, where a half type's products are formed in it: 4 MB.
+_PANEL = 2**20
 
 
 class _Logits:
@@ -21,12 +26,17 @@ class _Logits:
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight, self.bias = weight, bias
-        shape = (min(rows, x.shape[0]), weight.shape[0])
-        self.memory = None if _is_traced() else x.new_empty(shape)
-        # Which a BLAS would copy into an order of its own as a whole, for each chunk.
         classes, features = weight.shape
-        self.by_panels = x.is_cpu and x.element_size() >= 4 and features > 0 and classes >= _MANY_CLASSES
-        self.wide = x.new_empty(shape, dtype=torch.float32) if x.element_size() < 4 and not _is_traced() else None
+        traced, half = _is_traced(), x.element_size() < 4
+        # In which its products are formed, where the processor has no instructions for them in x's own.
+        self.product = x.dtype
+        if half and x.is_cpu and not traced and not _C.has_products_of(str(x.dtype).removeprefix("torch.")):
+            self.product = torch.float32
+        shape = (min(rows, x.shape[0]), classes)
+        self.memory = None if traced else x.new_empty(shape, dtype=self.product)
+        # Which a BLAS would copy into an order of its own as a whole, for each chunk.
+        self.by_panels = x.is_cpu and self.product.itemsize >= 4 and features > 0 and classes >= _MANY_CLASSES
+        self.wide = x.new_empty(shape, dtype=torch.float32) if self.product.itemsize < 4 and not traced else None
 
     def of(self, x: Tensor) -> Tensor:
         if self.memory is None:
@@ -35,11 +45,24 @@ class _Logits:
         logits = self.memory[: x.shape[0]]
         if self.by_panels:
             torch.ops.gdbp.linear_wide_(logits, x, self.weight, self.bias)
-        elif self.bias is None:
-            torch.mm(x, self.weight.t(), out=logits)
+            return logits
+        x, weight = x.to(self.product), self.weight.to(self.product)
+        if self.bias is None:
+            torch.mm(x, weight.t(), out=logits)
         else:
-            torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            torch.addmm(self.bias.to(self.product), x, weight.t(), out=logits)
         return logits if self.wide is None else self.wide[: x.shape[0]].copy_(logits)
+
+    def back(self, grad: Tensor, out: Tensor) -> None:
+        """``out = grad @ weight``, for the gradient of ``of()``'s result."""
+        if out.dtype is self.product:
+            torch.mm(grad.to(out.dtype), self.weight, out=out)
+            return
+        rows = max(_PANEL // max(self.weight.shape[1], 1), 1)
+        total = out.new_zeros(out.shape, dtype=self.product)
+        for part, weight in zip(grad.split(rows, 1), self.weight.split(rows)):
+            total.addmm_(part, weight.to(self.product))
+        out.copy_(total)
 
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -88,7 +111,7 @@ def _run(
         above = ones if upstream is None or not upstream.dim() else upstream[at].to(wide)
         torch.ops.gdbp.cross_entropy_backward_(above, logits, *labels, class_weight, stats, part, each, *options)
         if mask[0]:
-            torch.mm(logits.to(x.dtype), weight, out=grads[0][at])
+            chunk.back(logits, grads[0][at])
         if mask[1]:
             _add_product(grads[1], logits, x[at])
         if mask[2]:
