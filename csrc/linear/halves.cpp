@@ -21,9 +21,16 @@ bool products_allowed = true;
 // Below so many multiplications and additions a library's preparations, some 30 us, are longer than the product and
 // the conversions.
 constexpr int64_t kSmallWork = 1'000'000;
-// Of the right operand and the sums so many elements exist in float32 at a time: 16 MB.
-constexpr int64_t kElements = int64_t(1) << 22;
-constexpr int64_t kLeastColumns = 256;
+// Of the right operand and the sums so many elements exist in float32 at a time: 32 MB. Columns come in parts of one
+// size, as a BLAS is slow where only few are left.
+constexpr int64_t kElements = int64_t(1) << 23;
+constexpr int64_t kLeastColumns = 256, kColumnStep = 64;
+
+int64_t columns_at_once(int64_t m, int64_t n, int64_t k) {
+  const int64_t most = std::max(kElements / (m + k), kLeastColumns), parts = (n + most - 1) / most;
+  const int64_t columns = (n + parts - 1) / parts;
+  return std::min(n, (columns + kColumnStep - 1) / kColumnStep * kColumnStep);
+}
 
 bool ask(const char* name) {
   const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
@@ -66,7 +73,7 @@ Tensor product_in_float32(const Tensor& a, const Tensor& b, const std::optional<
   const Dtype dtype = dtype_of(a, "linear", "input");
   const Tensor left = widened(a), bias_values = bias ? bias->contiguous() : Tensor();
   Tensor result = on_huge_pages(at::empty({m, n}, a.options()));
-  const int64_t most = std::clamp(kElements / (m + k), std::min(kLeastColumns, n), n);
+  const int64_t most = columns_at_once(m, n, k);
   const Tensor memory = at::empty({m * most}, left.options());
   for (int64_t first = 0; first < n; first += most) {
     const int64_t cols = std::min(most, n - first);
