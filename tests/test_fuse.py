@@ -116,7 +116,8 @@ def test_compile_and_export(name):
     x = torch.randn(shape)
     for _ in range(2):
         a, b = model(x), compiled(x)
-        assert torch.equal(a, b)
+        # Not the same bits: narrow layers that are compiled come one by one.
+        torch.testing.assert_close(a, b)
     a.sum().backward(), b.sum().backward()
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p.grad, q.grad)

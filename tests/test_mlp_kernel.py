@@ -57,7 +57,7 @@ def kernels(monkeypatch):
     library = torch.library.Library("gdbp", "IMPL", "CPU")
     for name in ("mlp", "mlp_backward", "mlp_fits"):
         library.impl(name, getattr(kernels, name))
-    monkeypatch.setattr(mlp, "_is_on_cpu", lambda input: False)
+    monkeypatch.setattr(mlp, "is_on_cpu", lambda input: False)
     yield kernels
     library._destroy()
 

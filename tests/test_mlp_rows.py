@@ -72,7 +72,7 @@ def test_gradcheck(activation):
 
     def call(x, *parameters):
         layers = list(pairwise([*parameters, None]))[::2]
-        y = gdbp._C.mlp(x, [w for w, _ in layers], [b for _, b in layers], activation or "none")
+        y = gdbp._C.mlp(x, [w for w, _ in layers], [b for _, b in layers], mlp.of_hidden(activation or "none", 3))
         assert is_one_node(y)
         return y
 
@@ -222,36 +222,42 @@ def test_infinities_and_nan_stay_in_their_rows():
     assert y[[i for i in range(40) if i not in (7, 20)]].isfinite().all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_opcheck(activation):
-    model = MLP(SIZES, activation)
+@pytest.mark.parametrize("activations", ["relu gelu none", "gelu none tanh", "elu sigmoid silu"])
+def test_opcheck(activations):
+    model, activations = MLP(SIZES), activations.split()
     weights, biases = [m.weight.detach() for m in model], [m.bias.detach() for m in model]
     biases[1] = None
     for lead in ((4,), (), (2, 0)):
         x = torch.randn(*lead, 7)
-        torch.library.opcheck(torch.ops.gdbp.mlp_rows, (x, weights, biases, activation, False))
-        torch.library.opcheck(torch.ops.gdbp.mlp_rows, (x, weights, biases, activation, True))
-        y, kept = torch.ops.gdbp.mlp_rows(x, weights, biases, activation, True)
+        torch.library.opcheck(torch.ops.gdbp.mlp_rows, (x, weights, biases, activations, False))
+        torch.library.opcheck(torch.ops.gdbp.mlp_rows, (x, weights, biases, activations, True))
+        y, kept = torch.ops.gdbp.mlp_rows(x, weights, biases, activations, True)
         for mask in ([True] * 3 + [True, False] + [True] * 2, [False] * 6 + [True]):
-            arguments = (torch.randn_like(y), x, kept, weights, biases, activation, mask)
+            arguments = (torch.randn_like(y), x, kept, y, weights, biases, activations, mask)
             torch.library.opcheck(torch.ops.gdbp.mlp_rows_backward, arguments)
 
 
 def test_bad_arguments_of_the_operators():
     model, ops = MLP(SIZES), torch.ops.gdbp
     weights, biases = [m.weight.detach() for m in model], [m.bias.detach() for m in model]
-    x = torch.randn(4, 7)
-    y, kept = ops.mlp_rows(x, weights, biases, "relu", True)
+    x, names = torch.randn(4, 7), ["relu", "relu", "none"]
+    y, kept = ops.mlp_rows(x, weights, biases, names, True)
     with pytest.raises(TypeError, match="expected float32 or float64"):
-        ops.mlp_rows(x.half(), [w.half() for w in weights], [b.half() for b in biases], "relu", True)
+        ops.mlp_rows(x.half(), [w.half() for w in weights], [b.half() for b in biases], names, True)
     with pytest.raises(RuntimeError, match=r"input has dtype Double and a weight has Float"):
-        ops.mlp_rows(x.double(), weights, biases, "relu", True)
+        ops.mlp_rows(x.double(), weights, biases, names, True)
     with pytest.raises(ValueError, match=r"expected \(\*, 7\)"):
-        ops.mlp_rows(x[:, :5], weights, biases, "relu", True)
+        ops.mlp_rows(x[:, :5], weights, biases, names, True)
     with pytest.raises(ValueError, match=r"grad_output has shape \[4, 3\] and kept \[3\]"):
-        ops.mlp_rows_backward(y, x, kept[:3], weights, biases, "relu", [True] * 7)
+        ops.mlp_rows_backward(y, x, kept[:3], None, weights, biases, names, [True] * 7)
     with pytest.raises(ValueError, match="mask has 2 elements"):
-        ops.mlp_rows_backward(y, x, kept, weights, biases, "relu", [True] * 2)
+        ops.mlp_rows_backward(y, x, kept, None, weights, biases, names, [True] * 2)
+    with pytest.raises(ValueError, match="got 2 activations and 3 weights"):
+        ops.mlp_rows(x, weights, biases, names[:2], True)
+    with pytest.raises(ValueError, match="activation is 'tan'; expected one of none, "):
+        ops.mlp_rows(x, weights, biases, ["tan", *names[:2]], True)
+    with pytest.raises(ValueError, match="output is missing or does not fit"):
+        ops.mlp_rows_backward(y, x, kept, None, weights, biases, ["relu"] * 3, [True] * 7)
 
 
 def test_compiled_autograd():

@@ -27,7 +27,7 @@ at::ScalarType scalar_type_of(Factors factors) {
   return factors == Factors::bfloat16 ? at::kBFloat16 : factors == Factors::float16 ? at::kHalf : at::kFloat;
 }
 
-// Weights of shape (outputs, inputs), and a bias or None for each.
+// Weights of shape (outputs, inputs), and a bias or None for each; the activation is that of all layers but the last.
 Network network_of(const at::TensorList& weights, const Biases& biases, Activation activation,
                    c10::string_view factors) {
   TORCH_CHECK_VALUE(!weights.empty() && weights.size() <= kMaxLayers && biases.size() == weights.size(), "mlp: got ",
@@ -139,14 +139,25 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
 
 // ---- on the CPU ----
 
-Network rows_network_of(const Tensor& input, at::TensorList weights, const Biases& biases, c10::string_view activation,
+using Names = c10::List<std::string>;
+
+Network rows_network_of(const Tensor& input, at::TensorList weights, const Biases& biases, const Names& activations,
                         const char* op) {
-  const Network network = network_of(weights, biases, parse_activation(activation, op), "float32");
+  Network network = network_of(weights, biases, Activation::none, "float32");
   check_input(input, weights[0], network);
   check_same(weights[0], "a weight", input, "input", op);
   TORCH_CHECK_TYPE(network.parameters == Dtype::float32 || network.parameters == Dtype::float64, op,
                    ": input has dtype ", input.scalar_type(), "; expected float32 or float64; convert it with .to()");
+  TORCH_CHECK_VALUE(activations.size() == weights.size(), op, ": got ", activations.size(), " activations and ",
+                    weights.size(), " weights; expected as many, none for a layer without one");
+  for (int l = 0; l < network.count; ++l)
+    network.layers[l].activation = parse_activation(activations.get(size_t(l)), op);
   return network;
+}
+
+// Whether the backward pass reads the network's own output.
+bool reads_output(const Network& network) {
+  return saves(network.layers[network.count - 1].activation) == Saved::output;
 }
 
 Tensor empty_bytes(int64_t bytes, const Tensor& like) {
@@ -165,16 +176,16 @@ int64_t place_kept(const Network& network, int64_t rows, char* base, Kept& kept,
     if (clears) std::memset(base + end * size, 0, size_t((used - end) * size));
     return at;
   };
-  for (int l = 0; l + 1 < network.count; ++l) {
-    kept.outputs[l] = take(l);
+  for (int l = 0; l < network.count; ++l) {
+    if (l + 1 < network.count) kept.outputs[l] = take(l);
     if (keeps_pre(network.layers[l])) kept.pres[l] = take(l);
   }
   return used;
 }
 
 std::tuple<Tensor, Tensor> rows_forward(const Tensor& input, at::TensorList weights, const Biases& biases,
-                                        c10::string_view activation, bool keeps) {
-  const Network network = rows_network_of(input, weights, biases, activation, "mlp_rows");
+                                        const Names& activations, bool keeps) {
+  const Network network = rows_network_of(input, weights, biases, activations, "mlp_rows");
   const Tensor x = input.contiguous();
   const int64_t rows = input.numel() / network.inputs();
   at::DimVector sizes(input.sizes());
@@ -189,11 +200,12 @@ std::tuple<Tensor, Tensor> rows_forward(const Tensor& input, at::TensorList weig
   return {output, all};
 }
 
-// The gradients that `mask` asks for, of input, weight, bias, weight, ..., in this order.
+// The gradients that `mask` asks for, of input, weight, bias, weight, ..., in this order. output: what mlp_rows returned,
+// where the last activation's derivative needs it.
 std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input, const Tensor& kept,
-                                  at::TensorList weights, const Biases& biases, c10::string_view activation,
-                                  const c10::List<bool>& mask) {
-  Network network = rows_network_of(input, weights, biases, activation, "mlp_rows_backward");
+                                  const std::optional<Tensor>& output, at::TensorList weights, const Biases& biases,
+                                  const Names& activations, const c10::List<bool>& mask) {
+  Network network = rows_network_of(input, weights, biases, activations, "mlp_rows_backward");
   const int64_t rows = input.numel() / network.inputs();
   TORCH_CHECK_VALUE(mask.size() == 1 + 2 * weights.size(), "mlp_rows_backward: mask has ", mask.size(),
                     " elements; expected one for the input and two for each layer");
@@ -206,6 +218,13 @@ std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input
                     "; expected ", rows * network.outputs(), " elements and (", elements,
                     ",), as mlp_rows returned it");
   place_kept(network, rows, static_cast<char*>(kept.mutable_data_ptr()), places);
+  Tensor y;
+  if (reads_output(network)) {
+    TORCH_CHECK_VALUE(output && output->numel() == grad_output.numel() && output->scalar_type() == input.scalar_type(),
+                      "mlp_rows_backward: output is missing or does not fit; expected what mlp_rows returned");
+    y = output->contiguous();
+    places.outputs[network.count - 1] = y.mutable_data_ptr();
+  }
 
   std::vector<Tensor> gradients;
   if (mask[0]) gradients.push_back(at::empty(input.sizes(), input.options()));
@@ -275,12 +294,12 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       "bool[] mask) -> (Tensor grad_input, Tensor grads)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "mlp_rows(Tensor input, Tensor[] weights, Tensor?[] biases, str activation, bool keeps) -> (Tensor output, "
+      "mlp_rows(Tensor input, Tensor[] weights, Tensor?[] biases, str[] activations, bool keeps) -> (Tensor output, "
       "Tensor kept)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "mlp_rows_backward(Tensor grad_output, Tensor input, Tensor kept, Tensor[] weights, Tensor?[] biases, "
-      "str activation, bool[] mask) -> Tensor[]",
+      "mlp_rows_backward(Tensor grad_output, Tensor input, Tensor kept, Tensor? output, Tensor[] weights, "
+      "Tensor?[] biases, str[] activations, bool[] mask) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -18,7 +18,7 @@ struct Layer {
   const void* weight;  // (outputs, inputs)
   const void* bias;    // (outputs), or null
   int inputs, outputs;
-  Activation activation;  // of the output; of the last layer none
+  Activation activation;  // of the output; on CUDA of the last layer none
   // Where their gradients begin among those of all parameters; below 0 where nobody wants them.
   int64_t weight_at, bias_at;
 };

@@ -9,23 +9,25 @@ namespace gdbp::nodes {
 namespace {
 
 using Biases = c10::List<OptionalTensor>;
+using Names = c10::List<std::string>;
 
 class MLPBackward : public Node {
  public:
-  MLPBackward(std::string activation, size_t layers)
-      : Node("_MLPBackward"), activation_(std::move(activation)), layers_(layers) {}
+  explicit MLPBackward(const std::vector<std::string>& activations)
+      : Node("_MLPBackward"), activations_(activations), layers_(activations.size()) {}
 
   Gradients apply(Gradients&& gradients) override {
     const Tensor& grad_output = gradients[0];
     Gradients found(1 + 2 * layers_);
     if (!grad_output.defined()) return found;
-    // Input, weights and biases in turn, and what the forward pass kept.
+    // Input, weights and biases in turn, what the forward pass kept, and where that is needed the output.
     const std::vector<Tensor> saved = unpack();
+    const Tensor &kept = saved[found.size()], &output = saved.back();
     std::vector<bool> mask;
     for (size_t i = 0; i < found.size(); ++i) mask.push_back(saved[i].defined() && task_should_compute_output(i));
     if (at::GradMode::is_enabled() || is_batched(grad_output))
       return from_python("gdbp.ops.mlp", "backward_by_layers", grad_output,
-                         std::vector<Tensor>(saved.begin(), saved.end() - 1), activation_, mask);
+                         std::vector<Tensor>(saved.begin(), saved.end() - 2), activations_, mask);
     std::vector<Tensor> weights;
     Biases biases;
     for (size_t l = 0; l < layers_; ++l) {
@@ -35,18 +37,19 @@ class MLPBackward : public Node {
     c10::List<bool> flags;
     for (const bool asked : mask) flags.push_back(asked);
     static const auto op =
-        find<std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, at::TensorList, const Biases&,
-                                 c10::string_view, const c10::List<bool>&)>("gdbp::mlp_rows_backward");
-    std::vector<Tensor> wanted = call(op, grad_output, saved[0], saved.back(), weights, biases, activation_, flags);
+        find<std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, at::TensorList,
+                                 const Biases&, const Names&, const c10::List<bool>&)>("gdbp::mlp_rows_backward");
+    std::vector<Tensor> wanted =
+        call(op, grad_output, saved[0], kept, optional(output), weights, biases, Names(activations_), flags);
     for (size_t i = 0, next = 0; i < found.size(); ++i)
       if (mask[i]) found[i] = std::move(wanted[next++]);
     return found;
   }
 
  private:
-  std::vector<std::string> options() const override { return {activation_, std::to_string(layers_)}; }
+  std::vector<std::string> options() const override { return activations_; }
 
-  const std::string activation_;
+  const std::vector<std::string> activations_;
   const size_t layers_;
 };
 
@@ -74,7 +77,7 @@ bool fits(const Tensor& input, const std::vector<Tensor>& weights, const std::ve
 }  // namespace
 
 OptionalTensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
-                   const std::string& activation) {
+                   const std::vector<std::string>& activations) {
   if (!fits(input, weights, biases)) return std::nullopt;
   std::vector<Tensor> inputs{input};
   for (size_t l = 0; l < weights.size(); ++l) {
@@ -83,17 +86,19 @@ OptionalTensor mlp(const Tensor& input, const std::vector<Tensor>& weights, cons
   }
   const bool recorded = torch::autograd::compute_requires_grad(inputs);
   static const auto op =
-      find<std::tuple<Tensor, Tensor>(const Tensor&, at::TensorList, const Biases&, c10::string_view, bool)>(
+      find<std::tuple<Tensor, Tensor>(const Tensor&, at::TensorList, const Biases&, const Names&, bool)>(
           "gdbp::mlp_rows");
   Biases list;
   for (const OptionalTensor& bias : biases) list.push_back(bias);
-  const auto [output, kept] = call(op, input, weights, list, activation, recorded);
+  const auto [output, kept] = call(op, input, weights, list, Names(activations), recorded);
   if (!recorded) return output;
-  const auto node = make_node<MLPBackward>(activation, weights.size());
+  const auto node = make_node<MLPBackward>(activations);
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   for (const Tensor& tensor : inputs) node->save(tensor);
   torch::autograd::set_history(output, node);
   node->save(kept);
+  const bool reads_output = saves(parse_activation(activations.back(), "mlp_rows")) == Saved::output;
+  node->save(reads_output ? output : Tensor(), reads_output);
   return output;
 }
 

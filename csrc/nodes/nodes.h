@@ -13,10 +13,11 @@ namespace gdbp::nodes {
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   const std::string& activation);
 
-// A whole network of narrow layers on the CPU, the activation behind each but the last; none where its kernels
-// (csrc/mlp/mlp_cpu.cpp) don't take it.
+// A whole network of narrow layers on the CPU, an activation for each; none where its kernels (csrc/mlp/mlp_cpu.cpp)
+// don't take it.
 std::optional<at::Tensor> mlp(const at::Tensor& input, const std::vector<at::Tensor>& weights,
-                              const std::vector<std::optional<at::Tensor>>& biases, const std::string& activation);
+                              const std::vector<std::optional<at::Tensor>>& biases,
+                              const std::vector<std::string>& activations);
 
 // In training the batch's statistics normalise, and move the running ones, if there are any.
 at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& offset,

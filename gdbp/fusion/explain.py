@@ -17,6 +17,7 @@ from gdbp.fusion.classes import unfused_class
 from gdbp.fusion.plan import names_of, plan
 from gdbp.fusion.report import FuseReport
 from gdbp.fusion.run import is_watched, run
+from gdbp.ops import _function
 from gdbp.ops._function import why_not_fused
 
 _SHOWN = 4  # operators in a cell
@@ -72,7 +73,7 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     recorder = _Recorder(sys._getframe().f_code)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = {t.get_device() for t in tree_leaves((list(module.parameters()), args, kwargs)) if _on_cuda(t)}
-    with torch.random.fork_rng(devices=sorted(devices)), recorder:
+    with torch.random.fork_rng(devices=sorted(devices)), recorder, _function.recorded():
         torch.func.functional_call(module, buffers, args, kwargs)
     names, report = names_of(module), plan(module)[1]
     return Explanation(tuple(_row(call, module, names, report) for call in recorder.calls))
@@ -94,15 +95,16 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.until = until
         self.calls: list[_Call] = []
-        self.frame: FrameType | None = None  # of the last call: a frame keeps what is in it, so no others
+        # Of the last call, with its first layer where it is one of several: a frame keeps what is in it, so no others.
+        self.place: list[FrameType | int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         found = None if func.is_view else next(self._callers(sys._getframe(1)), None)
         if found is not None:
-            frame, layers = found
-            if frame is not self.frame:
-                self.frame = frame
+            *place, layers = found
+            if place != self.place:
+                self.place = place
                 self.calls.append(_Call(layers))
             call, tensors = self.calls[-1], [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             call.device = tensors[0].device.type if tensors else call.device
@@ -110,14 +112,14 @@ class _Recorder(TorchDispatchMode):
             call.operators.append(func)
         return result
 
-    def _callers(self, frame: FrameType | None) -> Iterator[tuple[FrameType, Sequence[torch.nn.Module | str]]]:
+    def _callers(self, frame: FrameType | None) -> Iterator[tuple[FrameType, int, Sequence[torch.nn.Module | str]]]:
         while frame is not None and frame.f_code is not self.until:
             if frame.f_code is run.__code__:
                 i, found, layers = (frame.f_locals.get(name) for name in ("i", "found", "layers"))
                 if found is not None:
-                    yield frame, layers[i : i + found.length]
+                    yield frame, i, layers[i : i + found.length]
             elif isinstance(layer := frame.f_locals.get("self"), torch.nn.Module):
-                yield frame, (layer,)
+                yield frame, 0, (layer,)
             frame = frame.f_back
 
 

@@ -17,6 +17,7 @@ from gdbp.fusion import activations
 from gdbp.nn import functional as F
 from gdbp.nn._batch_norm import normalize_by
 from gdbp.nn._observe import observers, obstacle, tell
+from gdbp.ops import mlp
 
 Layer = torch.nn.Module | str  # a module, or the name of an activation that is a function
 
@@ -54,6 +55,43 @@ class Run(NamedTuple):
     def __str__(self) -> str:
         parts = ("linear" if self.linear is not None else "", "batch_norm" if self.norm is not None else "")
         return " + ".join(filter(None, (*parts, self.activation)))
+
+
+class Strip(NamedTuple):
+    """Narrow linear layers in a row, with their activations: on the CPU one node of the graph, as ``gdbp.nn.MLP`` is."""
+
+    linears: tuple[torch.nn.Module, ...]
+    activations: tuple[str, ...]
+    length: int  # number of layers
+
+    def __call__(self, input: Tensor) -> Tensor | None:
+        weights, biases = ([linear._parameters[name] for linear in self.linears] for name in ("weight", "bias"))
+        return mlp.on_cpu(input, weights, biases, self.activations)
+
+
+def strip(layers: Sequence[Layer], start: int) -> Strip | None:
+    """The two or more linear layers that begin at ``start`` and are narrow enough, if there are any."""
+    linears, activations, end = [], [], start
+    while end < len(layers) and is_narrow(layers[end]):
+        found = match(layers, end)
+        if found is None:
+            found = Run(layers[end], None, _activation(layers[end]), 1)
+        if found.norm is not None:
+            break
+        linears.append(found.linear)
+        activations.append(found.activation or "none")
+        end += found.length
+    return Strip(tuple(linears), tuple(activations), end - start) if len(linears) > 1 else None
+
+
+def is_narrow(layer: Layer) -> bool:
+    """Whether this is a linear layer that can be part of a strip."""
+    if type(layer) not in LINEARS or obstacle(layer):
+        return False
+    weight = layer._parameters.get("weight")
+    if weight is None or "bias" not in layer._parameters:
+        return False
+    return max(weight.shape) <= mlp.MOST_WIDE and weight.dtype in (torch.float32, torch.float64)
 
 
 def match(layers: Sequence[Layer], start: int) -> Run | None:
@@ -100,8 +138,16 @@ def _activation(layer: torch.nn.Module) -> str | None:
 def run(input: Tensor, *layers: Layer) -> Tensor:
     """The layers one after the other, as ``torch.nn.Sequential`` calls them, runs among them in one pass."""
     watched = is_watched()
+    in_strips = not (watched or observers) and mlp.is_on_cpu(input)
     i = 0
     while i < len(layers):
+        found = strip(layers, i) if in_strips else None
+        if found is not None:
+            output = found(input)
+            if output is not None:
+                input = output
+                i += found.length
+                continue
         found = None if watched else match(layers, i)
         if found is not None:
             input = found(input)

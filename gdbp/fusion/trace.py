@@ -12,7 +12,7 @@ from gdbp.fusion import activations
 from gdbp.fusion.classes import Code, class_of, forward_of
 from gdbp.fusion.follow import Tracer, is_written_over, writes
 from gdbp.fusion.report import Fused, FuseReport, Left, cut_short, is_candidate, why_not
-from gdbp.fusion.run import NORMS, SAVED_BY_OUTPUT, Layer, Run, match, run
+from gdbp.fusion.run import LINEARS, NORMS, SAVED_BY_OUTPUT, Layer, Run, match, run
 
 
 class Untraceable(Exception):
@@ -51,6 +51,7 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
     report = FuseReport(tuple(fused), tuple(left))
     if not fused:
         return None, report
+    _join(graph, module)
     graph.lint()
     prefix = names[module] + "." if names[module] else ""
     runs = tuple(" + ".join(name.removeprefix(prefix) for name in each.layers) for each in fused)
@@ -218,3 +219,34 @@ def _replace(graph: fx.Graph, chain: list[tuple[fx.Node, Layer]]) -> None:
     last.replace_all_uses_with(fused)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def _join(graph: fx.Graph, module: torch.nn.Module) -> None:
+    """Makes one call of those of linear layers that follow one another: narrow layers are computed together."""
+    before = None
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            continue
+        layers = _linear_layers(node, module)
+        if layers and before is not None and node.args[0] is before and len(before.users) == 1:
+            with graph.inserting_before(node):
+                layers = [graph.get_attr(layer.target) if isinstance(layer, fx.Node) else layer for layer in layers]
+                joined = graph.call_function(run, before.args + tuple(layers))
+            node.replace_all_uses_with(joined)
+            graph.erase_node(node)
+            graph.erase_node(before)
+            before = joined
+        else:
+            before = node if layers and node.target is run else None
+
+
+def _linear_layers(node: fx.Node, module: torch.nn.Module) -> list[fx.Node | str]:
+    """What this node calls one after the other, if these are linear layers and activations alone."""
+    if node.op == "call_module":
+        is_linear = type(module.get_submodule(node.target)) in LINEARS and len(node.args) == 1 and not node.kwargs
+        return [node] if is_linear else []
+    if node.op != "call_function" or node.target is not run:
+        return []
+    layers = list(node.args[1:])
+    modules = [module.get_submodule(layer.target) for layer in layers if isinstance(layer, fx.Node)]
+    return [] if any(type(each) in NORMS for each in modules) else layers

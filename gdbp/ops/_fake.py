@@ -61,16 +61,18 @@ def _(grad_output, input, weights, biases, activation, factors, mask):
 
 
 @torch.library.register_fake("gdbp::mlp_rows")
-def _(input, weights, biases, activation, keeps):
+def _(input, weights, biases, activations, keeps):
     _check_devices("mlp_rows", input=input, weight=weights[0])
     rows, line = math.prod(input.shape[:-1]), 64 // input.element_size()
-    slabs = 2 if activation in torch.ops.gdbp.activations_that_save("pre") else 1
-    kept = sum(slabs * ((rows * w.shape[0] + 2 * line - 1) // line * line) for w in weights[:-1]) if keeps else 0
+    # Hidden outputs, and pre-activations.
+    kept = list(weights[:-1])
+    kept += [w for w, a in zip(weights, activations, strict=True) if a in torch.ops.gdbp.activations_that_save("pre")]
+    kept = sum((rows * w.shape[0] + 2 * line - 1) // line * line for w in kept) if keeps else 0
     return input.new_empty((*input.shape[:-1], weights[-1].shape[0])), input.new_empty((kept,))
 
 
 @torch.library.register_fake("gdbp::mlp_rows_backward")
-def _(grad_output, input, kept, weights, biases, activation, mask):
+def _(grad_output, input, kept, output, weights, biases, activations, mask):
     _check_devices("mlp_rows_backward", grad_output=grad_output, input=input, kept=kept, weight=weights[0])
     tensors = [input, *(t for pair in zip(weights, biases, strict=True) for t in pair)]
     return [t.new_empty(t.shape) for t, m in zip(tensors, mask, strict=True) if m and t is not None]

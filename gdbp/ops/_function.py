@@ -1,5 +1,8 @@
 """The base of our autograd Functions."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
@@ -71,12 +74,26 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+_recorders = 0
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """For a mode that takes down operators and lets them through: calls go to C++ as if there were none."""
+    global _recorders
+    _recorders += 1
+    try:
+        yield
+    finally:
+        _recorders -= 1
+
+
 def is_direct(*tensors: torch.Tensor | None) -> bool:
     """Whether a call may go from here straight to C++, graph and all: plain tensors that our kernels take, and nobody
     who traces, transforms or intercepts what happens on the way. Where not, it goes through a Function."""
     if torch.compiler.is_compiling() or not _load.available or forward_ad._current_level >= 0:
         return False
-    return _C.is_direct(*tensors)
+    return _C.is_direct(_recorders > 0, *tensors)
 
 
 def why_not_fused(*tensors: torch.Tensor) -> str:

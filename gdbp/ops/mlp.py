@@ -15,6 +15,8 @@ if _load.available:
 # Up to here a call for every layer costs more than its work. With a million rows torch's layers were 1.2 times as fast
 # (64 wide) to 2.6 times (128 wide) on an H200; see step.infer in benchmarks/results.
 MOST_ROWS = 2**16
+# Units of a layer, and its inputs.
+MOST_WIDE = _C.MOST_NARROW if _load.available else 0
 _FACTORS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -35,7 +37,8 @@ class _MLP(Function):
         tensors, mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
             dtype = getattr(torch, ctx.factors, torch.float32)
-            return None, None, *backward_by_layers(grad_output, tensors, ctx.activation, mask, dtype)
+            names = of_hidden(ctx.activation, len(tensors) // 2)
+            return None, None, *backward_by_layers(grad_output, tensors, names, mask, dtype)
         input, *parameters = tensors
         grad_input, flat = torch.ops.gdbp.mlp_backward(
             grad_output, input, parameters[::2], parameters[1::2], ctx.activation, ctx.factors, mask
@@ -48,7 +51,7 @@ class _MLP(Function):
 def backward_by_layers(
     grad_output: Tensor,
     tensors: Sequence[Tensor | None],
-    activation: str,
+    activations: Sequence[str],
     mask: Sequence[bool],
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
@@ -58,11 +61,16 @@ def backward_by_layers(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x, *parameters = (None if t is None else t.to(dtype or t.dtype) for t in tensors)
-        for at in range(0, len(parameters), 2):
-            x = linear(x, parameters[at], parameters[at + 1], activation if at + 2 < len(parameters) else "none")
+        for weight, bias, activation in zip(parameters[::2], parameters[1::2], activations, strict=True):
+            x = linear(x, weight, bias, activation)
     wanted = [t for t, m in zip(tensors, mask, strict=True) if m]
     grads = iter(torch.autograd.grad(x, wanted, grad_output, create_graph=again))
     return tuple(next(grads) if m else None for m in mask)
+
+
+def of_hidden(activation: str, layers: int) -> list[str]:
+    """The activations of so many layers, where the last has none."""
+    return [activation] * (layers - 1) + ["none"]
 
 
 def is_taken(input: Tensor) -> bool:
@@ -70,8 +78,9 @@ def is_taken(input: Tensor) -> bool:
     return _load.available and (input.is_cuda or input.is_cpu)
 
 
-def _is_on_cpu(input: Tensor) -> bool:
-    return input.is_cpu
+def is_on_cpu(input: Tensor) -> bool:
+    """Whether this is a tensor there, for a network's kernels."""
+    return _load.available and not torch.compiler.is_compiling() and torch.is_tensor(input) and input.is_cpu
 
 
 def forward(
@@ -84,10 +93,8 @@ def forward(
     into a block's shared memory. On the CPU any number of rows in float32 or float64, and layers up to 128 wide. Not
     under ``torch.compile``, and not for transforms of torch.func.
     """
-    if _is_on_cpu(input):
-        if torch.is_autocast_enabled("cpu") or not is_direct(input, *weights, *biases):
-            return None
-        return _C.mlp(input, weights, biases, activation)
+    if is_on_cpu(input):
+        return on_cpu(input, weights, biases, of_hidden(activation, len(weights)))
     if not is_taken(input) or torch.compiler.is_compiling() or is_transformed():
         return None
     if not torch.is_autocast_enabled("cuda") and input.dtype is not weights[0].dtype:
@@ -102,6 +109,15 @@ def forward(
     if recorded:
         return _MLP.apply(activation, factors, *tensors)
     return torch.ops.gdbp.mlp(input, weights, biases, activation, factors)
+
+
+def on_cpu(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
+) -> Tensor | None:
+    """``forward`` on the CPU, with an activation of its own for each layer."""
+    if torch.is_autocast_enabled("cpu") or not is_direct(input, *weights, *biases):
+        return None
+    return _C.mlp(input, weights, biases, activations)
 
 
 def factors_of(own: torch.dtype) -> str | None:
