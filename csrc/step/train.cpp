@@ -246,6 +246,7 @@ std::tuple<int64_t, int64_t, int64_t> TrainPlan::memory() const {
 
 void bind_train(py::module_& module) {
   module.attr("MOST_NARROW") = int(mlp::kMaxWidth);
+  module.attr("MOST_LAYERS") = int(mlp::kMaxLayers);
   module.def("gemm_name", &gemm_name, "What computes TrainStep's matrix products.");
   module.def("allow_blas", &allow_blas, "For tests: false computes them by at::mm, as other builds of torch do.");
   module.def(

@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Narrow linear layers in a row, with their activations: on the CPU one node of the graph, as ``gdbp.nn.MLP`` is."""
+    """Narrow linear layers in a row, with activations: on the CPU one node of the graph, as for ``gdbp.nn.MLP``."""
 
     linears: tuple[torch.nn.Module, ...]
     activations: tuple[str, ...]
@@ -72,7 +72,7 @@ class Strip(NamedTuple):
 def strip(layers: Sequence[Layer], start: int) -> Strip | None:
     """The two or more linear layers that begin at ``start`` and are narrow enough, if there are any."""
     linears, activations, end = [], [], start
-    while end < len(layers) and is_narrow(layers[end]):
+    while end < len(layers) and len(linears) < mlp.MOST_LAYERS and is_narrow(layers[end]):
         found = match(layers, end)
         if found is None:
             found = Run(layers[end], None, _activation(layers[end]), 1)
@@ -144,7 +144,9 @@ def run(input: Tensor, *layers: Layer) -> Tensor:
         found = strip(layers, i) if in_strips else None
         if found is not None:
             output = found(input)
-            if output is not None:
+            # Else nothing that the kernels take: the next ones would not be either.
+            in_strips = output is not None
+            if in_strips:
                 input = output
                 i += found.length
                 continue

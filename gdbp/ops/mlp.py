@@ -15,8 +15,8 @@ if _load.available:
 # Up to here a call for every layer costs more than its work. With a million rows torch's layers were 1.2 times as fast
 # (64 wide) to 2.6 times (128 wide) on an H200; see step.infer in benchmarks/results.
 MOST_ROWS = 2**16
-# Units of a layer, and its inputs.
-MOST_WIDE = _C.MOST_NARROW if _load.available else 0
+# Units of a layer, and its inputs; layers of a network.
+MOST_WIDE, MOST_LAYERS = (_C.MOST_NARROW, _C.MOST_LAYERS) if _load.available else (0, 0)
 _FACTORS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
