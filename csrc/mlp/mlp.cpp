@@ -200,8 +200,8 @@ std::tuple<Tensor, Tensor> rows_forward(const Tensor& input, at::TensorList weig
   return {output, all};
 }
 
-// The gradients that `mask` asks for, of input, weight, bias, weight, ..., in this order. output: what mlp_rows returned,
-// where the last activation's derivative needs it.
+// The gradients that `mask` asks for, of input, weight, bias, weight, ..., in this order. output: what mlp_rows
+// returned, where the last activation's derivative needs it.
 std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input, const Tensor& kept,
                                   const std::optional<Tensor>& output, at::TensorList weights, const Biases& biases,
                                   const Names& activations, const c10::List<bool>& mask) {

@@ -26,14 +26,14 @@ bool is_plain(const py::handle& object) {
   return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided;
 }
 
-// What gdbp/ops/_function.py calls by this name, but for what only Python knows. recorded: whether a mode is one that lets
-// operators through.
+// What gdbp/ops/_function.py calls by this name, but for what only Python knows. recorded: whether a mode is one that
+// lets operators through.
 bool is_direct(bool recorded, const py::args& tensors) {
   using c10::DispatchKey;
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
   // Modes in Python, torch.func and torch.jit.trace.
-  constexpr c10::DispatchKeySet listeners({DispatchKey::FuncTorchDynamicLayerFrontMode,
-                                           DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Tracer});
+  constexpr c10::DispatchKeySet listeners(
+      {DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Tracer});
   const bool has_mode = keys.included_.has(DispatchKey::Python) || c10::impl::dispatch_mode_enabled();
   if (keys.included_.has_any(listeners) || (has_mode && !recorded) || at::impl::torch_function_mode_enabled())
     return false;
