@@ -46,9 +46,11 @@ def test_layouts(dtype, layout, which):
 
 
 @dtypes
-@pytest.mark.parametrize("sizes", [(2, 20000, 600), (5000, 3, 900), (300, 200, 257)])
-def test_large_ones_by_columns(dtype, sizes):
-    """Of which not all columns exist in float32 at once; and those for which a library's threads are worth it."""
+@pytest.mark.parametrize(
+    "sizes", [(2, 20000, 600), (5000, 3, 900), (300, 200, 257), (17000, 5, 70), (1030, 4100, 1040)], ids=str
+)
+def test_large_ones_in_parts(dtype, sizes):
+    """Not all of which exists in float32 at once; and those for which a library's threads are worth it."""
     rows, n_in, n_out = sizes
     x, w, b = (t.detach().to(dtype) for t in layer((rows,), n_in, n_out))
     exact = F.linear(x.double(), w.double(), b.double())

@@ -1,6 +1,7 @@
 #include "linear/halves.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <pybind11/pybind11.h>
@@ -21,15 +22,13 @@ bool products_allowed = true;
 // Below so many multiplications and additions a library's preparations, some 30 us, are longer than the product and
 // the conversions.
 constexpr int64_t kSmallWork = 1'000'000;
-// Of the right operand and the sums so many elements exist in float32 at a time: 32 MB. Columns come in parts of one
-// size, as a BLAS is slow where only few are left.
-constexpr int64_t kElements = int64_t(1) << 23;
-constexpr int64_t kLeastColumns = 256, kColumnStep = 64;
+// So many elements of each operand, and of the sums, exist in float32 at a time: 16 MB.
+constexpr int64_t kElements = int64_t(1) << 22, kMostDepth = 4096, kLeastColumns = 256, kStep = 64;
 
-int64_t columns_at_once(int64_t m, int64_t n, int64_t k) {
-  const int64_t most = std::max(kElements / (m + k), kLeastColumns), parts = (n + most - 1) / most;
-  const int64_t columns = (n + parts - 1) / parts;
-  return std::min(n, (columns + kColumnStep - 1) / kColumnStep * kColumnStep);
+// The parts that a side is cut into are of one size: a BLAS is slow where only few rows or columns are left.
+int64_t part_of(int64_t size, int64_t most) {
+  const int64_t parts = (size + most - 1) / most, part = (size + parts - 1) / parts;
+  return parts == 1 ? size : (part + kStep - 1) / kStep * kStep;
 }
 
 bool ask(const char* name) {
@@ -70,24 +69,35 @@ bool is_faster_in_float32(const Tensor& a, const Tensor& b) {
 
 Tensor product_in_float32(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  const int64_t depth = part_of(k, kMostDepth), rows = part_of(m, kElements / std::max(depth, kLeastColumns)),
+                cols = part_of(n, kElements / std::max(depth, rows));
   const Dtype dtype = dtype_of(a, "linear", "input");
-  const Tensor left = widened(a), bias_values = bias ? bias->contiguous() : Tensor();
+  const Tensor bias_values = bias ? bias->contiguous() : Tensor();
   Tensor result = on_huge_pages(at::empty({m, n}, a.options()));
-  const int64_t most = columns_at_once(m, n, k);
-  const Tensor memory = at::empty({m * most}, left.options());
-  for (int64_t first = 0; first < n; first += most) {
-    const int64_t cols = std::min(most, n - first);
-    const Tensor right = widened(b.narrow(1, first, cols));
-    Tensor sums = memory.narrow(0, 0, m * cols).view({m, cols});
-    if (gemm_is_faster(Dtype::float32, m, cols, k)) {
-      gemm(Dtype::float32, m, cols, k, operand(left), operand(right), sums.mutable_data_ptr(), cols);
+  const Tensor left = depth == k && rows == m ? widened(a) : Tensor();
+  const auto add_part = [&](Tensor& sums, int64_t row, int64_t col, int64_t from) {
+    const int64_t height = sums.size(0), width = sums.size(1), length = std::min(depth, k - from);
+    const bool whole = length == k && height == m;
+    const Tensor x = whole ? left : widened(a.narrow(0, row, height).narrow(1, from, length)),
+                 y = widened(b.narrow(0, from, length).narrow(1, col, width));
+    if (length == k && gemm_is_faster(Dtype::float32, height, width, k)) {
+      gemm(Dtype::float32, height, width, k, operand(x), operand(y), sums.mutable_data_ptr(), width);
+    } else if (from == 0) {
+      at::mm_out(sums, x, y);
     } else {
-      at::mm_out(sums, left, right);
+      at::addmm_out(sums, sums, x, y);
     }
-    const auto at = [&](const Tensor& x) { return static_cast<const char*>(x.const_data_ptr()) + 2 * first; };
-    narrow_cpu({dtype, m, cols, sums.const_data_ptr<float>(), bias ? at(bias_values) : nullptr,
-                static_cast<char*>(result.mutable_data_ptr()) + 2 * first, n},
-               nullptr);
+  };
+  for (int64_t col = 0; col < n; col += cols) {
+    const int64_t width = std::min(cols, n - col);
+    for (int64_t row = 0; row < m; row += rows) {
+      Tensor sums = at::empty({std::min(rows, m - row), width}, a.options().dtype(at::kFloat));
+      for (int64_t from = 0; from < k; from += depth) add_part(sums, row, col, from);
+      narrow_cpu({dtype, sums.size(0), width, sums.const_data_ptr<float>(),
+                  bias ? static_cast<const char*>(bias_values.const_data_ptr()) + 2 * col : nullptr,
+                  static_cast<char*>(result.mutable_data_ptr()) + 2 * (row * n + col), n},
+                 nullptr);
+    }
   }
   return result;
 }

@@ -28,7 +28,7 @@ def linear(
 
     All of one dtype (float64, float32, bfloat16, float16) and device; under autocast they are cast first.
     Half types are accumulated in float32. On a CPU without instructions for their products these are formed in
-    float32, some 50 times as fast as torch's, with memory for parts of 32 MB (``gdbp.build_info()["half_products"]``).
+    float32, some 50 times as fast as torch's, with 48 MB for parts of them (``gdbp.build_info()["half_products"]``).
     Returns (\\*, out_features).
 
     Backward forms the gradient of the pre-activation and of the bias in one pass, computes only what is asked
