@@ -38,6 +38,8 @@ help:  ## this list
 train: $(BUILT)  ## train a first network on handwritten digits; ARGS="--data FILE.csv" for other data
 	$(PY) -m gdbp train $(ARGS)
 
+# Threads that wait give their core to the simulator's compiler, which works beside the first tests.
+test: export OMP_WAIT_POLICY = passive
 test: $(BUILT)  ## run the tests
 	$(PY) -m pytest $(ARGS)
 
