@@ -76,8 +76,12 @@ void* dynamic_shared();
 // Where in the source a thread waits: threads that meet must meet in the same place.
 using Place = std::source_location;
 void block_barrier(Place place);
-// Waits for the lanes of `mask`; what each sends is copied, and `source` says whose copy this lane gets.
-void warp_exchange(unsigned mask, const void* send, void* receive, size_t bytes, int source, Place place);
+// What a lane hands over at once, at most.
+struct alignas(16) Word {
+  unsigned char bytes[16];
+};
+// Waits for the lanes of `mask`; `source` says whose word this lane gets.
+Word warp_exchange(unsigned mask, const Word& word, int source, Place place);
 unsigned warp_ballot(unsigned mask, bool vote, Place place);
 int lane();
 
@@ -93,16 +97,19 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, Place place) {
-  T out;
-  warp_exchange(mask, &value, &out, sizeof(T), source, place);
-  return out;
+  static_assert(sizeof(T) <= sizeof(Word), "a lane hands over that much at once");
+  Word word{};
+  std::memcpy(&word, &value, sizeof(T));
+  word = warp_exchange(mask, word, source, place);
+  std::memcpy(&value, &word, sizeof(T));
+  return value;
 }
 
 }  // namespace cudasim
 
 inline void __syncthreads(cudasim::Place here = cudasim::Place::current()) { cudasim::block_barrier(here); }
 inline void __syncwarp(unsigned mask = ~0u, cudasim::Place here = cudasim::Place::current()) {
-  cudasim::warp_exchange(mask, nullptr, nullptr, 0, cudasim::lane(), here);
+  cudasim::warp_exchange(mask, {}, cudasim::lane(), here);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int flip, cudasim::Place here = cudasim::Place::current()) {

@@ -16,20 +16,19 @@
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace cudasim {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024, kPageBytes = 4096;
-constexpr size_t kWordBytes = 16;  // the most that a lane hands over at once
-constexpr int kGarbage = 0xff;     // as a floating point number of any width: NaN
+constexpr int kGarbage = 0xff;  // as a floating point number of any width: NaN
 
 // A fiber enters its stack by setcontext once; from there on it comes and goes by _setjmp and _longjmp, which unlike
 // swapcontext make no system calls, and those took most of the time. libasan's own _longjmp forgets what it knows of
-// a stack at every jump. libc's, with the announcements below, keeps the checks of local arrays alive. Its type hides
-// that it does not return, as the compiler would tell libasan to forget.
+// a stack at every jump; libc's keeps the checks of local arrays alive. Its type hides that it does not return, as the
+// compiler would tell libasan to forget. Nor is libasan told at every jump which stack it is on: it asks only when it
+// forgets one, and for stack frames of its own, which the compiler was told not to use.
 using Jump = void (*)(jmp_buf, int);
 const Jump jump = reinterpret_cast<Jump>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
 
@@ -58,7 +57,7 @@ struct Fiber {
   int source = 0;
   bool vote = false;
   unsigned votes = 0;
-  unsigned char sent[kWordBytes], received[kWordBytes];
+  Word sent, received;
 };
 
 struct Engine {
@@ -67,36 +66,40 @@ struct Engine {
   std::vector<std::unique_ptr<Fiber>> pool;
   std::vector<unsigned> warp_order, lane_order;
   unsigned threads = 0, current = 0;
+  unsigned first = 0, turn = 0;  // the warp that runs, by its first thread, and whose turn it is in lane_order
   jmp_buf scheduler;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_bytes = 0;
   const std::function<void()>* body = nullptr;
   std::vector<unsigned char> shared;
   std::string failure;
 };
 Engine engine;
 
-// Back to the scheduler, until it resumes this fiber. The address sanitizer is told that the stack changes; the thread
-// that is done gives up its record of it.
+void run_as(unsigned thread) {
+  engine.current = thread;
+  threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
+}
+
+// Goes on to the warp's next lane that can run, or back to the scheduler, until this fiber's turn comes again.
 void leave(State state) {
   Fiber& self = *engine.pool[engine.current];
   self.state = state;
-#ifdef __SANITIZE_ADDRESS__
-  void* record = nullptr;
-  __sanitizer_start_switch_fiber(state == State::done ? nullptr : &record, engine.scheduler_stack,
-                                 engine.scheduler_stack_bytes);
-#endif
-  if (_setjmp(self.context) == 0) jump(engine.scheduler, 1);
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(record, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
-#endif
+  if (_setjmp(self.context) != 0) return;
+  while (engine.failure.empty() && ++engine.turn < engine.lane_order.size()) {
+    const unsigned thread = engine.first + engine.lane_order[engine.turn];
+    Fiber& next = *engine.pool[thread];
+    if (next.state != State::runnable) continue;
+    if (!next.entered) {
+      --engine.turn;  // the scheduler lets it in
+      break;
+    }
+    run_as(thread);
+    jump(next.context, 1);
+  }
+  jump(engine.scheduler, 1);
 }
 
 // One thread of every block that is run.
 void fiber_main() {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
-#endif
   for (;;) {
     (*engine.body)();
     leave(State::done);
@@ -159,8 +162,11 @@ void release_lanes(unsigned first) {
     if (!(mask >> lane & 1)) continue;
     Fiber& fiber = *engine.pool[warp + lane];
     const bool defined = fiber.source >= 0 && fiber.source < warpSize && (mask >> fiber.source & 1);
-    std::memset(fiber.received, kGarbage, kWordBytes);
-    if (defined) std::memcpy(fiber.received, engine.pool[warp + fiber.source]->sent, kWordBytes);
+    if (defined) {
+      fiber.received = engine.pool[warp + fiber.source]->sent;
+    } else {
+      std::memset(&fiber.received, kGarbage, sizeof(Word));
+    }
     fiber.votes = votes;
     fiber.state = State::runnable;
   }
@@ -195,21 +201,14 @@ bool release_block() {
               " with a mask that names lanes beyond the block.");
 }
 
+// Lets a fiber run, and those that it hands over to, until one comes back.
 void resume(unsigned thread) {
   Fiber& fiber = *engine.pool[thread];
-  engine.current = thread;
-  threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
-#ifdef __SANITIZE_ADDRESS__
-  void* record = nullptr;
-  __sanitizer_start_switch_fiber(&record, fiber.stack.base, kStackBytes);
-#endif
+  run_as(thread);
   if (_setjmp(engine.scheduler) == 0) {
     if (fiber.entered) jump(fiber.context, 1);
     enter(fiber);
   }
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(record, nullptr, nullptr);
-#endif
   if (!engine.failure.empty()) throw Error(std::exchange(engine.failure, ""));
 }
 
@@ -253,9 +252,11 @@ bool advance(unsigned warp) {
   const unsigned first = warp * warpSize, size = std::min<unsigned>(warpSize, engine.threads - first);
   bool any = false;
   arrange(engine.lane_order, size);
-  for (unsigned lane : engine.lane_order) {
-    if (engine.pool[first + lane]->state != State::runnable) continue;
-    resume(first + lane);
+  engine.first = first;
+  for (engine.turn = 0; engine.turn < size; ++engine.turn) {
+    const unsigned thread = first + engine.lane_order[engine.turn];
+    if (engine.pool[thread]->state != State::runnable) continue;
+    resume(thread);
     any = true;
   }
   for (unsigned t = first; t < first + size; ++t) {
@@ -288,7 +289,7 @@ void check_lane(unsigned mask, Place place) {
   if (mask >> lane() & 1) return;
   engine.failure = "cudasim: " + name(engine.current) + " of " + block_name() +
                    " is not in the mask that it passes at " + text(place) + ".";
-  leave(State::done);
+  leave(State::at_warp_barrier);
 }
 
 }  // namespace
@@ -307,22 +308,21 @@ void block_barrier(Place place) {
   leave(State::at_block_barrier);
 }
 
-void warp_exchange(unsigned mask, const void* send, void* receive, size_t bytes, int source, Place place) {
+Word warp_exchange(unsigned mask, const Word& word, int source, Place place) {
   check_lane(mask, place);
   Fiber& self = *engine.pool[engine.current];
   self.place = place;
   self.mask = mask;
   self.source = source;
-  if (bytes > kWordBytes) engine.failure = "cudasim: a lane hands over " + std::to_string(bytes) + " bytes at once";
-  if (bytes > 0) std::memcpy(self.sent, send, std::min(bytes, kWordBytes));
+  self.sent = word;
   leave(State::at_warp_barrier);
-  if (bytes > 0) std::memcpy(receive, self.received, std::min(bytes, kWordBytes));
+  return self.received;
 }
 
 unsigned warp_ballot(unsigned mask, bool vote, Place place) {
   Fiber& self = *engine.pool[engine.current];
   self.vote = vote;
-  warp_exchange(mask, nullptr, nullptr, 0, lane(), place);
+  warp_exchange(mask, {}, lane(), place);
   self.vote = false;
   return self.votes;
 }
