@@ -1,9 +1,12 @@
-"""Tests that need several processes: each runs one function of the test's own file, connected through gloo."""
+"""Tests that need several processes, connected through gloo.
+
+The processes are copies of one that has imported torch already, which takes longer than most checks.
+"""
 
 import gc
+import multiprocessing
 import os
-import subprocess
-import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,43 +14,43 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import gdbp
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["gdbp", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.optim"]
+)
 
 
 def spawn(check: Callable[[Path], None], folder: Path, world: int = 2) -> None:
-    """Runs ``check(folder)`` in ``world`` processes. Its file must end in a call of :func:`main`."""
+    """Runs ``check(folder)``, a function that can be imported, in ``world`` processes."""
     (folder / "store").unlink(missing_ok=True)
-    path = os.pathsep.join([str(Path(gdbp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    file = check.__code__.co_filename
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", file, check.__name__, str(folder), str(rank), str(world)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    ranks = [FORKS.Process(target=_run, args=(check, folder, rank, world)) for rank in range(world)]
     try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(120)
+        codes = [rank.exitcode for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+    assert codes == [0] * world, "\n".join(_said(folder, rank).read_text() for rank in range(world))
 
 
-def main(names: dict, check: str, folder: str, rank: str, world: str) -> None:
-    """One rank's process: ``names`` are those of the test's file."""
+def _said(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.txt"
+
+
+def _run(check: Callable[[Path], None], folder: Path, rank: int, world: int) -> None:
+    with _said(folder, rank).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     torch.manual_seed(0)
-    names[check](Path(folder))
-    # Whoever still holds the group would take its threads along to the interpreter's end.
+    check(folder)
+    # Whoever still holds the group would take its threads along to the process' end.
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

@@ -1,7 +1,6 @@
 """Dense layers and fused models in two processes: replicated, sharded, and with each weight split over the ranks."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gdbp
 from tests.fuse_models import Attributes, Functional, nested
-from tests.processes import main, spawn
+from tests.processes import spawn
 
 
 def sizes_that_do_not_divide():
@@ -173,7 +172,3 @@ def check_split_weights(folder):
 @pytest.mark.parametrize("check", [check_ddp, check_shards, check_split_weights], ids=lambda f: f.__name__[6:])
 def test_two_ranks(check, tmp_path):
     spawn(check, tmp_path)
-
-
-if __name__ == "__main__":
-    main(globals(), *sys.argv[1:])

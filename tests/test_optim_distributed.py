@@ -1,7 +1,6 @@
 """Optimizers of sharded and replicated models: two processes, and the bits of one."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import gdbp
-from tests.processes import main, spawn
+from tests.processes import spawn
 
 CONFIGS = [
     ("SGD", dict(lr=0.1)),
@@ -291,7 +290,3 @@ def test_files_for_another_number_of_ranks(first, tmp_path):
     worlds = (2, 1) if first is check_save_on_two else (1, 2)
     for check, world in zip((first, check_go_on), worlds):
         spawn(check, tmp_path, world)
-
-
-if __name__ == "__main__":
-    main(globals(), *sys.argv[1:])

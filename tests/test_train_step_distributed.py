@@ -1,7 +1,6 @@
 """TrainStep in two processes does the training of one that sees all rows."""
 
 import contextlib
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gdbp
 from gdbp import nn, optim
 from gdbp.step import _graphs, train_step
-from tests.processes import main, spawn
+from tests.processes import spawn
 from tests.training import LabelsOfADevice, close, data, eager, network, same_state
 
 WORLD = 2
@@ -101,7 +100,3 @@ def wrapped(_folder):
 @pytest.mark.parametrize("check", [fused, as_graphs, not_fused, wrapped])
 def test_two_processes(check, tmp_path):
     spawn(check, tmp_path, WORLD)
-
-
-if __name__ == "__main__":
-    main(globals(), *sys.argv[1:])
