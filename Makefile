@@ -19,6 +19,9 @@ CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 SANITIZE = compute-sanitizer --error-exitcode 1
 OURS = --kernel-name kns=gdbp
 WARNINGS := -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-parameter
+ifdef STRICT
+export NVCC_APPEND_FLAGS := $(WARNINGS)
+endif
 
 # The binary lies in gdbp/, so it serves one environment at a time: built again when another one asks.
 BUILT_FOR := $(VENV) GDBP_CUDA=$(GDBP_CUDA) CUDA_HOME=$(CUDA_HOME) ARCHS=$(GDBP_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)
