@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import gdbp
-from gdbp import nn, optim
-from tests.training import close, same_training
+from gdbp import nn, ops, optim
+from tests.training import close, eager, same_training
 
 ACTIVATIONS = [None, "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "elu", "softplus"]
 WIDTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129]
@@ -51,6 +51,47 @@ def test_random_networks(seed):
     loss = nn.MSELoss(reduction="mean" if len(batches[0][0]) else "sum")
     clips = {"max_grad_norm": 0.5} if pick.random() < 0.3 else {}
     same_training(model, loss, partial(sgd, **clips), batches, 4, keep_grads=pick.random() < 0.5)
+
+
+class Dropped(torch.nn.Module):
+    """What TrainStep's step drops, from the operator of its own."""
+
+    def __init__(self, p, seed, layer):
+        super().__init__()
+        self.p, self.seed, self.layer = p, seed, layer
+
+    def forward(self, x):
+        return ops.dropout(x, self.p, self.seed, self.layer)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_dropout(seed):
+    """In front, between and behind narrow layers, now and then two in a row."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    sizes = [pick.choice(WIDTHS) for _ in range(pick.randint(2, 6))]
+    dtype = pick.choice([torch.float64, torch.float32])
+    layers, drawn = [], torch.zeros(1, dtype=torch.int64)
+    for pair in pairwise(sizes):
+        while pick.random() < 0.5:
+            layers.append(torch.nn.Dropout(pick.choice([0.1, 0.5, 0.9, 1.0])))
+        layers.append(nn.Linear(*pair, activation=pick.choice(ACTIVATIONS[1:]), dtype=dtype))
+    layers.append(torch.nn.Dropout(0.2))
+    model = torch.nn.Sequential(*layers)
+    twin = copy.deepcopy(model)
+    for i, layer in enumerate(twin):
+        if isinstance(layer, torch.nn.Dropout):
+            twin[i] = Dropped(layer.p, drawn, i)
+    optimizer, other = sgd(model), sgd(twin)
+    step = gdbp.TrainStep(model, nn.MSELoss(), optimizer, seed=seed)
+    for _ in range(3):
+        rows = pick.choice(ROWS[1:])
+        x, y = torch.randn(rows, sizes[0], dtype=dtype), torch.randn(rows, sizes[-1], dtype=dtype)
+        drawn.fill_(gdbp._C.step_seed(step.seed, step.steps))
+        close(step(x, y), eager(twin, nn.MSELoss(), other, x, y))
+    assert step.explain().startswith("fused")
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        close(p, q)
 
 
 @pytest.mark.parametrize("rows", [1, 130, 4000, 20000])

@@ -178,7 +178,7 @@ int64_t place_kept(const Network& network, int64_t rows, char* base, Kept& kept,
   };
   for (int l = 0; l < network.count; ++l) {
     if (l + 1 < network.count) kept.outputs[l] = take(l);
-    if (keeps_pre(network.layers[l])) kept.pres[l] = take(l);
+    if (keeps_apart(network.layers[l])) kept.saved[l] = take(l);
   }
   return used;
 }

@@ -2,6 +2,7 @@
 // shared memory and whose activations stay there, too, or in registers; on the CPU a block of rows after the other,
 // each through all layers while it is in the cache.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <string_view>
 
@@ -99,12 +100,25 @@ int infer_cuda(const Infer& args, void* stream);
 
 // ---- on the CPU: float32 and float64, as the parameters are; any layer may have an activation ----
 
+// What is dropped of an output, behind the activation: a share of p, by a mask of that seed.
+struct Dropout {
+  double p = 0;
+  uint64_t seed = 0;
+};
+using Dropouts = std::array<Dropout, kMaxLayers>;
+
 // What the forward pass leaves for the backward one. Behind each there is room for cpu::kVectorBytes.
 struct Kept {
   void* outputs[kMaxLayers];  // of each layer, (rows, outputs)
-  void* pres[kMaxLayers];     // its pre-activation, where saves(activation) says so
+  void* saved[kMaxLayers];    // what the derivative is computed of, where keeps_apart says so
 };
-inline bool keeps_pre(const Layer& layer) { return saves(layer.activation) == Saved::pre; }
+// Whether that is no output: the pre-activation, or what the output was before a part of it was dropped. A sign can be
+// read from what is left.
+inline bool keeps_apart(const Layer& layer, const Dropout& dropout = {}) {
+  const bool of_sign = layer.activation == Activation::relu || layer.activation == Activation::leaky_relu;
+  return saves(layer.activation) == Saved::pre ||
+         (saves(layer.activation) == Saved::output && dropout.p > 0 && !of_sign);
+}
 
 struct Forward {
   Network network;
@@ -112,6 +126,7 @@ struct Forward {
   const void* input;  // (rows, inputs)
   Kept kept;          // but for the last output null where there will be no backward pass
   void* workspace;    // (forward_bytes(network, rows))
+  Dropouts dropouts{};
 };
 
 struct Backward {
@@ -124,6 +139,7 @@ struct Backward {
   int64_t gradients;        // of all parameters, their number
   void* partials;           // (groups_for(network, rows), gradients): the first becomes the sum over all rows
   void* workspace;          // (backward_bytes(network, rows))
+  Dropouts dropouts{};
 };
 
 // Into how many groups rows are cut, whose gradients are summed apart: a function of sizes, not of threads.

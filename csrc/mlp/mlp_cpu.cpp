@@ -1,9 +1,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/map_cpu.h"
 #include "common/narrow_gemm_cpu.h"
 #include "common/parallel.h"
 #include "common/rows_cpu.h"
+#include "dropout/dropout_math.h"
 #include "mlp/mlp.h"
 
 namespace gdbp::mlp {
@@ -120,6 +122,13 @@ bool has_few_outputs(const Layer& layer) {
   return layer.outputs * (layer.inputs / lanes + to_fold) < layer.inputs;
 }
 
+// Of `count` elements, the first of which is number `first` of its layer. to may be from.
+template <class T>
+void drop(const Dropout& dropout, int64_t first, int64_t count, const T* from, T* to) {
+  const auto mask = dropout::mask<T>(dropout.p, dropout.seed);
+  cpu::loop([=](int64_t i) __attribute__((always_inline)) { to[i] = mask(from[i], first + i); }, 0, count);
+}
+
 template <class T>
 void forward_block(const Forward& a, const Packed<T>& packed, const Scratch<T>& scratch, int64_t begin, int64_t rows) {
   const T* x = static_cast<const T*>(a.input) + begin * a.network.inputs();
@@ -127,7 +136,7 @@ void forward_block(const Forward& a, const Packed<T>& packed, const Scratch<T>& 
     const Layer& layer = a.network.layers[l];
     const auto of_block = [&](void* all) { return static_cast<T*>(all) + begin * layer.outputs; };
     T* const y = a.kept.outputs[l] ? of_block(a.kept.outputs[l]) : scratch.slabs[l % 2];
-    T* const z = keeps_pre(layer) && a.kept.pres[l] ? of_block(a.kept.pres[l]) : y;
+    T* const z = keeps_apart(layer, a.dropouts[l]) && a.kept.saved[l] ? of_block(a.kept.saved[l]) : y;
     if (a.rows < kFewRows || has_few_outputs<T>(layer)) {
       cpu::narrow_dots<T>(rows, layer.outputs, layer.inputs, x, static_cast<const T*>(layer.weight),
                           static_cast<const T*>(layer.bias), z);
@@ -144,8 +153,10 @@ void forward_block(const Forward& a, const Packed<T>& packed, const Scratch<T>& 
                            layer.bias ? packed.bias(layer, l) : nullptr});
     }
     const int64_t elements = rows * layer.outputs;
+    T* const activated = saves(layer.activation) == Saved::output ? z : y;
     if (layer.activation != Activation::none)
-      cpu::activate<T>(layer.activation, {z, elements}, {y, elements}, 1, elements);
+      cpu::activate<T>(layer.activation, {z, elements}, {activated, elements}, 1, elements);
+    if (a.dropouts[l].p > 0) drop(a.dropouts[l], begin * layer.outputs, elements, activated, y);
     x = y;
   }
 }
@@ -180,9 +191,20 @@ void backward_block(const Backward& a, const Rights<T>& rights, const Scratch<T>
     const Layer& layer = network.layers[l];
     const int64_t inputs = layer.inputs, outputs = layer.outputs, elements = rows * outputs;
     T* const dz = scratch.slabs[l % 2];
-    if (layer.activation != Activation::none) {
-      const bool of_output = saves(layer.activation) == Saved::output;
-      const T* const saved = static_cast<const T*>((of_output ? a.kept.outputs : a.kept.pres)[l]) + begin * outputs;
+    const bool drops = a.dropouts[l].p > 0, is_relu = layer.activation == Activation::relu;
+    if (drops && !is_relu) {
+      drop(a.dropouts[l], begin * outputs, elements, dy, dz);
+      dy = dz;
+    }
+    if (drops && is_relu) {
+      // What was dropped is 0, as what is not above it: that is seen faster than the mask is drawn again.
+      const T* const y = static_cast<const T*>(a.kept.outputs[l]) + begin * outputs;
+      const T scale = dropout::mask<T>(a.dropouts[l].p).scale;
+      cpu::loop([=](int64_t i) __attribute__((always_inline)) { dz[i] = Relu::backward(dy[i] * scale, y[i]); }, 0,
+                elements);
+    } else if (layer.activation != Activation::none) {
+      const bool apart = keeps_apart(layer, a.dropouts[l]);
+      const T* const saved = static_cast<const T*>((apart ? a.kept.saved : a.kept.outputs)[l]) + begin * outputs;
       cpu::activate_backward<T>(layer.activation, {dy, elements}, {saved, elements}, {dz, elements}, 1, elements);
     } else if (dz != dy) {
       std::memcpy(dz, dy, size_t(elements) * sizeof(T));

@@ -81,6 +81,9 @@ struct LinearOptions {
   std::string name;
   at::Tensor weight, bias;  // bias: undefined for none
   Activation activation;
+  // Behind the activation, in a strip alone: the probability, and where among the network's layers it stands.
+  double dropout = 0;
+  int dropout_index = 0;
 };
 std::unique_ptr<Layer> make_linear(LinearOptions options);
 // Layers that follow one another and are narrow, so that a block of rows stays in the cache on its way through them.

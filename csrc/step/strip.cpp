@@ -1,5 +1,6 @@
 // Narrow linear layers in a row, as one layer of a training step: the launchers of the mlp family.
 #include "common/narrow_gemm_cpu.h"
+#include "common/random.h"
 #include "mlp/mlp.h"
 #include "step/layers.h"
 
@@ -26,14 +27,16 @@ class Strip final : public Layer {
   }
   bool reads_input(const std::vector<char>& trained) const override { return is_trained(trained, 0); }
   int64_t sum_length(int64_t) const override { return -1; }
-  bool reads_output() const override { return saves(layers_.back().activation) == Saved::output; }
+  bool reads_output() const override {
+    return saves(layers_.back().activation) == Saved::output && !keeps_apart(network_.count - 1);
+  }
 
   void check(Dtype dtype, int64_t) const override {
     for (int l = 0; l < network_.count; ++l) {
-      const auto& [name, weight, bias, _] = layers_[l];
+      const LinearOptions& layer = layers_[l];
       const int64_t inputs = network_.layers[l].inputs, outputs = network_.layers[l].outputs;
-      step::check_tensor(name, weight, "weight", {outputs, inputs}, dtype);
-      step::check_tensor(name, bias, "bias", {outputs}, dtype);
+      step::check_tensor(layer.name, layer.weight, "weight", {outputs, inputs}, dtype);
+      step::check_tensor(layer.name, layer.bias, "bias", {outputs}, dtype);
     }
   }
 
@@ -45,7 +48,7 @@ class Strip final : public Layer {
     };
     for (int l = 0; l < network_.count; ++l) {
       outputs_[l] = l + 1 < network_.count ? slab(l) : Arena::kNone;
-      pres_[l] = mlp::keeps_pre(network_.layers[l]) ? slab(l) : Arena::kNone;
+      saved_[l] = keeps_apart(l) ? slab(l) : Arena::kNone;
     }
     forward_work_ = arena.request(mlp::forward_bytes(network_, rows), forward, forward);
     backward_work_ = arena.request(mlp::backward_bytes(network_, rows), backward, backward);
@@ -61,7 +64,8 @@ class Strip final : public Layer {
       network_.layers[l].weight = data_of(layers_[l].weight);
       network_.layers[l].bias = data_of(layers_[l].bias);
     }
-    mlp::forward_cpu({network_, pass.rows, s.input, kept(pass, s), pass.arena->at(forward_work_)}, nullptr);
+    mlp::forward_cpu({network_, pass.rows, s.input, kept(pass, s), pass.arena->at(forward_work_), dropouts(pass)},
+                     nullptr);
   }
 
   void backward(const Pass& pass, const Slabs& s, Updates& updates) override {
@@ -84,7 +88,8 @@ class Strip final : public Layer {
                              s.grad_input,
                              at,
                              pass.arena->at(gradients_),
-                             pass.arena->at(backward_work_)};
+                             pass.arena->at(backward_work_),
+                             dropouts(pass)};
     mlp::backward_cpu(args, nullptr);
     auto* const gradients = static_cast<char*>(args.partials);
     const auto take = [&](int parameter, int64_t begin) {
@@ -97,18 +102,27 @@ class Strip final : public Layer {
   }
 
  private:
+  bool keeps_apart(int l) const { return mlp::keeps_apart(network_.layers[l], {layers_[l].dropout}); }
+
+  mlp::Dropouts dropouts(const Pass& pass) const {
+    mlp::Dropouts all;
+    for (int l = 0; l < network_.count; ++l)
+      all[l] = {layers_[l].dropout, combine_seed(pass.seed, uint64_t(layers_[l].dropout_index))};
+    return all;
+  }
+
   mlp::Kept kept(const Pass& pass, const Slabs& s) const {
     mlp::Kept kept{};
     for (int l = 0; l < network_.count; ++l) {
       kept.outputs[l] = l + 1 < network_.count ? pass.arena->at(outputs_[l]) : s.output;
-      kept.pres[l] = pass.arena->at(pres_[l]);
+      kept.saved[l] = pass.arena->at(saved_[l]);
     }
     return kept;
   }
 
   const std::vector<LinearOptions> layers_;
   mlp::Network network_{};
-  Arena::Id outputs_[mlp::kMaxLayers], pres_[mlp::kMaxLayers];
+  Arena::Id outputs_[mlp::kMaxLayers], saved_[mlp::kMaxLayers];
   Arena::Id forward_work_ = Arena::kNone, backward_work_ = Arena::kNone, gradients_ = Arena::kNone;
 };
 

@@ -42,6 +42,11 @@ std::vector<std::unique_ptr<Layer>> make_layers(const py::list& descriptions) {
       }
       continue;
     }
+    if (kind == "dropout" && !strip.empty() && strip.back().dropout == 0) {
+      strip.back().dropout = d[2].cast<double>();
+      strip.back().dropout_index = at;
+      continue;
+    }
     end_strip();
     if (kind == "batch_norm") {
       layers.push_back(make_batch_norm(
