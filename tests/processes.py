@@ -23,6 +23,8 @@ FORKS.set_forkserver_preload(
 def spawn(check: Callable[[Path], None], folder: Path, world: int = 2) -> None:
     """Runs ``check(folder)``, a function that can be imported, in ``world`` processes."""
     (folder / "store").unlink(missing_ok=True)
+    for rank in range(world):
+        _said(folder, rank).touch()  # to be read even where a process does not come far enough to write
     ranks = [FORKS.Process(target=_run, args=(check, folder, rank, world)) for rank in range(world)]
     try:
         for rank in ranks:
