@@ -18,6 +18,8 @@ from gdbp.nn.functional import cross_entropy
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FULL_DTYPES = FLOAT_DTYPES[:2]
 REDUCTIONS = ("none", "mean", "sum")
+# One activation of each kind: the backward pass needs nothing, the output, what comes before it.
+KINDS_OF_ACTIVATION = (None, "relu", "gelu")
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "misaligned")
 
 

@@ -16,6 +16,7 @@ from gdbp.reference import ACTIVATIONS as TORCHS
 from tests.oracle import (
     FLOAT_DTYPES,
     FULL_DTYPES,
+    KINDS_OF_ACTIVATION,
     LAYOUTS,
     compare,
     compare_samples,
@@ -380,7 +381,7 @@ def test_torch_func_and_running_statistics():
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", KINDS_OF_ACTIVATION)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compile(activation, momentum):
     torch._dynamo.reset()
@@ -397,7 +398,7 @@ def test_compile(activation, momentum):
     assert torch.equal(module(x), compiled(x))
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", KINDS_OF_ACTIVATION)
 @pytest.mark.parametrize("shape", [(5, 4), (3, 4, 2), (0, 4)])
 def test_opcheck(activation, shape):
     x, w, b = values(shape, grad=False)

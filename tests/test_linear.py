@@ -19,6 +19,7 @@ from gdbp.ops.linear import NEED_PRE
 from tests.oracle import (
     FLOAT_DTYPES,
     FULL_DTYPES,
+    KINDS_OF_ACTIVATION,
     LAYOUTS,
     compare,
     compare_samples,
@@ -385,8 +386,7 @@ def test_compile(activation, dynamic):
         assert all(map(torch.equal, eager, traced))
 
 
-# One activation of each kind: nothing saved, the output, what comes before.
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", KINDS_OF_ACTIVATION)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)])
 def test_opcheck(activation, lead):
     x, w, b = (t.detach() for t in layer(lead, 5, 4))

@@ -77,8 +77,8 @@ def start(items: list[pytest.Item], folder: Path, pool: Executor) -> dict[str, F
 
     # First come, first served: when the first case waits for its program, all programs are being built.
     engine = compile_alone(HERE / "engine.cpp", *ENGINE_FLAGS)
-    common = [CSRC / "common" / f"{part}_cpu.cpp" for part in ("rows", "half_tables", "narrow_gemm")]
-    common = [compile_alone(source, "-fPIC") for source in [*common, HERE / "parallel_serial.cpp"]]
+    shared = [CSRC / "common" / f"{part}_cpu.cpp" for part in ("rows", "half_tables", "narrow_gemm")]
+    common = [compile_alone(source, "-fPIC") for source in [*shared, HERE / "parallel_serial.cpp"]]
     wanted = dict.fromkeys(map(program_of, items))
     programs = {name: pool.submit(build, folder, name, engine, common) for name in wanted}
     return {
