@@ -67,14 +67,13 @@ GDBP_HD float narrow<float>(float x) {
   return x;
 }
 
-// Round to nearest even by adding half a unit (less one when the kept part is even). A NaN would carry
-// into infinity, so it is kept apart and made quiet.
+// Round to nearest even by adding half a unit (less one when the kept part is even). A NaN would carry into infinity, so
+// it becomes a quiet one whose lower half is empty.
 template <>
 GDBP_HD BFloat16 narrow<BFloat16>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (bits >> 16) | 0x40u;
-  return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+  const uint32_t stored = bit_cast<uint32_t>(x);
+  const uint32_t bits = x != x ? (stored & 0xffff0000u) | 0x400000u : stored;
+  return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
 // Three ranges, all computed, one selected: subnormal results (adding 0.5 lines the result's last bit up

@@ -100,14 +100,21 @@ GDBP_HD T nearest_integer(T x) {
   return (x + Format<T>::shifter) - Format<T>::shifter;
 }
 
-// 2^n for an integer n in the range of normal exponents. A conversion to int64 would not vectorise below
+// 2^(n + more) for an integer in the range of normal exponents. A conversion to int64 would not vectorise below
 // AVX-512; the low bits of n + shifter are that conversion.
 template <class T>
-GDBP_HD T power_of_two(T n) {
+GDBP_HD T power_of_two(T n, T more = T(0)) {
   using F = Format<T>;
-  const auto bits = bit_cast<typename F::Bits>(n + (F::shifter + F::bias));
+  const auto bits = bit_cast<typename F::Bits>(n + (F::shifter + F::bias + more));
   return bit_cast<T>(typename F::Bits(bits << F::mantissa_bits));
 }
+
+// Powers of two down to the smallest subnormal number are formed this much larger, as normal numbers, and multiplied by
+// the second of these last.
+template <class T>
+constexpr T below_one = is_float<T> ? T(64) : T(256);
+template <class T>
+constexpr T back_below_one = is_float<T> ? T(0x1p-64) : T(0x1p-256);
 
 // An exponential as 2^exponent (1 + excess), |excess| < 1/2.
 template <class T>
@@ -121,8 +128,7 @@ struct Exponential {
   // The same, a few operations less, for exponents <= 0: of the two powers one is always the same, and the product with
   // the other is always normal as long as the factor is above 2^-8.
   GDBP_HD T times_below_one(T factor) const {
-    constexpr T shift = is_float<T> ? T(64) : T(256), back = is_float<T> ? T(0x1p-64) : T(0x1p-256);
-    return (factor + factor * excess) * power_of_two(exponent + shift) * back;
+    return (factor + factor * excess) * power_of_two(exponent, below_one<T>) * back_below_one<T>;
   }
 };
 
@@ -130,7 +136,7 @@ struct Exponential {
 template <class T>
 GDBP_HD T exp_tail(T r) {
   if constexpr (is_float<T>) {
-    return polynomial(r, 0.5f, 0.166666672f, 0.041666463f, 0.00833331048f, 0.0013933751f, 0.000198911031f);
+    return polynomial(r, 0.5f, 0.166665763f, 0.0416665561f, 0.0083632031f, 0.00139262131f);
   } else {
     return polynomial(r, 0.5, 0.16666666666666671, 0.041666666666666671, 0.0083333333333260699, 0.0013888888888883703,
                       0.00019841269875048905, 2.4801587325710759e-05, 2.7557255110978891e-06, 2.7557273436570488e-07,
@@ -157,13 +163,20 @@ GDBP_HD T exp(T x) {
   return exp_of_sum(at_least(at_most(x, Format<T>::exp_max), Format<T>::exp_min), T(-0.0)).times(T(1));
 }
 
-// exp(x) for x <= 0, a sixth cheaper
+// exp(x) for x <= 0, a third cheaper
 template <class T>
 GDBP_HD T exp_of_nonpositive(T x) {
 #ifdef __CUDA_ARCH__
   if constexpr (is_float<T>) return ::expf(x);
 #endif
-  return exp_of_sum(at_least(x, Format<T>::exp_min), T(-0.0)).times_below_one(T(1));
+  using F = Format<T>;
+  const T y = at_least(x, F::exp_min);
+  // n and, in the low bits of the sum, the biased exponent of a normal number.
+  constexpr T offset = F::shifter + F::bias + below_one<T>;
+  const T sum = y * T(1.4426950408889634) + offset, n = sum - offset;
+  const T r = (y - n * F::ln2_hi) - n * F::ln2_lo;
+  const T power = bit_cast<T>(typename F::Bits(bit_cast<typename F::Bits>(sum) << F::mantissa_bits));
+  return (T(1) + r * (T(1) + r * exp_tail(r))) * power * back_below_one<T>;
 }
 
 // exp(x) - 1 = 2^n (exp(r) - 1) + (2^n - 1), of which half is formed, as 2^n itself may overflow. The

@@ -68,17 +68,17 @@ class Forward {
   // with(m, first, n) is called for each piece, while it is in cache.
   template <class X, class With>
   Softmax<C> softmax_of(const X* x, Exponentials<C>& e, const With& with) const {
-    const C m = e.largest(x);
-    Terms<double, kLanes<C>> terms;
+    const Largest<C> largest = e.largest(x);
+    const C m = largest.m;
+    Terms<C> terms;
     for_pieces(in_.classes, [&](int64_t first, int64_t n) {
-      e.form(x, m, first, n, &terms);
+      e.form(x, largest, first, n, &terms);
       with(m, first, n);
     });
-    double others = 0, largest = 0;
-    for (const double lane : terms.others) others += lane;
-    for (const double lane : terms.largest) largest += lane;
+    double others = 0;
+    for (const double lane : terms.lanes) others += lane;
     // m - m: NaN where there is no finite largest logit.
-    return {m, C(others + (largest - 1)) + (m - m)};
+    return {m, C(others) + (m - m)};
   }
 
   template <class X>
@@ -303,6 +303,7 @@ void cross_entropy_forward(const CrossEntropyForward& a) {
       return grad ? columns_with_gradient(forward, backward, a.classes, lo, hi, grad) : forward.columns(lo, hi);
     Exponentials<C> e(a.classes, grad != nullptr);
     const auto visit = [&]<class X>(int64_t row, const X* x, const X* t, X* g, X*) {
+      if (g) e.keep_in(g);
       forward(row, x, t, e);
       if (g) backward(row, x, t, g, static_cast<X*>(nullptr), e);
     };

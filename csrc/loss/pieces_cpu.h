@@ -18,17 +18,31 @@ GDBP_CLONES void widen_all(const X* x, C* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] = widen(x[j]);
 }
 
-// The larger of m and what is in x, halves side by side: a maximum has to wait for the one before.
+// The largest logit, and where one of them lies; -1 where there is none above -infinity.
 template <class C>
-GDBP_CLONES C largest_of(const C* x, C m, int64_t n) {
-  const int64_t half = n / 2;
-  C second = n % 2 != 0 && x[n - 1] > m ? x[n - 1] : m;
-#pragma omp simd reduction(max : m, second)
-  for (int64_t j = 0; j < half; ++j) {
-    m = x[j] > m ? x[j] : m;
-    second = x[half + j] > second ? x[half + j] : second;
-  }
-  return second > m ? second : m;
+struct Largest {
+  C m = -std::numeric_limits<C>::infinity();
+  int64_t place = -1;
+};
+
+// Takes in x, of which the first is element `first` of the row. Many lanes: a maximum has to wait for the one before.
+// They also say where to look for it.
+template <class C>
+GDBP_CLONES void raise(const C* x, int64_t first, int64_t n, Largest<C>* to) {
+  constexpr int64_t lanes = 256 / sizeof(C);
+  C most[lanes];
+  for (int64_t l = 0; l < lanes; ++l) most[l] = to->m;
+  const int64_t whole = n / lanes * lanes;
+  for (int64_t j = 0; j < whole; j += lanes)
+    for (int64_t l = 0; l < lanes; ++l) most[l] = x[j + l] > most[l] ? x[j + l] : most[l];
+  for (int64_t j = whole; j < n; ++j) most[j - whole] = math::at_least(most[j - whole], x[j]);
+  C m = to->m;
+  for (int64_t l = 0; l < lanes; ++l) m = math::at_least(m, most[l]);
+  if (!(m > to->m)) return;
+  int64_t j = 0;
+  while (most[j] != m) ++j;
+  while (x[j] != m) j += lanes;
+  *to = {m, first + j};
 }
 
 // A line of cache, and a vector or a few.
@@ -36,31 +50,49 @@ template <class C>
 constexpr int64_t kLanes = 64 / sizeof(C);
 
 // Sums of a row's terms, lane by lane: as many of them as are formed at once, each its own chain.
-template <class V, int64_t lanes>
+template <class C>
 struct Terms {
-  V others[lanes] = {}, largest[lanes] = {};  // over the logits below m; how many are m
+  double lanes[kLanes<C>] = {};
 };
 
-// e = exp(x - m), which may take x' place; n is a multiple of the lanes. What comes after, at `ahead`, is asked for
-// meanwhile: an exponential leaves the memory idle.
+// e = exp(x - m), which may take x' place, and their sums but for the one at `hole`; n is a multiple of the lanes. What
+// comes after, at `ahead`, is asked for meanwhile: an exponential leaves the memory idle.
 template <class C>
-GDBP_CLONES void add_terms(const C* x, C m, C* e, int64_t n, const char* ahead, int64_t step,
-                           Terms<double, kLanes<C>>* to) {
-  Terms<C, kLanes<C>> sum;
-  for (int64_t j = 0; j < n; j += kLanes<C>, ahead += step) {
+GDBP_CLONES void add_terms(const C* x, C m, C* e, int64_t n, int64_t hole, const char* ahead, int64_t step,
+                           Terms<C>* to) {
+  constexpr int64_t L = kLanes<C>;
+  C sum[L] = {};
+  const bool is_here = hole >= 0 && hole < n;
+  const int64_t lane = is_here ? hole % L : 0, begin = is_here ? hole - lane : 0;
+  const int64_t ends[] = {begin, is_here ? begin + L : 0, n};
+  int64_t j = 0;
+  for (int stretch = 0; stretch < 3; ++stretch) {
+    const C before = sum[lane];
+    for (; j < ends[stretch]; j += L, ahead += step) {
+      __builtin_prefetch(ahead, 0, 2);
+#pragma GCC ivdep
+      for (int64_t l = 0; l < L; ++l) {
+        const C term = math::exp_of_nonpositive(x[j + l] - m);
+        e[j + l] = term;
+        sum[l] += term;
+      }
+    }
+    if (stretch == 1) sum[lane] = before;
+  }
+  for (int64_t l = 0; l < L; ++l) to->lanes[l] += sum[l];
+}
+
+// The same without sums.
+template <class C>
+GDBP_CLONES void form_terms(const C* x, C m, C* e, int64_t n, const char* ahead, int64_t step) {
+  constexpr int64_t L = kLanes<C>;
+  int64_t j = 0;
+  for (; j + L <= n; j += L, ahead += step) {
     __builtin_prefetch(ahead, 0, 2);
 #pragma GCC ivdep
-    for (int64_t l = 0; l < kLanes<C>; ++l) {
-      const C v = x[j + l], term = math::exp_of_nonpositive(v - m), one = v == m ? C(1) : C(0);
-      e[j + l] = term;
-      sum.others[l] += term - one;
-      sum.largest[l] += one;
-    }
+    for (int64_t l = 0; l < L; ++l) e[j + l] = math::exp_of_nonpositive(x[j + l] - m);
   }
-  for (int64_t l = 0; l < kLanes<C>; ++l) {
-    to->others[l] += sum.others[l];
-    to->largest[l] += sum.largest[l];
-  }
+  for (; j < n; ++j) e[j] = math::exp_of_nonpositive(x[j] - m);
 }
 
 // sum of w_j (m - x_j): no term is negative, so none cancels
@@ -72,11 +104,15 @@ GDBP_CLONES C distance(const X* x, const C* weight, C m, int64_t n) {
   return sum;
 }
 
-// weight: null where no class has a share of its own. Asked outside of the loop: inside it would become a masked load
-// from address 0, which takes a processor hundreds of cycles.
+// weight: null where no class has a share of its own. What differs is asked outside of the loops: inside it would become
+// a masked load from address 0, which takes a processor hundreds of cycles.
 template <class X, class C>
 GDBP_CLONES void label_gradient(const C* e, X* grad, const C* weight, C factor, C uniform, C scale, int64_t n) {
-  if (weight) {
+  if (uniform == C(0)) {
+    const C both = scale * factor;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) grad[j] = narrow<X>(e[j] * both);
+  } else if (weight) {
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) grad[j] = narrow<X>(scale * (e[j] * factor - uniform * weight[j]));
   } else {
@@ -139,42 +175,48 @@ class Exponentials {
       : classes_(classes),
         wide_(classes > kMostKept),
         kept_(keep && !wide_),
-        e_((kept_ ? classes : std::min(classes, kPiece)) + kLanes<C>) {}
+        own_(kept_ ? classes : std::min(classes, kPiece)),
+        e_(own_.data()) {}
 
+  // Keeps the next row's where its gradient will be, if it has their type: what is written to is fetched while they are
+  // formed, and there is less to hold in cache.
   template <class X>
-  C largest(const X* x) {
-    C m = -std::numeric_limits<C>::infinity();
-    for_pieces(classes_, [&](int64_t first, int64_t n) { m = largest_of(widened(x, first, n), m, n); });
-    return m;
+  void keep_in(X* gradient) {
+    if constexpr (std::is_same_v<X, C>)
+      if (kept_) e_ = gradient;
   }
-  // The terms of a piece, once m is known, into `to`. The next row will be wanted meanwhile, of which this one's
-  // largest logit was the first reader.
   template <class X>
-  void form(const X* x, C m, int64_t first, int64_t n, Terms<double, kLanes<C>>* to) {
+  Largest<C> largest(const X* x) {
+    Largest<C> largest;
+    for_pieces(classes_, [&](int64_t first, int64_t n) { raise(widened(x, first, n), first, n, &largest); });
+    return largest;
+  }
+  // The terms of a piece, once the largest logit is known, into `to`, all but its own, which is 1. The next row will be
+  // wanted meanwhile, of which this one's largest logit was the first reader.
+  template <class X>
+  void form(const X* x, Largest<C> largest, int64_t first, int64_t n, Terms<C>* to) {
     const bool is_widened = kept_ && !std::is_same_v<X, C>;
-    form(is_widened ? at(first) : widened(x, first, n), m, first, n, x + first + (wide_ ? 0 : classes_), to);
+    const C* const from = is_widened ? at(first) : widened(x, first, n);
+    const char* const ahead = reinterpret_cast<const char*>(x + first + (wide_ ? 0 : classes_));
+    const int64_t whole = n / kLanes<C> * kLanes<C>, hole = largest.place - first;
+    add_terms(from, largest.m, at(first), whole, hole, ahead, kLanes<C> * sizeof(X), to);
+    if (whole == n) return;
+    C rest[kLanes<C>];
+    std::fill(std::copy(from + whole, from + n, rest), rest + kLanes<C>, -std::numeric_limits<C>::infinity());
+    add_terms(rest, largest.m, rest, kLanes<C>, hole - whole, ahead, 0, to);
+    std::copy(rest, rest + (n - whole), at(first) + whole);
   }
   // The exponentials of a piece, once all are formed or were not to be kept.
   template <class X>
   const C* get(const X* x, C m, int64_t first, int64_t n) {
-    Terms<double, kLanes<C>> unused;
-    if (!kept_) form(widened(x, first, n), m, first, n, x + first + kPiece, &unused);
+    const char* const ahead = reinterpret_cast<const char*>(x + first + kPiece);
+    if (!kept_) form_terms(widened(x, first, n), m, at(first), n, ahead, kLanes<C> * sizeof(X));
     return at(first);
   }
 
  private:
   static constexpr int64_t kMostKept = int64_t(1) << 16;
-  template <class X>
-  void form(const C* from, C m, int64_t first, int64_t n, const X* ahead, Terms<double, kLanes<C>>* to) {
-    const char* const wanted = reinterpret_cast<const char*>(ahead);
-    const int64_t whole = n / kLanes<C> * kLanes<C>;
-    add_terms(from, m, at(first), whole, wanted, kLanes<C> * sizeof(X), to);
-    if (whole == n) return;
-    C rest[kLanes<C>];
-    std::fill(std::copy(from + whole, from + n, rest), rest + kLanes<C>, -std::numeric_limits<C>::infinity());
-    add_terms(rest, m, at(first) + whole, kLanes<C>, wanted, 0, to);
-  }
-  C* at(int64_t first) { return e_.data() + (kept_ ? first : 0); }
+  C* at(int64_t first) { return e_ + (kept_ ? first : 0); }
   // In a loop of its own: in loops over two types g++ takes half as many elements at a time.
   template <class X>
   const C* widened(const X* x, int64_t first, int64_t n) {
@@ -189,7 +231,8 @@ class Exponentials {
   const int64_t classes_;
   const bool wide_;
   const bool kept_;
-  std::vector<C> e_;
+  std::vector<C> own_;
+  C* e_;
 };
 
 }  // namespace gdbp::loss
