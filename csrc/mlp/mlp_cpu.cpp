@@ -176,6 +176,32 @@ struct Rights {
   }
 };
 
+// The gradient of a layer's product and bias, from that of its output. dz may be dy.
+template <class T>
+void backward_output(const Backward& a, int l, int64_t first, int64_t elements, const T* dy, T* dz) {
+  const Layer& layer = a.network.layers[l];
+  const Dropout& dropout = a.dropouts[l];
+  const auto of_block = [&](const void* all) { return static_cast<const T*>(all) + first; };
+  if (dropout.p > 0 && layer.activation == Activation::relu) {
+    // What was dropped is 0, as what is not above it: that is seen faster than the mask is drawn again.
+    const T* const y = of_block(a.kept.outputs[l]);
+    const T scale = dropout::mask<T>(dropout.p).scale;
+    cpu::loop([=](int64_t i) __attribute__((always_inline)) { dz[i] = Relu::backward(dy[i] * scale, y[i]); }, 0,
+              elements);
+    return;
+  }
+  if (dropout.p > 0) {
+    drop(dropout, first, elements, dy, dz);
+    dy = dz;
+  }
+  if (layer.activation != Activation::none) {
+    const T* const saved = of_block((keeps_apart(layer, dropout) ? a.kept.saved : a.kept.outputs)[l]);
+    cpu::activate_backward<T>(layer.activation, {dy, elements}, {saved, elements}, {dz, elements}, 1, elements);
+  } else if (dz != dy) {
+    std::memcpy(dz, dy, size_t(elements) * sizeof(T));
+  }
+}
+
 // Adds the gradients of a block of rows to a group's sums, or for its first block leaves them there.
 template <class T>
 void backward_block(const Backward& a, const Rights<T>& rights, const Scratch<T>& scratch, int64_t begin, int64_t rows,
@@ -189,26 +215,9 @@ void backward_block(const Backward& a, const Rights<T>& rights, const Scratch<T>
   const T* dy = static_cast<const T*>(a.grad_output) + begin * network.outputs();
   for (int l = network.count - 1; l >= first; --l) {
     const Layer& layer = network.layers[l];
-    const int64_t inputs = layer.inputs, outputs = layer.outputs, elements = rows * outputs;
+    const int64_t inputs = layer.inputs, outputs = layer.outputs;
     T* const dz = scratch.slabs[l % 2];
-    const bool drops = a.dropouts[l].p > 0, is_relu = layer.activation == Activation::relu;
-    if (drops && !is_relu) {
-      drop(a.dropouts[l], begin * outputs, elements, dy, dz);
-      dy = dz;
-    }
-    if (drops && is_relu) {
-      // What was dropped is 0, as what is not above it: that is seen faster than the mask is drawn again.
-      const T* const y = static_cast<const T*>(a.kept.outputs[l]) + begin * outputs;
-      const T scale = dropout::mask<T>(a.dropouts[l].p).scale;
-      cpu::loop([=](int64_t i) __attribute__((always_inline)) { dz[i] = Relu::backward(dy[i] * scale, y[i]); }, 0,
-                elements);
-    } else if (layer.activation != Activation::none) {
-      const bool apart = keeps_apart(layer, a.dropouts[l]);
-      const T* const saved = static_cast<const T*>((apart ? a.kept.saved : a.kept.outputs)[l]) + begin * outputs;
-      cpu::activate_backward<T>(layer.activation, {dy, elements}, {saved, elements}, {dz, elements}, 1, elements);
-    } else if (dz != dy) {
-      std::memcpy(dz, dy, size_t(elements) * sizeof(T));
-    }
+    backward_output(a, l, begin * outputs, rows * outputs, dy, dz);
     if (layer.weight_at >= 0) {
       const T* const x = static_cast<const T*>(l == 0 ? a.input : a.kept.outputs[l - 1]) + begin * inputs;
       const bool ends = l == 0 && (a.rows - begin - rows) * inputs * int64_t(sizeof(T)) < kVectorBytes;
