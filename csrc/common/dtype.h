@@ -67,8 +67,8 @@ GDBP_HD float narrow<float>(float x) {
   return x;
 }
 
-// Round to nearest even by adding half a unit (less one when the kept part is even). A NaN would carry into infinity, so
-// it becomes a quiet one whose lower half is empty.
+// Round to nearest even by adding half a unit (less one when the kept part is even). A NaN would carry into infinity,
+// so it becomes a quiet one whose lower half is empty.
 template <>
 GDBP_HD BFloat16 narrow<BFloat16>(float x) {
   const uint32_t stored = bit_cast<uint32_t>(x);

@@ -104,8 +104,8 @@ GDBP_CLONES C distance(const X* x, const C* weight, C m, int64_t n) {
   return sum;
 }
 
-// weight: null where no class has a share of its own. What differs is asked outside of the loops: inside it would become
-// a masked load from address 0, which takes a processor hundreds of cycles.
+// weight: null where no class has a share of its own. What differs is asked outside of the loops: inside it would
+// become a masked load from address 0, which takes a processor hundreds of cycles.
 template <class X, class C>
 GDBP_CLONES void label_gradient(const C* e, X* grad, const C* weight, C factor, C uniform, C scale, int64_t n) {
   if (uniform == C(0)) {
