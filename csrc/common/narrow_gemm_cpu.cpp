@@ -62,12 +62,14 @@ GDBP_INLINE void tile(const Product<T>& p, int64_t row, int64_t col, int64_t lan
 template <class T, int kBytes, int kVectors>
 GDBP_INLINE void column(const Product<T>& p, int64_t col) {
   constexpr int64_t kLanes = kBytes / int64_t(sizeof(T));
-  // As many sums as the multipliers take at once, and no more than there are registers for.
-  constexpr int kRows = kVectors == 1 ? 8 : 4;
+  // As many sums as the multipliers take at once, or some more, and no more than there are registers for.
+  constexpr int kRows = kVectors == 1 ? 8 : kVectors == 2 ? 6 : 4;
   const int64_t lanes = std::min(kLanes, p.n - col - (kVectors - 1) * kLanes);
   int64_t row = 0;
   for (; row + kRows <= p.m; row += kRows) tile<T, kBytes, kRows, kVectors>(p, row, col, lanes);
-  for (; row < p.m; ++row) tile<T, kBytes, 1, kVectors>(p, row, col, lanes);
+  for (; row + 4 <= p.m; row += 4) tile<T, kBytes, 4, kVectors>(p, row, col, lanes);
+  for (; row + 2 <= p.m; row += 2) tile<T, kBytes, 2, kVectors>(p, row, col, lanes);
+  if (row < p.m) tile<T, kBytes, 1, kVectors>(p, row, col, lanes);
 }
 
 template <class T, int kBytes, int kVectors>
