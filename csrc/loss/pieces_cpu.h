@@ -36,8 +36,13 @@ GDBP_CLONES void raise(const C* x, int64_t first, int64_t n, Largest<C>* to) {
   for (int64_t j = 0; j < whole; j += lanes)
     for (int64_t l = 0; l < lanes; ++l) most[l] = x[j + l] > most[l] ? x[j + l] : most[l];
   for (int64_t j = whole; j < n; ++j) most[j - whole] = math::at_least(most[j - whole], x[j]);
-  C m = to->m;
-  for (int64_t l = 0; l < lanes; ++l) m = math::at_least(m, most[l]);
+  // In halves, and not one after the other, for the same reason.
+  C top[lanes];
+  for (int64_t l = 0; l < lanes; ++l) top[l] = most[l];
+#pragma GCC unroll 8
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) top[l] = math::at_least(top[l], top[half + l]);
+  const C m = top[0];
   if (!(m > to->m)) return;
   int64_t j = 0;
   while (most[j] != m) ++j;
@@ -108,8 +113,8 @@ GDBP_CLONES C distance(const X* x, const C* weight, C m, int64_t n) {
 // become a masked load from address 0, which takes a processor hundreds of cycles.
 template <class X, class C>
 GDBP_CLONES void label_gradient(const C* e, X* grad, const C* weight, C factor, C uniform, C scale, int64_t n) {
-  if (uniform == C(0)) {
-    const C both = scale * factor;
+  const C both = scale * factor;
+  if (uniform == C(0) && math::abs(both) < math::Format<C>::infinity) {
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) grad[j] = narrow<X>(e[j] * both);
   } else if (weight) {
