@@ -19,7 +19,7 @@ CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 SANITIZE = compute-sanitizer --error-exitcode 1
 OURS = --kernel-name kns=gdbp
 WARNINGS := -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-parameter
-# For kernels that are compiled and never run, a fifth of the time; an nvcc before 12.8 takes all of it.
+# For kernels that are compiled and never run, a third of the time; an nvcc before 12.8 takes all of it.
 QUICK = $(if $(NVCC),$(if $(findstring fast-compile,$(shell $(NVCC) --help)),--Ofast-compile=max))
 ifdef COMPILE_ONLY
 export NVCC_APPEND_FLAGS := $(WARNINGS) $(QUICK)

@@ -303,7 +303,7 @@ void cross_entropy_forward(const CrossEntropyForward& a) {
       return grad ? columns_with_gradient(forward, backward, a.classes, lo, hi, grad) : forward.columns(lo, hi);
     Exponentials<C> e(a.classes, grad != nullptr);
     const auto visit = [&]<class X>(int64_t row, const X* x, const X* t, X* g, X*) {
-      if (g) e.keep_in(g);
+      e.keep_in(g);
       forward(row, x, t, e);
       if (g) backward(row, x, t, g, static_cast<X*>(nullptr), e);
     };

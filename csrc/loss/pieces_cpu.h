@@ -34,7 +34,7 @@ GDBP_CLONES void raise(const C* x, int64_t first, int64_t n, Largest<C>* to) {
   for (int64_t l = 0; l < lanes; ++l) most[l] = to->m;
   const int64_t whole = n / lanes * lanes;
   for (int64_t j = 0; j < whole; j += lanes)
-    for (int64_t l = 0; l < lanes; ++l) most[l] = x[j + l] > most[l] ? x[j + l] : most[l];
+    for (int64_t l = 0; l < lanes; ++l) most[l] = math::at_least(most[l], x[j + l]);
   for (int64_t j = whole; j < n; ++j) most[j - whole] = math::at_least(most[j - whole], x[j]);
   // In halves, and not one after the other, for the same reason.
   C top[lanes];
