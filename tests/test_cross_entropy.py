@@ -230,16 +230,16 @@ def test_ce_many_rows_of_float16():
 
 
 @pytest.mark.parametrize("classes", [2, 40])
-def test_ce_huge_upstream(classes):
-    """On the CPU also where upstream gradient and class weight together are beyond float32, if the gradient is not."""
-    x = torch.full((1, classes), -30.0)
+def test_ce_huge_upstream(classes, device):
+    """Also where upstream gradient and class weight together are beyond float32, if the gradient is not."""
+    x = torch.full((1, classes), -30.0, device=device)
     x[0, 0] = 0
-    weight = torch.full((classes,), 8.0)
+    weight = torch.full((classes,), 8.0, device=device)
 
     def gradient(dtype):
         logits = x.to(dtype).requires_grad_()
-        loss = cross_entropy(logits, torch.tensor([0]), weight.to(dtype), reduction="sum")
-        return torch.autograd.grad(loss, logits, torch.tensor(1e38, dtype=dtype))[0]
+        loss = cross_entropy(logits, torch.tensor([0], device=device), weight.to(dtype), reduction="sum")
+        return torch.autograd.grad(loss, logits, torch.tensor(1e38, dtype=dtype, device=device))[0]
 
     torch.testing.assert_close(gradient(torch.float32).double(), gradient(torch.float64), rtol=1e-5, atol=0)
 

@@ -281,7 +281,11 @@ struct Row {
     const Softmax<C> softmax{stats[0], stats[1]};
     const C all_weights = in.smooth != 0 ? weight_sum<Access>(in) : C(0);
     const LabelGradient<C> gradient(softmax, labels, all_weights, in.z, scale);
-    const C factor = gradient.factor(), scaled = factor * scale;
+    // Where upstream and the row's factor together are beyond the numbers, their product with an exponential may not
+    // be.
+    const C both = gradient.factor() * scale;
+    const bool fits = math::abs(both) < math::Format<C>::infinity;
+    const C factor = fits ? both : gradient.factor(), rest = fits ? C(1) : scale;
     const auto at_label = [&](int64_t label, C own, C other) {
       const C stored = cuda::widen_fast(in.logits[access.at(label)]);
       return slope(stored) * gradient.at_label(own, other, in.weight_of(label), logit(in, access.at(label)));
@@ -291,10 +295,10 @@ struct Row {
     const C pull = labels.uniform * scale;  // on each class, times its weight
     // The gradient may take the place of the logits.
     Access::sync();
-    if (in.softcap == 0 && pull == 0) {
+    if (in.softcap == 0 && pull == 0 && fits) {
       access.template for_logits<true>([&](int64_t j, int count, C(&x)[width]) {
 #pragma unroll
-        for (int k = 0; k < width; ++k) x[k] = cuda::exp_fast<T>(x[k] - softmax.m) * scaled;
+        for (int k = 0; k < width; ++k) x[k] = cuda::exp_fast<T>(x[k] - softmax.m) * factor;
         set(labels.first - j, first, count, x);
         if (labels.second >= 0) set(labels.second - j, second, count, x);
         access.write(to, j, count, x);
@@ -308,7 +312,7 @@ struct Row {
       cap_all(in, x);
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        if (k < count) d[k] *= cuda::exp_fast<T>(x[k] - softmax.m) * scaled - pull * in.weight_of(j + k);
+        if (k < count) d[k] *= cuda::exp_fast<T>(x[k] - softmax.m) * factor * rest - pull * in.weight_of(j + k);
       }
       set(labels.first - j, first, count, d);
       if (labels.second >= 0) set(labels.second - j, second, count, d);

@@ -289,15 +289,33 @@ void extremes() {
   }
 }
 
+// Upstream gradient and class weight together are beyond float32, the gradient is not.
+void huge_upstream() {
+  std::mt19937 generator(10);
+  for (int64_t classes : {int64_t(2), int64_t(40), int64_t(1030)}) {
+    Problem p = labels(Dtype::float32, Reduction::sum, 1, classes, true, 0, generator);
+    p.target = {0};
+    for (int64_t j = 0; j < classes; ++j) {
+      p.logits.set(j, j == 0 ? 0 : -30);
+      p.weight.set(j, 8);
+    }
+    Array upstream(Dtype::float32, 1, 0, generator, 1, 1);
+    upstream.set(0, 1e38);
+    const Result result = solve(true, p, upstream, false);
+    const double share = std::exp(-30.0), others = double(classes - 1) * share;
+    for (int64_t j = 0; j < classes; ++j) {
+      const double wanted = 8 * double(upstream.get(0)) * (j == 0 ? -others : share) / (1 + others);
+      expect(std::abs(result.grad.get(j) / wanted - 1) < 1e-5, "gradient of class " + std::to_string(j));
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  static const Case cases[] = {{"cross_entropy", cross_entropy},
-                               {"mixtures", mixtures},
-                               {"probabilities", probabilities},
-                               {"no_rows", no_rows},
-                               {"all_ignored", all_ignored},
-                               {"bad_labels", bad_labels},
-                               {"extremes", extremes}};
+  static const Case cases[] = {{"cross_entropy", cross_entropy}, {"mixtures", mixtures},
+                               {"probabilities", probabilities}, {"no_rows", no_rows},
+                               {"all_ignored", all_ignored},     {"bad_labels", bad_labels},
+                               {"extremes", extremes},           {"huge_upstream", huge_upstream}};
   return run_cases(argc, argv, cases);
 }

@@ -41,7 +41,10 @@ WRONG = {
 FAMILIES = {
     "optim": ["rules", "control", "besides", "quantised", "schedules", "many", "parts", "nothing"],
     "norm": ["forward", "backward", "update"],
-    "loss": ["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels", "extremes"],
+    "loss": [
+        *["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels"],
+        *["extremes", "huge_upstream"],
+    ],
     "linear": ["forward", "backward"],
     "mlp": [
         *["cross_entropy", "mean_square", "upstream", "activations", "wide", "frozen", "bad_labels"],
