@@ -15,13 +15,11 @@ GDBP_HD T decode8(int8_t code, T scale) {
   return scale * T(1.0 / (127.0 * 127.0 * 127.0)) * (c * c * c);
 }
 
-// 1 / scale to a few ulp, and finite, without the divider: that is what a step of Adam waits for already.
-GDBP_HD float inverse_scale8(float scale) {
-  const float s = math::at_least(scale, math::Format<float>::smallest_normal);
-  float inverse = bit_cast<float>(0x7ef311c3 - bit_cast<int32_t>(s));
-  for (int k = 0; k < 3; ++k) inverse *= 2 - s * inverse;
-  return inverse;
-}
+// The scale of a block: its largest magnitude, or the smallest number of which code 1 is not subnormal.
+GDBP_HD float scale8(float largest) { return largest > 0 ? math::at_least(largest, 0x1p-105f) : 0.0f; }
+
+// Finite, also for a block of zeros.
+GDBP_HD float inverse_scale8(float scale) { return 1 / math::at_least(scale, math::Format<float>::smallest_normal); }
 
 // 127 cbrt(x) for x from 0 to 1, to 1e-4 of it, which is enough to find the nearest code: x g^2 P(x g^3), with a guess
 // g at 1 / cbrt(x) from the exponent, which is right to 6 %, and P the best parabola for t^(-2/3) over the t that

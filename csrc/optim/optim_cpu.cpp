@@ -4,7 +4,7 @@
 
 #include "common/line_cpu.h"
 #include "common/random.h"
-#include "optim/blockwise8.h"
+#include "optim/blockwise8_cpu.h"
 #include "optim/optim.h"
 
 namespace gdbp::optim {
@@ -49,52 +49,6 @@ GDBP_CLONES void write_stochastic(const T* from, BFloat16* to, int64_t n, uint64
   for (int64_t i = 0; i < n; ++i) to[i] = narrow_stochastic(float(from[i]), random_bits(seed, uint64_t(position + i)));
 }
 
-// One block of states in 8 bits.
-template <class T>
-GDBP_CLONES void decode_block(const int8_t* from, float scale, T* to) {
-  for (int64_t i = 0; i < kQuantBlock; ++i) to[i] = decode8(from[i], T(scale));
-}
-
-template <class T>
-GDBP_CLONES void encode_block(const T* from, int8_t* to, float* scale) {
-  // Magnitudes are compared as integers, in whose order what is not a number comes after all numbers.
-  using Bits = typename math::Format<T>::Bits;
-  Bits most = 0;
-  for (int64_t i = 0; i < kQuantBlock; ++i) most = std::max(most, bit_cast<Bits>(math::abs(from[i])));
-  const T largest = bit_cast<T>(most);
-  // A number that is not finite makes its block so, as it must stay visible.
-  if (!(largest <= T(std::numeric_limits<float>::max()))) {
-    *scale = std::numeric_limits<float>::quiet_NaN();
-    std::fill_n(to, kQuantBlock, int8_t(127));
-    return;
-  }
-  // As stored: decoding and encoding must agree on it.
-  *scale = float(largest);
-  const T inverse = T(inverse_scale8(*scale));
-  for (int64_t i = 0; i < kQuantBlock; ++i) to[i] = encode8(from[i], inverse);
-}
-
-// The same of a block that may be shorter, as the last one of an array is.
-template <class T>
-void read8(const int8_t* from, float scale, T* to, int64_t n) {
-  if (n == kQuantBlock) return decode_block(from, scale, to);
-  int8_t codes[kQuantBlock] = {};
-  std::copy_n(from, n, codes);
-  T values[kQuantBlock];
-  decode_block(codes, scale, values);
-  std::copy_n(values, n, to);
-}
-
-template <class T>
-void write8(const T* from, int8_t* to, float* scale, int64_t n) {
-  if (n == kQuantBlock) return encode_block(from, to, scale);
-  T values[kQuantBlock] = {};
-  std::copy_n(from, n, values);
-  int8_t codes[kQuantBlock];
-  encode_block(values, codes, scale);
-  std::copy_n(codes, n, to);
-}
-
 template <class T>
 GDBP_CLONES void move_average(T* average, const T* p, T weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) average[i] = lerp(average[i], p[i], weight);
@@ -110,26 +64,53 @@ void* at(void* base, Dtype dtype, int64_t index) { return static_cast<char*>(bas
 
 // An array seen as T: its own memory where that is its type, else a buffer that is filled and drained.
 template <class T>
-T* stage_in(const void* base, Dtype dtype, const float* scale, int64_t begin, int64_t n, T* buffer) {
+T* stage_in(const void* base, Dtype dtype, int64_t begin, int64_t n, T* buffer) {
   const void* from = at(base, dtype, begin);
   if (dtype == kComputeDtype<T>) return const_cast<T*>(static_cast<const T*>(from));
-  if (dtype == Dtype::blockwise8) {
-    read8(static_cast<const int8_t*>(from), scale[begin / kQuantBlock], buffer, n);
-  } else {
-    dispatch(dtype, [&](auto type) { read(static_cast<const typename decltype(type)::type*>(from), buffer, n); });
-  }
+  dispatch(dtype, [&](auto type) { read(static_cast<const typename decltype(type)::type*>(from), buffer, n); });
   return buffer;
 }
 
 template <class T>
-void stage_out(void* base, Dtype dtype, float* scale, int64_t begin, int64_t n, const T* buffer) {
+void stage_out(void* base, Dtype dtype, int64_t begin, int64_t n, const T* buffer) {
   void* to = at(base, dtype, begin);
-  if (to == buffer) return;
-  if (dtype == Dtype::blockwise8) {
-    write8(buffer, static_cast<int8_t*>(to), scale + begin / kQuantBlock, n);
-  } else {
+  if (to != buffer)
     dispatch(dtype, [&](auto type) { write(buffer, static_cast<typename decltype(type)::type*>(to), n); });
+}
+
+// A slot's states, as a rule takes them. The last block of 8-bit states may be shorter.
+template <int states, class T>
+void stage_in_states(const Slot& slot, int64_t begin, int64_t n, T (*buffers)[kStage], T** to) {
+  for (int k = 0; k < states; ++k) {
+    if (slot.state_dtype == Dtype::blockwise8) {
+      const int8_t* const codes = static_cast<const int8_t*>(slot.state[k]) + begin;
+      int8_t padded[kQuantBlock] = {};
+      if (n < kQuantBlock) std::copy_n(codes, n, padded);
+      to[k] = buffers[k];
+      decode_block(n < kQuantBlock ? padded : codes, slot.scale[k][begin / kQuantBlock], to[k]);
+    } else {
+      to[k] = stage_in(slot.state[k], slot.state_dtype, begin, n, buffers[k]);
+    }
   }
+}
+
+template <int states, class T>
+void stage_out_states(const Slot& slot, int64_t begin, int64_t n, T* const* from) {
+  if (slot.state_dtype != Dtype::blockwise8) {
+    for (int k = 0; k < states; ++k) stage_out(slot.state[k], slot.state_dtype, begin, n, from[k]);
+    return;
+  }
+  int8_t padded[states + 1][kQuantBlock];
+  int8_t* codes[states + 1];
+  float* scales[states + 1];
+  for (int k = 0; k < states; ++k) {
+    codes[k] = n < kQuantBlock ? padded[k] : static_cast<int8_t*>(slot.state[k]) + begin;
+    scales[k] = slot.scale[k] + begin / kQuantBlock;
+    std::fill(from[k] + n, from[k] + kQuantBlock, T(0));
+  }
+  encode_blocks<states>(from, codes, scales);
+  if (n < kQuantBlock)
+    for (int k = 0; k < states; ++k) std::copy_n(codes[k], n, static_cast<int8_t*>(slot.state[k]) + begin);
 }
 
 // The same in whole vectors only. In what is left over behind them g++ would not join multiplications and additions as
@@ -158,11 +139,10 @@ void update_piece(const Rule& rule, const Surroundings<T>& around, const Slot& s
   const int64_t stride = direct ? end - begin : kStage;
   for (int64_t lo = begin; lo < end; lo += stride) {
     const int64_t n = std::min(stride, end - lo);
-    T* const p = stage_in(slot.param, slot.param_dtype, nullptr, lo, n, buffer[0]);
-    T* const g = stage_in(slot.grad, slot.grad_dtype, nullptr, lo, n, buffer[1]);
+    T* const p = stage_in(slot.param, slot.param_dtype, lo, n, buffer[0]);
+    T* const g = stage_in(slot.grad, slot.grad_dtype, lo, n, buffer[1]);
     T* state[Rule::states + 1] = {};
-    for (int k = 0; k < Rule::states; ++k)
-      state[k] = stage_in(slot.state[k], slot.state_dtype, slot.scale[k], lo, n, buffer[2 + k]);
+    stage_in_states<Rule::states>(slot, lo, n, buffer + 2, state);
     if (kPlainToo<T> && around.plain()) {
       update_all_alike<kPlainToo<T>, Rule, T>(rule, around, p, g, state, n);
     } else {
@@ -171,15 +151,15 @@ void update_piece(const Rule& rule, const Surroundings<T>& around, const Slot& s
     if (slot.seed && slot.param_dtype == Dtype::bfloat16) {
       write_stochastic(p, static_cast<BFloat16*>(slot.param) + lo, n, slot.seed, lo);
     } else {
-      stage_out(slot.param, slot.param_dtype, nullptr, lo, n, p);
+      stage_out(slot.param, slot.param_dtype, lo, n, p);
     }
-    for (int k = 0; k < Rule::states; ++k) stage_out(slot.state[k], slot.state_dtype, slot.scale[k], lo, n, state[k]);
-    if (slot.copy) stage_out(slot.copy, slot.copy_dtype, nullptr, lo, n, p);
+    stage_out_states<Rule::states>(slot, lo, n, state);
+    if (slot.copy) stage_out(slot.copy, slot.copy_dtype, lo, n, p);
     if (slot.average) {
       // The gradient's buffer is free by now, the gradient's own memory is not.
-      T* const average = stage_in(slot.average, slot.average_dtype, nullptr, lo, n, buffer[1]);
+      T* const average = stage_in(slot.average, slot.average_dtype, lo, n, buffer[1]);
       move_average(average, p, T(slot.average_weight), n);
-      stage_out(slot.average, slot.average_dtype, nullptr, lo, n, average);
+      stage_out(slot.average, slot.average_dtype, lo, n, average);
     }
   }
 }

@@ -126,7 +126,7 @@ __device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, 
   largest = cuda::warp_reduce(largest, cuda::Max{});
   broken = cuda::warp_reduce(broken, cuda::Max{});
   // As on the CPU: what is not finite makes its block so, and decoding and encoding agree on the stored scale.
-  const float stored = broken ? std::numeric_limits<float>::quiet_NaN() : float(largest);
+  const float stored = broken ? std::numeric_limits<float>::quiet_NaN() : scale8(float(largest));
   if (at % kQuantBlock == 0 && count > 0) scale[at / kQuantBlock] = stored;
   const T inverse = T(inverse_scale8(stored));
 #pragma unroll

@@ -1,0 +1,113 @@
+// Whole blocks of 8-bit states, to numbers and back.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "optim/blockwise8.h"
+
+#if defined(GDBP_HAS_CLONES)
+#include <immintrin.h>
+#endif
+
+namespace gdbp::optim {
+
+template <class T>
+GDBP_CLONES void decode_block(const int8_t* from, float scale, T* to) {
+  for (int64_t i = 0; i < kQuantBlock; ++i) to[i] = decode8(from[i], T(scale));
+}
+
+template <class T>
+GDBP_CLONES void encode_block(const T* from, int8_t* to, float* scale) {
+  // Magnitudes are compared as integers, in whose order what is not a number comes after all numbers.
+  using Bits = typename math::Format<T>::Bits;
+  Bits most = 0;
+  for (int64_t i = 0; i < kQuantBlock; ++i) most = std::max(most, bit_cast<Bits>(math::abs(from[i])));
+  const T largest = bit_cast<T>(most);
+  // A number that is not finite makes its block so, as it must stay visible.
+  if (!(largest <= T(std::numeric_limits<float>::max()))) {
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    std::fill_n(to, kQuantBlock, int8_t(127));
+    return;
+  }
+  // As stored: decoding and encoding must agree on it.
+  *scale = scale8(float(largest));
+  const T inverse = T(inverse_scale8(*scale));
+  for (int64_t i = 0; i < kQuantBlock; ++i) to[i] = encode8(from[i], inverse);
+}
+
+#if defined(GDBP_HAS_CLONES)
+// With AVX-512, where a table of 32 numbers is one instruction: 127 cbrt(x) is such a number for the exponent times a
+// parabola of the significand, right to 7e-4 of it, a twelfth of a code at most. Half the multiplications of
+// rough_root.
+constexpr std::array<float, 32> kRootsOfPowers = [] {
+  std::array<float, 32> roots{};
+  double root = 127;  // of 2^0, down to 2^-31, under the exponent's last five bits
+  for (int k = 0; k < 32; ++k, root *= 0.79370052598409974) roots[(127 - k) % 32] = float(root);
+  return roots;
+}();
+
+// The blocks of several states, one beside the other: while the largest number of one is being found, and its inverse,
+// the others keep the processor busy. False, and nothing written, if a number is not finite.
+template <int count>
+__attribute__((target("arch=x86-64-v4"))) bool encode_wide(const float* const* from, int8_t* const* to,
+                                                           float* const* scale) {
+  constexpr int kLanes = 16;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), mantissa = _mm512_set1_epi32(0x007fffff);
+  const __m512i one = _mm512_set1_epi32(0x3f800000), sign = _mm512_set1_epi32(int32_t(0x80000000));
+  const __m512 low = _mm512_loadu_ps(kRootsOfPowers.data()), high = _mm512_loadu_ps(kRootsOfPowers.data() + kLanes);
+  const __m512 least = _mm512_set1_ps(4.9e-7f);  // code 1, for all that is not 0
+  float largest[count];
+  for (int k = 0; k < count; ++k) {
+    __m512i most = _mm512_setzero_si512();
+    for (int i = 0; i < kQuantBlock; i += kLanes)
+      most = _mm512_max_epu32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(from[k] + i)));
+    largest[k] = bit_cast<float>(_mm512_reduce_max_epu32(most));
+  }
+  for (int k = 0; k < count; ++k)
+    if (!(largest[k] <= std::numeric_limits<float>::max())) return false;
+  __m512 inverse[count];
+  for (int k = 0; k < count; ++k) {
+    *scale[k] = scale8(largest[k]);
+    inverse[k] = _mm512_set1_ps(inverse_scale8(*scale[k]));
+  }
+  for (int i = 0; i < kQuantBlock; i += kLanes) {
+    for (int k = 0; k < count; ++k) {
+      const __m512 x = _mm512_loadu_ps(from[k] + i);
+      // The larger magnitude of the two, with the first one's sign.
+      const __m512i share = _mm512_castps_si512(_mm512_range_ps(_mm512_mul_ps(x, inverse[k]), least, 3));
+      const __m512 power = _mm512_permutex2var_ps(low, _mm512_srli_epi32(share, 23), high);
+      const __m512 s =
+          _mm512_castsi512_ps(_mm512_ternarylogic_epi32(share, mantissa, one, 0xea));  // share & mantissa | one
+      const __m512 line = _mm512_fmadd_ps(_mm512_set1_ps(-0.06031974f), s, _mm512_set1_ps(0.43944205f));
+      const __m512 root = _mm512_mul_ps(power, _mm512_fmadd_ps(line, s, _mm512_set1_ps(0.62151402f)));
+      const __m512i code =
+          _mm512_ternarylogic_epi32(_mm512_castps_si512(root), share, sign, 0xf8);  // root | share & sign
+      const __mmask16 any = _mm512_test_epi32_mask(_mm512_castps_si512(x), magnitude);
+      const __m512i rounded = _mm512_maskz_cvtps_epi32(any, _mm512_castsi512_ps(code));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to[k] + i), _mm512_cvtepi32_epi8(rounded));
+    }
+  }
+  return true;
+}
+
+inline const bool kWide = [] {
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_supports("x86-64-v4"));
+}();
+#endif
+
+// One block of each of `count` states.
+template <int count, class T>
+void encode_blocks(const T* const* from, int8_t* const* to, float* const* scale) {
+  if constexpr (count > 0) {
+#if defined(GDBP_HAS_CLONES)
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (kWide && encode_wide<count>(from, to, scale)) return;
+    }
+#endif
+    for (int k = 0; k < count; ++k) encode_block(from[k], to[k], scale[k]);
+  }
+}
+
+}  // namespace gdbp::optim
