@@ -193,7 +193,7 @@ def test_state_dtype(name, param, state):
 
 class TestEightBits:
     def test_codes_are_those_of_the_formula(self):
-        """Kernel and Python agree, but where a number is half way between two codes; and every code stands for itself."""
+        """Kernel and Python agree, but for numbers between two codes; and every code stands for itself."""
         x = torch.randn(10_000) * torch.logspace(-6, 3, 10_000)
         (p,), optimizer = make("SGD", [torch.zeros(10_000)], state_dtype="8bit")
         give([p], [x])

@@ -52,7 +52,7 @@ constexpr std::array<float, 32> kRootsOfPowers = [] {
 template <int count>
 __attribute__((target("arch=x86-64-v4"))) bool encode_wide(const float* const* from, int8_t* const* to,
                                                            float* const* scale) {
-  constexpr int kLanes = 16;
+  constexpr int kLanes = 16, kAndOr = 0xea;  // a & b | c
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), mantissa = _mm512_set1_epi32(0x007fffff);
   const __m512i one = _mm512_set1_epi32(0x3f800000), sign = _mm512_set1_epi32(int32_t(0x80000000));
   const __m512 low = _mm512_loadu_ps(kRootsOfPowers.data()), high = _mm512_loadu_ps(kRootsOfPowers.data() + kLanes);
@@ -77,12 +77,10 @@ __attribute__((target("arch=x86-64-v4"))) bool encode_wide(const float* const* f
       // The larger magnitude of the two, with the first one's sign.
       const __m512i share = _mm512_castps_si512(_mm512_range_ps(_mm512_mul_ps(x, inverse[k]), least, 3));
       const __m512 power = _mm512_permutex2var_ps(low, _mm512_srli_epi32(share, 23), high);
-      const __m512 s =
-          _mm512_castsi512_ps(_mm512_ternarylogic_epi32(share, mantissa, one, 0xea));  // share & mantissa | one
+      const __m512 s = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(share, mantissa, one, kAndOr));
       const __m512 line = _mm512_fmadd_ps(_mm512_set1_ps(-0.06031974f), s, _mm512_set1_ps(0.43944205f));
       const __m512 root = _mm512_mul_ps(power, _mm512_fmadd_ps(line, s, _mm512_set1_ps(0.62151402f)));
-      const __m512i code =
-          _mm512_ternarylogic_epi32(_mm512_castps_si512(root), share, sign, 0xf8);  // root | share & sign
+      const __m512i code = _mm512_ternarylogic_epi32(share, sign, _mm512_castps_si512(root), kAndOr);
       const __mmask16 any = _mm512_test_epi32_mask(_mm512_castps_si512(x), magnitude);
       const __m512i rounded = _mm512_maskz_cvtps_epi32(any, _mm512_castsi512_ps(code));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to[k] + i), _mm512_cvtepi32_epi8(rounded));
