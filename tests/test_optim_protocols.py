@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gdbp
@@ -42,6 +43,7 @@ class TestProtocols:
         torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # torch wraps its own class's step here
         _, optimizer = self.optimizer()
         fired = []
+        optimizer.step()
         optimizer.register_step_pre_hook(lambda *_: fired.append("pre"))
         optimizer.register_step_post_hook(lambda *_: fired.append("post"))
         optimizer.step()
@@ -50,11 +52,55 @@ class TestProtocols:
         optimizer.step()
         assert fired == ["pre", "post"] * 2
 
-    def test_profiler_name(self):
+    @pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
+    def test_hooks_of_all_optimizers(self, register):
+        _, optimizer = self.optimizer()
+        fired = []
+        handle = register(lambda *arguments: fired.append(arguments))
+        try:
+            optimizer.step(closure=None)
+        finally:
+            handle.remove()
+        optimizer.step()
+        assert fired == [(optimizer, (optimizer,), {"closure": None})]
+
+    def test_a_hook_changes_the_arguments(self):
+        _, optimizer = self.optimizer()
+        optimizer.register_step_pre_hook(lambda self, args, kwargs: ((self, lambda: 5), {}))
+        assert optimizer.step() == 5
+
+    def test_profiler_names(self):
         _, optimizer = self.optimizer()
         with torch.profiler.profile() as profile:
             optimizer.step()
-        assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
+            optimizer.zero_grad()
+        names = {event.key for event in profile.key_averages()}
+        assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= names
+
+    def test_a_subclass_has_its_own_step(self):
+        class Counted(gdbp.optim.SGD):
+            steps = 0
+
+            def step(self, closure=None):
+                self.steps += 1
+                return super().step(closure)
+
+        p = torch.ones(3, requires_grad=True)
+        optimizer = Counted([p], lr=1.0)
+        p.grad = torch.ones(3)
+        with torch.profiler.profile() as profile:
+            optimizer.step()
+        optimizer.step()
+        assert optimizer.steps == 2 and torch.equal(p, torch.full((3,), -1.0))
+        assert "Optimizer.step#Counted.step" in {event.key for event in profile.key_averages()}
+
+    def test_zero_grad(self):
+        p, optimizer = self.optimizer()
+        optimizer.zero_grad(set_to_none=False)
+        assert p.grad.count_nonzero() == 0
+        optimizer.zero_grad()
+        assert p.grad is None
+        optimizer.zero_grad()
 
     @pytest.mark.parametrize(
         "how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]

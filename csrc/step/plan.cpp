@@ -3,6 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/where.h>
+#include <ATen/record_function.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
@@ -301,6 +302,7 @@ void StepPlan::advance(bool counts) {
 }
 
 void bind(py::module_& module) {
+  module.def("is_observed", &at::hasCallbacks, "Whether a profiler or another observer of this thread is on.");
   py::class_<StepPlan>(module, "StepPlan", "The tensors of an optimizer, ready for a step.")
       .def(py::init<const std::vector<Group>&, const py::dict&,
                     const std::vector<std::vector<std::pair<std::string, std::string>>>&,
