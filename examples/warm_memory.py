@@ -32,6 +32,8 @@ model = nn.Sequential(
 optimizer = torch.optim.Adam(model.parameters())
 loss = nn.CrossEntropyLoss()
 seconds = []
+if options.steps < 1:
+    parser.error(f"--steps is {options.steps}; expected at least 1")
 while len(seconds) < options.steps:
     for x, y in batches:
         start = time.perf_counter()

@@ -3,6 +3,8 @@
 Change an import, keep the script: ``gdbp.optim`` for ``torch.optim``, ``gdbp.nn`` for ``torch.nn``.
 """
 
+import importlib
+
 from gdbp._load import build_info
 from gdbp._version import __version__
 
@@ -25,3 +27,10 @@ __all__ = [
     "optim",
     "unfuse",
 ]
+
+
+def __getattr__(name: str):
+    # What most programs do without, and what takes a while to import.
+    if name in ("testing", "train"):
+        return importlib.import_module(f"gdbp.{name}")
+    raise AttributeError(f"module 'gdbp' has no attribute {name!r}")

@@ -154,8 +154,23 @@ def test_healthy_and_empty():
         model.eval()(torch.randn(0, 16))
     assert activity.stats().verdicts() == {}
     activity = collect_activation_stats(model)
-    assert str(activity).startswith("layer  activation")
     activity.remove(), activity.remove()
+    assert "gdbp.fuse(model)" in str(activity) and activity.stats().verdicts() == {}
+
+
+def test_train_step_says_that_it_calls_no_layers():
+    model = gdbp.nn.MLP([4, 8, 2])
+    optimizer = gdbp.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(3, 4), torch.randn(3, 2)
+    step, loose = (gdbp.TrainStep(model, gdbp.nn.MSELoss(), optimizer, strict=strict) for strict in (True, False))
+    with collect_activation_stats(gdbp.nn.Linear(2, 2)):
+        step(*batch)
+    with collect_activation_stats(model) as activity:
+        with pytest.raises(ValueError, match="collect_activation_stats watches the model"):
+            step(*batch)
+        loose(*batch)
+    assert [layer.rows for layer in activity.stats().layers] == [3, 3]
+    step(*batch)
 
 
 def test_training_is_not_changed():

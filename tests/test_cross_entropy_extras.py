@@ -269,6 +269,7 @@ REFUSED = {
     "z_loss": (lambda: cross_entropy(X, Y, z_loss=-1), ValueError, "z_loss is -1; expected a number of at least 0"),
     "softcap": (lambda: cross_entropy(X, Y, softcap=0), ValueError, "softcap is 0; expected a number above 0, or None"),
     "tiny softcap": (lambda: cross_entropy(X, Y, softcap=1e-60), ValueError, "is 1e-60; expected .* tells from 0"),
+    "no number": (lambda: cross_entropy(X, Y, ignore_index=1.5), TypeError, "ignore_index is 1.5; expected a whole"),
     "no z_loss": (lambda: cross_entropy(X, Y, z_loss=None), TypeError, "z_loss is None; expected a number"),
     "text": (lambda: cross_entropy(X, Y, softcap="1"), TypeError, "softcap is '1'; expected a number"),
     "no smoothing": (lambda: cross_entropy(X, Y, label_smoothing=None), TypeError, "label_smoothing is None; expected"),

@@ -113,6 +113,28 @@ def test_refusals(call, sentence):
         call()
 
 
+@pytest.mark.parametrize(
+    "module, error, sentence",
+    [
+        (lambda: torch.nn.LayerNorm(3), ValueError, "LayerNorm has no weight of two"),
+        (
+            lambda: torch.nn.Sequential(nn.Linear(2, 2), torch.nn.LazyLinear(3)),
+            ValueError,
+            "has no shape yet",
+        ),
+        (lambda: torch.ones(3), TypeError, "module is a Tensor; expected a torch.nn.Module"),
+    ],
+)
+def test_a_refusal_changes_nothing(module, error, sentence):
+    module = module()
+    parameters = [p for p in module.parameters() if type(p) is torch.nn.Parameter] if hasattr(module, "modules") else []
+    for p in parameters:
+        p.data.fill_(7)
+    with pytest.raises(error, match=sentence):
+        init.init_(module)
+    assert all((p == 7).all() for p in parameters)
+
+
 def test_torch_initialisers_are_here():
     for name in ("kaiming_normal_", "xavier_uniform_", "orthogonal_", "zeros_", "calculate_gain"):
         assert getattr(init, name) is getattr(torch.nn.init, name)

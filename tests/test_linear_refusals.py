@@ -53,6 +53,14 @@ def test_unknown_activation(name):
             call()
 
 
+@pytest.mark.parametrize("value", [None, [1.0], 3, X.detach().numpy()], ids=lambda v: type(v).__name__)
+def test_what_is_no_tensor(value):
+    with pytest.raises(TypeError, match=f"input is a {type(value).__name__}; expected a tensor"):
+        linear(value, W, B)
+    with pytest.raises(TypeError, match=r"input is a .*; expected a tensor"):
+        gdbp.nn.Linear(4, 5, activation="relu")(value)
+
+
 def test_backward_operator_checks_its_arguments():
     backward = torch.ops.gdbp.linear_backward
     every = (True, True, True)

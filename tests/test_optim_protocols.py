@@ -5,11 +5,23 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdbp
 from tests.optimizers import give, make
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class TestProtocols:
@@ -63,6 +75,26 @@ class TestProtocols:
             handle.remove()
         optimizer.step()
         assert fired == [(optimizer, (optimizer,), {"closure": None})]
+
+    def test_a_hook_that_a_closure_registers(self):
+        _, optimizer = self.optimizer()
+        fired = []
+        optimizer.step(lambda: optimizer.register_step_post_hook(lambda *_: fired.append("post")) and 1)
+        assert fired == ["post"]
+
+    def test_dispatch_modes_see_the_step(self):
+        with FakeTensorMode():
+            p = torch.nn.Parameter(torch.ones(3))
+            optimizer = gdbp.optim.AdamW([p])
+            p.grad = torch.ones(3)
+            optimizer.step()
+        p = torch.ones(3, requires_grad=True)
+        p.grad = torch.ones(3)
+        optimizer = gdbp.optim.SGD([p], lr=0.5)
+        with Operators() as seen:
+            optimizer.step()
+        optimizer.step()
+        assert "gdbp.optim_step_.default" in seen.names and torch.equal(p, torch.zeros(3))
 
     def test_a_hook_changes_the_arguments(self):
         _, optimizer = self.optimizer()

@@ -192,6 +192,13 @@ def test_many_refuses():
         pair.step.many((x, y), 2.0)
     with pytest.raises(ValueError, match="steps is -1; expected None, or a whole number"):
         pair.step.many((x, y), 2, -1)
+    with pytest.raises(ValueError, match="tensors have no rows"):
+        pair.step.many((x[:0], y[:0]))
+    with pytest.raises(TypeError, match=r"tensors is a Tensor; expected a tuple \(inputs, targets\)"):
+        pair.step.many(x)
+    with pytest.raises(TypeError, match="targets is a list; expected a tensor"):
+        pair.step.many((x, y.tolist()))
+    assert pair.step.steps == 0
     with pytest.raises(IndexError, match="Target 9 is out of bounds"):
         pair.step.many((x, torch.cat([y[:12], torch.tensor([9] * 4)])), 4, shuffle=False)
     # The three steps before that one took place.
@@ -225,14 +232,47 @@ def test_eager_where_not_strict(norm):
     assert pair.step.memory() == {"rows": 0, "bytes": 0, "unshared_bytes": 0}
 
 
+@pytest.mark.parametrize(
+    "change, error, sentence",
+    [
+        ({"model": None}, TypeError, "model is a NoneType; expected a torch.nn.Module"),
+        ({"loss": 3}, TypeError, "loss is a int; expected a loss module, or a function"),
+        ({"optimizer": "sgd"}, TypeError, "optimizer is a str; expected a torch.optim.Optimizer"),
+        ({"seed": 1.5}, TypeError, "seed is 1.5; expected a whole number, or None"),
+        ({"max_grad_norm": "1"}, TypeError, "max_grad_norm is '1'; expected a number"),
+        ({"model": network(4)}, ValueError, "optimizer has none of the model's parameters"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_refused_arguments(change, error, sentence, strict):
+    model = network(4)
+    arguments = {"model": model, "loss": nn.MSELoss(), "optimizer": optim.SGD(model.parameters(), lr=0.1), **change}
+    with pytest.raises(error, match=sentence):
+        gdbp.TrainStep(**arguments, strict=strict)
+
+
+def test_sparse_input():
+    pair, (x, y) = Pair(strict=False), data()
+    close(pair.step(x.to_sparse(), y), eager(pair.twin, pair.loss, pair.other, x, y))
+    assert "the input is torch.sparse_coo; expected a dense tensor" in pair.step.explain()
+
+
+def test_a_dtype_that_runs_eagerly_is_said():
+    model = network(4).bfloat16()
+    step = gdbp.TrainStep(model, nn.MSELoss(), optim.SGD(model.parameters(), lr=0.1), strict=False)
+    step(torch.randn(3, FEATURES).bfloat16(), torch.randn(3, CLASSES).bfloat16())
+    assert step.explain().startswith("eager")
+
+
 def test_eager_for_one_input():
     """What only one input can't have is no reason for the next."""
     pair = Pair(network(4), nn.MSELoss(), strict=False)
     x, y = data(target="values")
     batch = x.reshape(4, 4, FEATURES), y.reshape(4, 4, CLASSES)
     close(pair.step(*batch), eager(pair.twin, pair.loss, pair.other, *batch))
-    assert pair.step.explain().startswith("fused")
+    assert pair.step.explain().startswith("eager, for the last step's batch: TrainStep: input has shape")
     close(pair.step(x, y), eager(pair.twin, pair.loss, pair.other, x, y))
+    assert pair.step.explain().startswith("fused")
     same_state(pair.model, pair.optimizer, pair.twin, pair.other)
 
 

@@ -34,7 +34,7 @@ GDBP_HD float rough_root(float x) {
 template <class T>
 GDBP_HD int8_t encode8(T x, T inverse_scale) {
   const float share = float(math::abs(x) * inverse_scale);
-  const float root = rough_root(share) + 0.5f, least = share > 0 ? 1.0f : 0.0f;
+  const float root = rough_root(share) + 0.5f, least = x != 0 ? 1.0f : 0.0f;
   return int8_t(int32_t(math::copysign(root > least ? root : least, float(x))));
 }
 

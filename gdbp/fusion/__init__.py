@@ -58,7 +58,11 @@ def fuse(
     for module, cls in [(module, fused_class(type(module), code)) for module, code in changes]:
         module.__class__ = cls
     if report is not None:
-        report(found)
+        try:
+            report(found)
+        except BaseException:
+            unfuse(model)
+            raise
     return model
 
 

@@ -4,6 +4,7 @@ import operator
 from numbers import Real
 
 import torch
+from torch import is_tensor
 from torch.nn import _reduction as _legacy
 
 from gdbp.ops.linear import ACTIVATIONS
@@ -53,6 +54,11 @@ def no_number(**values: object) -> TypeError:
     """What to raise where a comparison of these was a TypeError, which is when there is time to see whose."""
     found = [f"{name} is {value!r}" for name, value in values.items() if not isinstance(value, Real)]
     return TypeError(f"{' and '.join(found)}; expected a number")
+
+
+def no_tensor(**values: object) -> TypeError:
+    found = [f"{name} is a {type(value).__name__}" for name, value in values.items() if not is_tensor(value)]
+    return TypeError(f"{' and '.join(found)}; expected a tensor; convert it with torch.as_tensor()")
 
 
 def check_activation(activation: str | None) -> None:

@@ -60,8 +60,11 @@ def clip_grad_norm_by_layer_(
 
     Raises:
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; names the layers.
+        TypeError: model is no module.
         ValueError: max_norm below 0 or NaN, norm_type not above 0.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     seen: set[Tensor] = set()
     layers: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():

@@ -64,6 +64,8 @@ def cross_entropy(
         target, second, share = _mixture(target)
     input, weight = without_autocast(input, weight)
     _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty)
+    if type(ignore_index) is not int:
+        ignore_index = _class_number(ignore_index)
     dim, is_labels = input.dim(), not target.is_floating_point()
     same_shape = dim == target.dim() and input.shape == target.shape
     soft = not is_labels and dim > 0 and same_shape and ignore_index < 0
@@ -118,6 +120,12 @@ def _check_inplace(logits: torch.Tensor, target: torch.Tensor) -> None:
             f"inplace_backward=True writes the gradient over the logits, and these are expanded (strides "
             f"{logits.stride()}), several to one place; leave it out, or pass logits.contiguous()"
         )
+
+
+def _class_number(value: object) -> int:
+    if (number := whole(value)) is None:
+        raise TypeError(f"ignore_index is {value!r}; expected a whole number")
+    return number
 
 
 def _cap(softcap: float | None) -> float:

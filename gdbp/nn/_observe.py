@@ -1,13 +1,24 @@
 """Who wants to see what layers put out. Hooks would do, if a hook on a layer did not keep it out of a fused run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-Observer = Callable[[Sequence[torch.nn.Module | str], str | None, torch.Tensor], None]
 
-# Called with the layers that were computed together, their activation, and the output. Empty as a rule.
+class Observer(Protocol):
+    def watches(self, module: torch.nn.Module) -> bool: ...
+
+    def see(self, layers: Sequence[torch.nn.Module | str], activation: str | None, output: torch.Tensor) -> None:
+        """The layers that were computed together, their activation, and the output."""
+
+
+# Empty as a rule.
 observers: list[Observer] = []
+
+
+def is_observed(module: torch.nn.Module) -> bool:
+    return any(observer.watches(module) for observer in observers)
 
 
 def obstacle(module: torch.nn.Module) -> str:
@@ -21,5 +32,5 @@ def obstacle(module: torch.nn.Module) -> str:
 
 
 def tell(layers: Sequence[torch.nn.Module | str], activation: str | None, output: torch.Tensor) -> None:
-    for observe in tuple(observers):
-        observe(layers, activation, output)
+    for observer in tuple(observers):
+        observer.see(layers, activation, output)

@@ -80,7 +80,8 @@ class LayerActivity:
 @dataclass(frozen=True)
 class ActivationStats:
     """What :func:`collect_activation_stats` saw: ``layers`` in the order of their first calls. Their tensors are not
-    waited for until they are printed. ``str()`` is a table with a verdict for each, :meth:`verdicts` these alone."""
+    waited for until they are printed. ``str()`` is a table with a verdict for each, :meth:`verdicts` these alone; of
+    nothing it is a sentence."""
 
     layers: tuple[LayerActivity, ...]
 
@@ -94,6 +95,8 @@ class ActivationStats:
         return {layer.name: verdict for layer in self.layers if (verdict := layer.verdict())}
 
     def __str__(self) -> str:
+        if not self.layers:
+            return "no layer that is watched was called; gdbp.fuse(model) has the layers of torch.nn watched, too"
         head = ["layer", "activation", "units", "rows", "mean", "variance", "dead", "flat", "verdict"]
         rows = [[*layer.cells(), layer.verdict() or "ok"] for layer in self.layers]
         return format_table([head, *rows], range(2, len(head) - 1))
@@ -105,7 +108,7 @@ class ActivationCollector:
     def __init__(self, model: torch.nn.Module):
         self._names = {module: name for name, module in reversed(list(model.named_modules()))}
         self._sums: dict[tuple[str, str | None], tuple[int, Tensor]] = {}
-        observers.append(self._observe)
+        observers.append(self)
 
     def stats(self) -> ActivationStats:
         """Everything collected so far, without waiting for the device."""
@@ -117,8 +120,8 @@ class ActivationCollector:
 
     def remove(self) -> None:
         """Collect no more; what was collected stays. Does nothing the second time."""
-        if self._observe in observers:
-            observers.remove(self._observe)
+        if self in observers:
+            observers.remove(self)
 
     def __enter__(self) -> "ActivationCollector":
         return self
@@ -129,7 +132,12 @@ class ActivationCollector:
     def __str__(self) -> str:
         return str(self.stats())
 
-    def _observe(self, layers: Sequence[torch.nn.Module | str], activation: str | None, output: Tensor) -> None:
+    def watches(self, module: torch.nn.Module) -> bool:
+        """Whether it is a part of the model."""
+        return module in self._names
+
+    def see(self, layers: Sequence[torch.nn.Module | str], activation: str | None, output: Tensor) -> None:
+        """Takes in one output; for our layers to call."""
         if layers[0] not in self._names or functorch_is_active():
             return
         parts = (f"{layer}()" if isinstance(layer, str) else self._names[layer] for layer in layers)
@@ -158,7 +166,8 @@ def collect_activation_stats(model: torch.nn.Module) -> ActivationCollector:
     does, each output is read once more, right after it was written: a kernel that counts as it writes would be
     slower for everybody. Sums are kept in float64 on the device, which is not waited for.
 
-    Calls inside transforms of torch.func are not counted. Of DTensors all is counted, which every rank must do.
+    ``TrainStep`` does not call layers, and refuses a model that is watched. Calls inside transforms of torch.func are
+    not counted. Of DTensors all is counted, which every rank must do.
 
     Args:
         model: the module whose layers to watch; what of it is called, and how often, does not matter.

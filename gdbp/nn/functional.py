@@ -5,7 +5,15 @@ import warnings
 import torch
 
 from gdbp import ops
-from gdbp.nn._arguments import autocast, autocast_is_on, check_activation, no_number, reduction_name, without_autocast
+from gdbp.nn._arguments import (
+    autocast,
+    autocast_is_on,
+    check_activation,
+    no_number,
+    no_tensor,
+    reduction_name,
+    without_autocast,
+)
 from gdbp.nn._batch_norm import batch_norm, linear_batch_norm  # noqa: F401
 from gdbp.nn._cross_entropy import Mixture, cross_entropy, linear_cross_entropy  # noqa: F401
 
@@ -37,11 +45,13 @@ def linear(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
-        TypeError: a dtype without a kernel.
+        TypeError: a dtype without a kernel, an input that is no tensor.
         ValueError: an unknown activation.
     """
     if activation is not None:
         check_activation(activation)
+    if not isinstance(input, torch.Tensor):
+        raise no_tensor(input=input)
     if autocast_is_on(input):
         input, weight, bias = autocast(input, weight, bias)
     return ops.linear(input, weight, bias, activation or "none")

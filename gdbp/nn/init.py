@@ -36,6 +36,7 @@ from torch.nn.init import (
     xavier_uniform_,
     zeros_,
 )
+from torch.nn.parameter import UninitializedParameter
 
 __all__ = [
     "SCHEMES",
@@ -119,7 +120,9 @@ def init_(
         generator: source of the random numbers, on the device of the weights; default torch's global one.
 
     Raises:
-        ValueError: unknown scheme or nonlinearity, all-zero weights asked for, or no weight found.
+        ValueError: unknown scheme or nonlinearity, all-zero weights asked for, no weight found, or one without a
+            shape yet. Nothing is changed then.
+        TypeError: module is none.
     """
     if scheme in ("zero", "zeros", "constant", "ones"):
         raise ValueError(
@@ -128,21 +131,29 @@ def init_(
         )
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is unknown; expected one of {', '.join(SCHEMES)}")
-    fill_, factor, drawn = SCHEMES[scheme], gain(nonlinearity), 0
-    for layer in module.modules():
-        if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
-            continue
-        for name, parameter in layer.named_parameters(recurse=False):
-            if "weight" in name and parameter.ndim >= 2:
-                fill_(parameter, generator=generator)
-                with torch.no_grad():
-                    parameter.mul_(factor)
-                drawn += 1
-            elif "bias" in name:
-                zeros_(parameter)
-    if not drawn:
+    fill_, factor = SCHEMES[scheme], gain(nonlinearity)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    parameters = [
+        (name, parameter)
+        for layer in module.modules()
+        if not isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+        for name, parameter in layer.named_parameters(recurse=False)
+    ]
+    for name, parameter in parameters:
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"a {name} of {type(module).__name__} has no shape yet; call the module once before")
+    weights = [parameter for name, parameter in parameters if "weight" in name and parameter.ndim >= 2]
+    if not weights:
         raise ValueError(
             f"module {type(module).__name__} has no weight of two or more dimensions; expected a "
             "network with at least one linear or convolutional layer"
         )
+    for weight in weights:
+        fill_(weight, generator=generator)
+        with torch.no_grad():
+            weight.mul_(factor)
+    for name, parameter in parameters:
+        if "bias" in name and not ("weight" in name and parameter.ndim >= 2):
+            zeros_(parameter)
     return module

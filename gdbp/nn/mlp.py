@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from gdbp.nn import init as init_
-from gdbp.nn._arguments import check_activation, whole
+from gdbp.nn._arguments import check_activation, no_number, whole
 from gdbp.nn._observe import observers, obstacle
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
@@ -64,8 +64,11 @@ class MLP(torch.nn.Sequential):
             raise ValueError(
                 f"sizes is {given}; expected two or more whole numbers above 0: inputs, hidden units, outputs"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
+        try:
+            if not 0 <= dropout < 1:
+                raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
+        except TypeError:
+            raise no_number(dropout=dropout) from None
         check_activation(activation)
         where = {"device": device, "dtype": dtype}
         layers: list[torch.nn.Module] = []

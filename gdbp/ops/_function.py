@@ -67,6 +67,8 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
         # The usual case first: this runs at every call of every layer.
         if t is None or (type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and t.layout is torch.strided):
             continue
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"got a {type(t).__name__}; expected a tensor; convert it with torch.as_tensor()")
         if t.device.type not in _DEVICES or t.layout is not torch.strided:
             return False
         if type(t).__torch_dispatch__ is not _NO_DISPATCH and not isinstance(t, FakeTensor):

@@ -22,6 +22,10 @@ if _load.available:
     from gdbp import _C
 
 
+# Which others may have replaced, to be called by all optimizers.
+_TORCHS_ZERO_GRAD = torch.optim.Optimizer.zero_grad
+
+
 class Update(NamedTuple):
     """An update rule as a group's options choose it."""
 
@@ -32,6 +36,7 @@ class Update(NamedTuple):
     counts: tuple[tuple[str, float], ...] = (("step", 0.0),)
     decoupled: bool = False  # whether weight_decay shrinks the parameter itself
     initial: float = 0.0  # what every element of a state starts at
+    too_fine: str = ""  # why states of 8 bits would not do
 
 
 _EXTRAS = (
@@ -76,7 +81,10 @@ class Fused(torch.optim.Optimizer):
             not lost; True, or a seed > 0. A function of the seed, the parameter's position, the step and the
             element: reproducible for any number of threads.
         state_dtype: dtype of the states, None for the parameter's; "8bit" for blocks of 8-bit numbers with a common
-            scale (states of fewer than 4096 elements stay float32), which torch's classes cannot read.
+            scale (states of fewer than 4096 elements stay float32), which torch's classes cannot read. They are rounded
+            to the nearest of 255: an element whose gradients are far below those of its 127 neighbours keeps old values
+            longer than the betas say, and one that is not finite takes its neighbours along. Adadelta and centered
+            RMSprop need more digits and refuse them.
         ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
             started at the parameters as first stepped; see :meth:`ema_parameters`.
         copy_dtype: write every new parameter also into a copy of this dtype, for a forward pass in low precision;
@@ -121,6 +129,7 @@ class Fused(torch.optim.Optimizer):
         extras = {"l1": l1, "l1_mode": l1_mode, "clip_value": clip_value}
         _check_extras(extras)
         _check_max_grad_norm(max_grad_norm)
+        _check_switches(skip_nonfinite=skip_nonfinite, amp_fused=amp_fused, master_weights=master_weights)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, ema_decay, copy_dtype)
         precision.check()
         super().__init__(params, *args, **kwargs)
@@ -135,6 +144,7 @@ class Fused(torch.optim.Optimizer):
         self.defaults.update(precision._asdict())
         for group in self.param_groups:
             _set_extras(group, extras)
+            self._check_digits(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         for option in _STEP_EXTRAS:
@@ -148,7 +158,12 @@ class Fused(torch.optim.Optimizer):
             self.param_groups[-1].pop(option.name, None)
         # While torch's constructor runs, the defaults of ours are not there yet.
         if "l1" in self.defaults:
-            _set_extras(self.param_groups[-1], self.defaults)
+            try:
+                _set_extras(self.param_groups[-1], self.defaults)
+                self._check_digits(self.param_groups[-1])
+            except (ValueError, TypeError):
+                del self.param_groups[-1]
+                raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -182,6 +197,12 @@ class Fused(torch.optim.Optimizer):
         """2-norm of all gradients at the last step, before clipping: a 0-dim float64 tensor on their device, or
         None where neither max_grad_norm nor skip_nonfinite asked for it."""
         return self._last["grad_norm"]
+
+    def _check_digits(self, group: dict[str, Any]) -> None:
+        if self._precision.state_dtype == "8bit" and (why := self._update(group).too_fine):
+            raise ValueError(
+                f"Invalid state_dtype: '8bit' for {type(self).__name__}, {why}; expected None or torch.float32"
+            )
 
     @property
     def _precision(self) -> Precision:
@@ -219,13 +240,21 @@ class Fused(torch.optim.Optimizer):
                 or of_all._global_optimizer_pre_hooks
                 or of_all._global_optimizer_post_hooks
             )
-            return (announced if has_hooks or _is_observed() else func)(self, *args, **kwargs)
+            if has_hooks or _is_observed():
+                return announced(self, *args, **kwargs)
+            out = func(self, *args, **kwargs)
+            self._optimizer_step_code()
+            # Those that came in the meantime, from a closure.
+            for hooks in (self._optimizer_step_post_hooks, of_all._global_optimizer_post_hooks):
+                for hook in tuple(hooks.values()) if hooks else ():
+                    hook(self, (self, *args), kwargs)
+            return out
 
         return step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all parameters, or with ``set_to_none=False`` make them zeros."""
-        if not set_to_none or _is_observed():
+        if not set_to_none or torch.optim.Optimizer.zero_grad is not _TORCHS_ZERO_GRAD or _is_observed():
             return super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:
@@ -286,10 +315,13 @@ class Fused(torch.optim.Optimizer):
         """A plan that has taken this step's tensors in. ``collect(plan, groups, state)`` has it do so, and says whether
         the plan still fits; created, takes_part: see :meth:`_make_plan`."""
         groups, updates = self._groups()
-        plan = self.__dict__.get("_plan")
+        # A mode that wants to see every operator is shown one: fake tensors, make_fx.
+        shown = torch._C._len_torch_dispatch_stack() > 0 and takes_part is None and self._precision.is_default()
+        plan = None if shown else self.__dict__.get("_plan")
         # A plan that no longer fits says so, and another is made; then it fits.
         if plan is None or not collect(plan, groups, self.state):
-            self._plan = plan = self._make_plan(groups, updates, created, takes_part)
+            plan = self._make_plan(groups, updates, created, takes_part, shown)
+            self._plan = None if shown else plan
             if not collect(plan, groups, self.state):
                 raise RuntimeError(
                     f"{type(self).__name__}: a state is not the tensor it should be; expected what state_dict() "
@@ -335,14 +367,22 @@ class Fused(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _make_plan(
-        self, groups: list, updates: list[Update], created: list[tuple[torch.Tensor, dict[str, Any]]], takes_part=None
+        self,
+        groups: list,
+        updates: list[Update],
+        created: list[tuple[torch.Tensor, dict[str, Any]]],
+        takes_part=None,
+        shown: bool = False,
     ):
         """Creates the states that are missing and returns what will step the groups from now on.
 
         Args:
             created: takes in the parameters whose states were made or replaced, and what these were before.
             takes_part: says of a parameter whether it will be stepped; default: whether it has a gradient.
+            shown: whether the step has to go through operators.
         """
+        for group in self.param_groups:
+            self._check_digits(group)
         takes_part = takes_part or (lambda p: p.grad is not None)
         precision = self._precision
         roles, fresh, waiting = [], [], []
@@ -371,7 +411,7 @@ class Fused(torch.optim.Optimizer):
                 if len(state) == len(before) and all(state[key] is value for key, value in before.items()):
                     created.pop()
         params = [p for params, _, _ in groups for p in params]
-        compiled = _load.available and all(is_fused(p) and not p.is_meta for p in params)
+        compiled = _load.available and not shown and all(is_fused(p) and not p.is_meta for p in params)
         if compiled and len(set(map(id, params))) == len(params):
             plan = _C.StepPlan(groups, self.state, roles, fresh, waiting)
             plan.configure(precision.average_weight, precision.seed)
@@ -399,12 +439,15 @@ class Fused(torch.optim.Optimizer):
 
 def _check_extras(extras: dict[str, Any]) -> None:
     l1, mode, clip = extras["l1"], extras["l1_mode"], extras["clip_value"]
-    if not l1 >= 0.0:
-        raise ValueError(f"Invalid l1 value: {l1}; expected a number >= 0")
+    try:
+        if not l1 >= 0.0:
+            raise ValueError(f"Invalid l1 value: {l1}; expected a number >= 0")
+        if clip is not None and not clip > 0.0:
+            raise ValueError(f"Invalid clip_value: {clip}; expected a number > 0, or None for no clipping")
+    except TypeError:
+        raise TypeError(f"l1 is {l1!r} and clip_value {clip!r}; expected numbers, or None for no clipping") from None
     if mode not in ("subgradient", "prox"):
         raise ValueError(f"Invalid l1_mode: {mode!r}; expected 'subgradient' or 'prox'")
-    if clip is not None and not clip > 0.0:
-        raise ValueError(f"Invalid clip_value: {clip}; expected a number > 0, or None for no clipping")
 
 
 def _is_observed() -> bool:
@@ -413,8 +456,17 @@ def _is_observed() -> bool:
 
 
 def _check_max_grad_norm(value: float | None) -> None:
-    if value is not None and not value > 0.0:
-        raise ValueError(f"Invalid max_grad_norm: {value}; expected a number > 0, or None for no clipping")
+    try:
+        if value is not None and not value > 0.0:
+            raise ValueError(f"Invalid max_grad_norm: {value}; expected a number > 0, or None for no clipping")
+    except TypeError:
+        raise TypeError(f"max_grad_norm is {value!r}; expected a number > 0, or None for no clipping") from None
+
+
+def _check_switches(**values: bool) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (bool, int)):
+            raise TypeError(f"{name} is {value!r}; expected True or False")
 
 
 def _listed(params) -> list[torch.Tensor]:

@@ -26,9 +26,13 @@ class Precision(NamedTuple):
                 f"Invalid state_dtype: {self.state_dtype!r}; expected None (the parameter's), '8bit', or a floating "
                 "dtype"
             )
-        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+        try:
+            is_decay = self.ema_decay is None or 0.0 <= self.ema_decay < 1.0
+        except TypeError:
+            is_decay = False
+        if not is_decay:
             raise ValueError(
-                f"Invalid ema_decay: {self.ema_decay}; expected a number from 0 to 1, or None for no average"
+                f"Invalid ema_decay: {self.ema_decay!r}; expected a number from 0 to 1, or None for no average"
             )
         if self.copy_dtype not in (None, torch.float64, torch.float32, *_HALF):
             raise ValueError(f"Invalid copy_dtype: {self.copy_dtype!r}; expected a floating dtype, or None for no copy")
@@ -132,7 +136,7 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = blocks.abs().amax(1)
     scale = torch.where(scale > 0, scale.clamp_min(2.0**-105), scale)
     share = (blocks / torch.where(scale > 0, scale, 1.0)[:, None]).abs()
-    code = (127 * share.pow(1 / 3)).round().clamp(1, 127) * (share > 0) * blocks.sign()
+    code = (127 * share.pow(1 / 3)).round().clamp(1, 127) * blocks.sign()
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.preserve_format)
     torch.as_strided(codes, (x.numel(),), (1,)).copy_(code.view(-1)[: x.numel()])
     return codes, scale

@@ -25,4 +25,5 @@ class Adadelta(Fused, torch.optim.Adadelta):
     """
 
     def _update(self, group):
-        return Update("adadelta", ("square_avg", "acc_delta"), (group["rho"], group["eps"]))
+        too_fine = "whose second average grows by its own rounding"
+        return Update("adadelta", ("square_avg", "acc_delta"), (group["rho"], group["eps"]), too_fine=too_fine)

@@ -24,4 +24,5 @@ class RMSprop(Fused, torch.optim.RMSprop):
             rule, states = rule + "_momentum", (*states, "momentum_buffer")
         if group["centered"]:
             states = (*states, "grad_avg")
-        return Update(rule, states, (group["alpha"], group["eps"], group["momentum"]))
+        too_fine = "whose centered average is a difference of two others" if group["centered"] else ""
+        return Update(rule, states, (group["alpha"], group["eps"], group["momentum"]), too_fine=too_fine)

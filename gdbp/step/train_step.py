@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 
 from gdbp import _load
+from gdbp.nn._arguments import no_number, whole
+from gdbp.nn._observe import is_observed, observers
 from gdbp.step import _loss, _optimizer, _ranks
 from gdbp.step._device import DevicePlan
 from gdbp.step._model import Layers
@@ -88,27 +90,36 @@ class TrainStep:
         process_group=None,
         seed: int | None = None,
     ):
+        _check_arguments(model, loss, optimizer, seed)
         _check_norm(max_grad_norm)
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.strict, self.keep_grads, self.max_grad_norm = strict, keep_grads, max_grad_norm
         self.process_group = process_group
         self.grad_norms: torch.Tensor | None = None
-        self.seed = (torch.initial_seed() if seed is None else seed) % 2**64
+        self.seed = (torch.initial_seed() if seed is None else whole(seed)) % 2**64
         self.steps = 0
         self._plan = self._rules = self._layers = None
         self._on_device = False
         self._waits = False  # whether the updates of this step wait for the norm of all gradients
         self._reason: str | None = None  # why the last step, or the next, is not fused
+        self._refused: str | None = None  # the same of the last step's input alone
         if not self._make_plan() and strict:
             raise ValueError(self._reason)
+        own = set(model.parameters())
+        if own and not any(p in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer has none of the model's parameters; pass it model.parameters()")
         if process_group is not None:
             _ranks.share(process_group, [*model.parameters(), *model.buffers()])
 
     def __call__(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """One step; returns the loss as a detached 0-dim tensor."""
+        self._refused = None
         if not self._is_fused():
             return self._eager(input, target)
         try:
+            for name, tensor in (("input", input), ("target", target)):
+                if getattr(tensor, "layout", torch.strided) is not torch.strided:
+                    raise TypeError(f"the {name} is {tensor.layout}; expected a dense tensor; use .to_dense()")
             if self._on_device:
                 groups, draw = self.optimizer.param_groups, (self.seed, self.steps)
                 return self._plan.step(self._run, groups, self.keep_grads, draw, input, target)
@@ -116,7 +127,7 @@ class TrainStep:
         except (ValueError, TypeError) as error:
             if self.strict:
                 raise
-            self._reason = str(error)
+            self._refused = str(error)
             return self._eager(input, target)
 
     def many(
@@ -141,15 +152,23 @@ class TrainStep:
 
         Returns the losses, (steps,).
         """
+        if not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
+            raise TypeError(f"tensors is a {type(tensors).__name__}; expected a tuple (inputs, targets)")
         inputs, targets = tensors
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            if not isinstance(tensor, torch.Tensor) or not tensor.dim():
+                raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor of one row for each sample")
         rows = len(inputs)
         if len(targets) != rows:
             raise ValueError(f"tensors have {rows} and {len(targets)} rows; expected as many targets as inputs")
-        size = rows if batch_size is None else batch_size
-        if not isinstance(size, int) or not 1 <= size <= max(rows, 1) or not rows:
-            raise ValueError(f"batch_size is {batch_size}; expected None, or 1 to the {rows} rows there are")
-        if steps is not None and not (isinstance(steps, int) and steps >= 0):
-            raise ValueError(f"steps is {steps}; expected None, or a whole number of at least 0")
+        if not rows:
+            raise ValueError("tensors have no rows; expected at least one sample")
+        size = rows if batch_size is None else whole(batch_size)
+        if size is None or not 1 <= size <= rows:
+            raise ValueError(f"batch_size is {batch_size!r}; expected None, or 1 to the {rows} rows there are")
+        asked, steps = steps, None if steps is None else whole(steps)
+        if asked is not None and (steps is None or steps < 0):
+            raise ValueError(f"steps is {asked!r}; expected None, or a whole number of at least 0")
         epoch = -(-rows // size)
         left = epoch if steps is None else steps
         losses, norms = [], []
@@ -166,6 +185,8 @@ class TrainStep:
         """What runs, and why: a line for each layer, the loss and the optimizer."""
         if not self._is_fused():
             return f"eager: {self._reason}"
+        if self._refused is not None:
+            return f"eager, for the last step's batch: {self._refused}"
         waits = bool(self._limit())
         if self._on_device:
             lines, updates = self._plan.explain(waits or self.keep_grads)
@@ -223,6 +244,11 @@ class TrainStep:
         if (self._plan is not None and self._plan.unchanged()) or self._make_plan():
             try:
                 _optimizer.check(self.optimizer)
+                if observers and any(map(is_observed, self.model.modules())):
+                    raise CannotFuse(
+                        "collect_activation_stats watches the model, and a fused step does not call its layers; "
+                        "remove() the collector, or use strict=False"
+                    )
                 if self._on_device:
                     self._plan.choose()
                 elif torch.is_autocast_enabled("cpu"):
@@ -291,10 +317,9 @@ class TrainStep:
                 x, y, index = inputs.contiguous(), targets.contiguous(), index[:rows]
             try:
                 return self._run(self._plan.many, x, y, index, size)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError):
                 if self.strict:
                     raise
-                self._reason = str(error)
         parts = [slice(at, at + size) for at in range(0, rows, size)]
         if index is not None:
             parts = index[:rows].to(inputs.device).split(size)
@@ -322,9 +347,23 @@ class TrainStep:
         return value.detach()
 
 
+def _check_arguments(model, loss, optimizer, seed) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not callable(loss):
+        raise TypeError(f"loss is a {type(loss).__name__}; expected a loss module, or a function")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+    if seed is not None and whole(seed) is None:
+        raise TypeError(f"seed is {seed!r}; expected a whole number, or None")
+
+
 def _check_norm(limit: float | None) -> None:
-    if limit is not None and not limit > 0:
-        raise ValueError(f"max_grad_norm is {limit}; expected a number above 0, or None")
+    try:
+        if limit is not None and not limit > 0:
+            raise ValueError(f"max_grad_norm is {limit}; expected a number above 0, or None")
+    except TypeError:
+        raise no_number(max_grad_norm=limit) from None
 
 
 def _is_on_device(model: torch.nn.Module) -> bool:

@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--clip", type=_number(above=0), metavar="NORM", help="largest gradient norm (default: any)")
     keep = "which network: of the epoch with the lowest validation loss, or of the last"
     add("--keep", choices=("best", "last"), default="best", help=keep)
-    add("--threads", type=_integer(1), metavar="N", help="CPU threads (default: 1 for a small network)")
+    add("--threads", type=_integer(1, 1024), metavar="N", help="CPU threads (default: 1 for a small network)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
 
     add = parser.add_argument_group("output").add_argument

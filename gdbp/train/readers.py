@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def _read_builtin(source: str) -> Table:
 
 
 def _read_csv(source: str, target: str | None, task: str | None) -> Table:
-    lines, names = _csv_lines(source)
+    lines, names, has_names = _csv_lines(source)
     if target is None:
         index = len(names) - 1
     elif names.count(target) == 1:
@@ -100,12 +101,10 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     x = np.empty((len(lines), len(inputs)))
     for position, column in enumerate(inputs):
         x[:, position] = _numbers(source, lines, names, column)
-    is_number = [_is_number(cells[index]) for _, cells in lines]
-    if len(lines) > 1 and not is_number[0] and all(is_number[1:]):
-        raise InputError(
-            f"{source!r} line {lines[0][0]} has {lines[0][1][index]!r} where all others have a number of column "
-            f"{names[index]!r}; if that line holds names, expected none of them to be a number"
-        )
+    labels = [cells[index] for _, cells in lines]
+    is_number = list(map(_is_number, labels))
+    if not has_names:
+        _check_first(source, lines[0][0], labels, is_number)
     if task == "regression" or all(is_number):
         y = _numbers(source, lines, names, index)
     else:
@@ -113,8 +112,20 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     return Table(Path(source).stem, x, y, [names[column] for column in inputs], names[index])
 
 
-def _csv_lines(source: str) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """The samples as (line number, cells), and the column names."""
+def _check_first(source: str, line: int, labels: list[str], is_number: list[bool]) -> None:
+    """Whether the first sample's target is like the others', and no column's name."""
+    counts = Counter(labels)
+    alone = counts[labels[0]] == 1 and all(counts[label] > 1 for label in labels[1:])
+    if len(labels) > 1 and not is_number[0] and (all(is_number[1:]) or alone):
+        others = "a number" if all(is_number[1:]) else "one of several samples' classes"
+        raise InputError(
+            f"{source!r} line {line} has {labels[0]!r} where all others have {others}; if that line holds names, "
+            "expected none of them to be a number"
+        )
+
+
+def _csv_lines(source: str) -> tuple[list[tuple[int, list[str]]], list[str], bool]:
+    """The samples as (line number, cells), the column names, and whether the file has these."""
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
             first = file.readline()
@@ -128,7 +139,8 @@ def _csv_lines(source: str) -> tuple[list[tuple[int, list[str]]], list[str]]:
     if not lines:
         raise InputError(f"{source!r} is empty; expected one sample a line")
     header = lines[0][1]
-    if any(_is_number(cell) for cell in header):
+    has_names = not any(map(_is_number, header))
+    if not has_names:
         names = [f"column_{i + 1}" for i in range(len(header))]
     else:
         names, lines = header, lines[1:]
@@ -136,8 +148,8 @@ def _csv_lines(source: str) -> tuple[list[tuple[int, list[str]]], list[str]]:
         raise InputError(f"{source!r} has column names but no samples; expected one sample a line")
     for line, cells in lines:
         if len(cells) != len(names):
-            raise InputError(f"{source!r} line {line} has {len(cells)} cells; expected {len(names)}, as in line 1")
-    return lines, names
+            raise InputError(f"{source!r} line {line} has {len(cells)} cells; expected {len(names)}, as in the first")
+    return lines, names, has_names
 
 
 def _is_number(cell: str) -> bool:
