@@ -335,6 +335,25 @@ class TestErrors:
         with pytest.raises(ValueError, match=sentence):
             gdbp.optim.Adam([torch.nn.Parameter(torch.zeros(1))], **options)
 
+    @pytest.mark.parametrize(
+        "options,sentence",
+        [
+            (dict(l1="a"), "l1 is 'a'"),
+            (dict(clip_value="1"), "clip_value '1'"),
+            (dict(max_grad_norm="1"), "max_grad_norm is '1'"),
+            (dict(skip_nonfinite="no"), "skip_nonfinite is 'no'; expected True or False"),
+        ],
+    )
+    def test_options_of_another_type(self, options, sentence):
+        with pytest.raises(TypeError, match=sentence):
+            gdbp.optim.Adam([torch.nn.Parameter(torch.zeros(1))], **options)
+
+    def test_a_refused_group_is_not_added(self):
+        optimizer = gdbp.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+        with pytest.raises(ValueError, match="Invalid l1 value"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "l1": -1.0})
+        assert len(optimizer.param_groups) == 1
+
     def test_options_of_a_group(self):
         with pytest.raises(ValueError, match="Invalid l1 value"):
             gdbp.optim.Adam([{"params": [torch.nn.Parameter(torch.zeros(1))], "l1": -1.0}])

@@ -302,6 +302,7 @@ def test_cuda_without_cuda(capsys):
         ("y\n1\n2\n", [], "has one column only"),
         ("a,y\n1,3\n2,3\n", [], "is the same in all samples"),
         ("2019,2020,y\n1,2,0\n1,2,1\n", [], "line 1 has 'y' where all others have a number"),
+        ("a,b,y\n1,2,x\n1,2,0\n1,2,1\n", [], "line 2 has 'x' where all others have a number"),
         ("2019,2020,y\n" + "1,2,yes\n3,4,no\n" * 9, [], "line 1 has 'y' where all others have one of several"),
         ("a,y\n" + "".join(f"{(-1) ** i}e308,{i % 2}\n" for i in range(40)), [], "is too large to be standardised"),
         ("a,y\n1,3\n2,4\n5,6\n", ["--task", "classification"], "too many for classes"),

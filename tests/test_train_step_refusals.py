@@ -273,6 +273,9 @@ def test_eager_for_one_input():
     assert pair.step.explain().startswith("eager, for the last step's batch: TrainStep: input has shape")
     close(pair.step(x, y), eager(pair.twin, pair.loss, pair.other, x, y))
     assert pair.step.explain().startswith("fused")
+    pair.step(*batch), eager(pair.twin, pair.loss, pair.other, *batch)
+    pair.step.many((x, y), shuffle=False), eager(pair.twin, pair.loss, pair.other, x, y)
+    assert pair.step.explain().startswith("fused")
     same_state(pair.model, pair.optimizer, pair.twin, pair.other)
 
 

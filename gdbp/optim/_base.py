@@ -465,7 +465,7 @@ def _check_max_grad_norm(value: float | None) -> None:
 
 def _check_switches(**values: bool) -> None:
     for name, value in values.items():
-        if not isinstance(value, (bool, int)):
+        if isinstance(value, str):  # every string is true
             raise TypeError(f"{name} is {value!r}; expected True or False")
 
 

@@ -311,6 +311,7 @@ class TrainStep:
 
     def _epoch(self, inputs, targets, index, size: int, steps: int) -> torch.Tensor:
         rows = min(len(inputs), steps * size)
+        self._refused = None
         if self._is_fused() and self.process_group is None and not self._on_device:
             x, y = inputs[:rows].contiguous(), targets[:rows].contiguous()
             if index is not None:

@@ -103,8 +103,7 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
         x[:, position] = _numbers(source, lines, names, column)
     labels = [cells[index] for _, cells in lines]
     is_number = list(map(_is_number, labels))
-    if not has_names:
-        _check_first(source, lines[0][0], labels, is_number)
+    _check_first(source, lines[0][0], labels, is_number, has_names)
     if task == "regression" or all(is_number):
         y = _numbers(source, lines, names, index)
     else:
@@ -112,10 +111,10 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     return Table(Path(source).stem, x, y, [names[column] for column in inputs], names[index])
 
 
-def _check_first(source: str, line: int, labels: list[str], is_number: list[bool]) -> None:
+def _check_first(source: str, line: int, labels: list[str], is_number: list[bool], has_names: bool) -> None:
     """Whether the first sample's target is like the others', and no column's name."""
     counts = Counter(labels)
-    alone = counts[labels[0]] == 1 and all(counts[label] > 1 for label in labels[1:])
+    alone = not has_names and counts[labels[0]] == 1 and all(counts[label] > 1 for label in labels[1:])
     if len(labels) > 1 and not is_number[0] and (all(is_number[1:]) or alone):
         others = "a number" if all(is_number[1:]) else "one of several samples' classes"
         raise InputError(
