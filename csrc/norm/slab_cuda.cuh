@@ -33,28 +33,50 @@ struct Slab {
     for (int64_t row = threadIdx.x / kSlabGroups; row < end; row += kSlabSteps) f(row * cols + col);
   }
 
-  // Of each column the sum over all threads, in a fixed tree; all of them get it.
-  __device__ __forceinline__ void sum(const C (&own)[width], double (&total)[width]) const {
+  // f(column, sums) for each of the block's columns, in one thread: of n values of every thread their sums, in a fixed
+  // tree. What f leaves in shared memory all threads may read afterwards. One thread, for a channel's arithmetic is in
+  // float64, of which many GPUs have next to none: 512 times over it would outlast the walk.
+  template <int n, class F>
+  __device__ __forceinline__ void for_sums(const C (&own)[n][width], const F& f) const {
     constexpr int warps = kSlabThreads / cuda::kWarp;
-    __shared__ double of_warps[warps][columns], of_block[columns];
+    __shared__ double of_warps[n][warps][columns];
     const int lane = int(threadIdx.x) % cuda::kWarp, group = int(threadIdx.x) % kSlabGroups;
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      double value = double(own[k]);
+    for (int i = 0; i < n; ++i) {
 #pragma unroll
-      for (int distance = cuda::kWarp / 2; distance >= kSlabGroups; distance /= 2)
-        value += __shfl_xor_sync(cuda::kAllLanes, value, distance);
-      if (lane < kSlabGroups) of_warps[threadIdx.x / cuda::kWarp][group * width + k] = value;
+      for (int k = 0; k < width; ++k) {
+        double value = double(own[i][k]);
+#pragma unroll
+        for (int distance = cuda::kWarp / 2; distance >= kSlabGroups; distance /= 2)
+          value += __shfl_xor_sync(cuda::kAllLanes, value, distance);
+        if (lane < kSlabGroups) of_warps[i][threadIdx.x / cuda::kWarp][group * width + k] = value;
+      }
     }
     __syncthreads();
-    if (threadIdx.x < columns) {
-      double value = 0;
-      for (int warp = 0; warp < warps; ++warp) value += of_warps[warp][threadIdx.x];
-      of_block[threadIdx.x] = value;
-    }
-    __syncthreads();
+    for_columns([&](int column) {
+      double sums[n] = {};
 #pragma unroll
-    for (int k = 0; k < width; ++k) total[k] = of_block[group * width + k];
+      for (int i = 0; i < n; ++i)
+        for (int warp = 0; warp < warps; ++warp) sums[i] += of_warps[i][warp][column];
+      f(column, sums);
+    });
+  }
+  // f(column), likewise.
+  template <class F>
+  __device__ __forceinline__ void for_columns(const F& f) const {
+    if (threadIdx.x < columns) f(int(threadIdx.x));
+    __syncthreads();
+  }
+  // The channel of a column, or -1 beyond the last one.
+  __device__ __forceinline__ int64_t channel(int column) const {
+    const int64_t at = int64_t(blockIdx.x) * columns + column;
+    return at < cols ? at : -1;
+  }
+  // What is this thread's of the columns' values.
+  template <class Value>
+  __device__ __forceinline__ void take(const Value (&of_columns)[columns], Value (&own)[width]) const {
+#pragma unroll
+    for (int k = 0; k < width; ++k) own[k] = of_columns[int(threadIdx.x) % kSlabGroups * width + k];
   }
 };
 
@@ -70,42 +92,38 @@ __global__ void __launch_bounds__(kSlabThreads)
   using C = Compute<T>;
   constexpr int width = Slab<T>::width;
   const Slab<T> slab(cols);
+  __shared__ C pivots[Slab<T>::columns];
+  __shared__ Normalize<C> normalizers[Slab<T>::columns];
   // Sums are taken about the mean of the first rows: of what they add up little cancels.
-  C sum[width] = {}, squares[width] = {}, pivot[width];
-  double total[width], total_squares[width];
+  C begin[1][width] = {}, pivot[width];
   const int64_t first = rows < kSlabSteps ? rows : kSlabSteps;
-  slab.for_rows(first, [&](int64_t at) { cuda::load(input + at, slab.count, vectors, sum); });
-  slab.sum(sum, total);
-#pragma unroll
-  for (int k = 0; k < width; ++k) {
-    pivot[k] = C(total[k] / double(first));
-    sum[k] = C(0);
-  }
+  slab.for_rows(first, [&](int64_t at) { cuda::load(input + at, slab.count, vectors, begin[0]); });
+  slab.for_sums(begin, [&](int column, const double (&sum)[1]) { pivots[column] = C(sum[0] / double(first)); });
+  slab.take(pivots, pivot);
+  C sums[2][width] = {};  // of the differences, of their squares
   slab.for_rows(rows, [&](int64_t at) {
     C x[width];
     cuda::load(input + at, slab.count, vectors, x);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       const C d = x[k] - pivot[k];
-      sum[k] += d;
-      squares[k] += d * d;
+      sums[0][k] += d;
+      sums[1][k] += d * d;
     }
   });
-  slab.sum(sum, total);
-  slab.sum(squares, total_squares);
-  Normalize<C> normalize[width] = {};
-#pragma unroll
-  for (int k = 0; k < width; ++k) {
-    if (k >= slab.count) continue;
-    const int64_t channel = slab.col + k;
-    const Moments moments = Moments::about(double(pivot[k]), double(rows), total[k], total_squares[k]);
+  slab.for_sums(sums, [&](int column, const double (&sum)[2]) {
+    const int64_t channel = slab.channel(column);
+    normalizers[column] = {};
+    if (channel < 0) return;
+    const Moments moments = Moments::about(double(pivots[column]), double(rows), sum[0], sum[1]);
     const double variance = moments.squares / double(rows);
-    normalize[k] =
+    normalizers[column] =
         Normalize<C>::of(moments.mean, variance, eps, or_else(weight, channel, 1), or_else(bias, channel, 0));
-    if (threadIdx.x >= kSlabGroups) continue;
     stats[channel] = moments.mean;
     stats[cols + channel] = variance;
-  }
+  });
+  Normalize<C> normalize[width];
+  slab.take(normalizers, normalize);
   slab.for_rows(rows, [&](int64_t at) {
     C x[width];
     cuda::load(input + at, slab.count, vectors, x);
@@ -123,14 +141,17 @@ __global__ void __launch_bounds__(kSlabThreads)
   using C = Compute<T>;
   constexpr int width = Slab<T>::width;
   const Slab<T> slab(cols);
-  Normalize<C> normalize[width] = {};
-#pragma unroll
-  for (int k = 0; k < width; ++k) {
-    if (k >= slab.count) continue;
-    const int64_t channel = slab.col + k;
-    normalize[k] = Normalize<C>::of(stats[channel], stats[cols + channel], eps, or_else(weight, channel, 1),
-                                    or_else(bias, channel, 0));
-  }
+  __shared__ Normalize<C> normalizers[Slab<T>::columns];
+  __shared__ C slopes[Slab<T>::columns], offsets[Slab<T>::columns];
+  slab.for_columns([&](int column) {
+    const int64_t channel = slab.channel(column);
+    normalizers[column] = {};
+    if (channel < 0) return;
+    normalizers[column] = Normalize<C>::of(stats[channel], stats[cols + channel], eps, or_else(weight, channel, 1),
+                                           or_else(bias, channel, 0));
+  });
+  Normalize<C> normalize[width];
+  slab.take(normalizers, normalize);
   // x, and the gradient of what the activation saw.
   const auto load = [&](int64_t at, C(&x)[width], C(&g)[width]) {
     cuda::load(grad_output + at, slab.count, vectors, g);
@@ -138,33 +159,31 @@ __global__ void __launch_bounds__(kSlabThreads)
 #pragma unroll
     for (int k = 0; k < width; ++k) g[k] = backward_from_pre<Op>(g[k], normalize[k](x[k]));
   };
-  C sum[width] = {}, product[width] = {};
+  C sums[2][width] = {};  // of the gradients, of their products with x
   slab.for_rows(rows, [&](int64_t at) {
     C x[width], g[width];
     load(at, x, g);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      sum[k] += g[k];
-      product[k] += g[k] * (x[k] - normalize[k].center);
+      sums[0][k] += g[k];
+      sums[1][k] += g[k] * (x[k] - normalize[k].center);
     }
   });
-  double total[width], total_products[width];
-  slab.sum(sum, total);
-  slab.sum(product, total_products);
-  C slope[width] = {}, offset[width] = {};
-#pragma unroll
-  for (int k = 0; k < width; ++k) {
-    if (k >= slab.count) continue;
-    const int64_t channel = slab.col + k;
+  slab.for_sums(sums, [&](int column, const double (&sum)[2]) {
+    const int64_t channel = slab.channel(column);
+    slopes[column] = offsets[column] = C(0);
+    if (channel < 0) return;
     const auto gradients = Gradients<C>::of(stats[channel], stats[cols + channel], eps, or_else(weight, channel, 1),
-                                            double(rows), total[k], total_products[k], of_batch);
-    slope[k] = gradients.slope;
-    offset[k] = gradients.offset;
-    if (threadIdx.x >= kSlabGroups) continue;
+                                            double(rows), sum[0], sum[1], of_batch);
+    slopes[column] = gradients.slope;
+    offsets[column] = gradients.offset;
     if (grad_weight != nullptr) grad_weight[channel] = gradients.weight;
     if (grad_bias != nullptr) grad_bias[channel] = gradients.bias;
-  }
+  });
   if (grad_input == nullptr) return;
+  C slope[width], offset[width];
+  slab.take(slopes, slope);
+  slab.take(offsets, offset);
   slab.for_rows(rows, [&](int64_t at) {
     C x[width], g[width];
     load(at, x, g);
