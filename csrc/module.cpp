@@ -2,6 +2,7 @@
 // bound here; each family registers its own with torch's dispatcher.
 #include <pybind11/pybind11.h>
 
+#include "common/instruction_set.h"
 #include "grad/gradients.h"
 #include "linear/halves.h"
 #include "memory/memory.h"
@@ -14,14 +15,10 @@ namespace py = pybind11;
 
 namespace {
 
-// The version that GDBP_CLONES resolves to on this CPU: the loader asks the same question.
+// The version that GDBP_CLONES resolves to on this CPU.
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-#endif
-  return "default";
+  const int level = gdbp::x86_64_level();
+  return level == 4 ? "x86-64-v4" : level == 3 ? "x86-64-v3" : "default";
 }
 
 // The GDBP_* macros are facts that setup.py passes in.

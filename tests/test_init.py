@@ -117,11 +117,7 @@ def test_refusals(call, sentence):
     "module, error, sentence",
     [
         (lambda: torch.nn.LayerNorm(3), ValueError, "LayerNorm has no weight of two"),
-        (
-            lambda: torch.nn.Sequential(nn.Linear(2, 2), torch.nn.LazyLinear(3)),
-            ValueError,
-            "has no shape yet",
-        ),
+        (lambda: torch.nn.Sequential(nn.Linear(2, 2), torch.nn.LazyLinear(3)), ValueError, "has no shape yet"),
         (lambda: torch.ones(3), TypeError, "module is a Tensor; expected a torch.nn.Module"),
     ],
 )

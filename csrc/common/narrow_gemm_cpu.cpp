@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/instruction_set.h"
 #include "common/macros.h"
 
 // What is inlined into a kernel is compiled for its instruction set.
@@ -193,9 +194,8 @@ GDBP_KERNELS(any, , 16, 2)
 
 template <class T>
 Kernels<T> best() {
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return kKernels_v4<T>;
-  return __builtin_cpu_supports("x86-64-v3") ? kKernels_v3<T> : kKernels_any<T>;
+  const int level = x86_64_level();
+  return level == 4 ? kKernels_v4<T> : level == 3 ? kKernels_v3<T> : kKernels_any<T>;
 }
 #else
 #if defined(__AVX512F__)

@@ -15,8 +15,10 @@ GDBP_HD T decode8(int8_t code, T scale) {
   return scale * T(1.0 / (127.0 * 127.0 * 127.0)) * (c * c * c);
 }
 
-// The scale of a block: its largest magnitude, or the smallest number of which code 1 is not subnormal.
-GDBP_HD float scale8(float largest) { return largest > 0 ? math::at_least(largest, 0x1p-105f) : 0.0f; }
+constexpr float kLeastScale = 0x1p-105f;  // of which code 1 is not subnormal
+
+// The scale of a block: its largest magnitude, where that is enough.
+GDBP_HD float scale8(float largest) { return largest > 0 ? math::at_least(largest, kLeastScale) : 0.0f; }
 
 // Finite, also for a block of zeros.
 GDBP_HD float inverse_scale8(float scale) { return 1 / math::at_least(scale, math::Format<float>::smallest_normal); }

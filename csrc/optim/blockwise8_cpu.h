@@ -4,6 +4,7 @@
 #include <array>
 #include <limits>
 
+#include "common/instruction_set.h"
 #include "optim/blockwise8.h"
 
 #if defined(GDBP_HAS_CLONES)
@@ -89,10 +90,7 @@ __attribute__((target("arch=x86-64-v4"))) bool encode_wide(const float* const* f
   return true;
 }
 
-inline const bool kWide = [] {
-  __builtin_cpu_init();
-  return bool(__builtin_cpu_supports("x86-64-v4"));
-}();
+inline const bool kWide = x86_64_level() == 4;
 #endif
 
 // One block of each of `count` states.

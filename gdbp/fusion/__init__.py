@@ -8,6 +8,7 @@ from gdbp.fusion.classes import fused_class, unfused_class
 from gdbp.fusion.explain import Explained, Explanation, explain
 from gdbp.fusion.plan import plan
 from gdbp.fusion.report import Fused, FuseReport, Left
+from gdbp.nn._arguments import check_module
 
 __all__ = ["Explained", "Explanation", "FuseReport", "Fused", "Left", "explain", "fuse", "unfuse"]
 
@@ -76,8 +77,7 @@ def unfuse(model: torch.nn.Module) -> torch.nn.Module:
         TypeError: model is no module.
         ValueError: a fused module has got another class since, by a parametrization or ``fully_shard``, say.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    check_module("model", model)
     fused = [(name, module) for name, module in model.named_modules() if unfused_class(module) is not None]
     for name, module in fused:
         if "_unfused_class" not in vars(type(module)):

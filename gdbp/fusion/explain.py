@@ -17,6 +17,7 @@ from gdbp.fusion.classes import unfused_class
 from gdbp.fusion.plan import names_of, plan
 from gdbp.fusion.report import FuseReport
 from gdbp.fusion.run import is_watched, run
+from gdbp.nn._arguments import check_module
 from gdbp.ops import _function
 from gdbp.ops._function import why_not_fused
 
@@ -68,8 +69,7 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         TypeError: module is no module. What the call itself raises.
     """
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    check_module("module", module)
     recorder = _Recorder(sys._getframe().f_code)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = {t.get_device() for t in tree_leaves((list(module.parameters()), args, kwargs)) if _on_cuda(t)}

@@ -4,7 +4,6 @@ import operator
 from numbers import Real
 
 import torch
-from torch import is_tensor
 from torch.nn import _reduction as _legacy
 
 from gdbp.ops.linear import ACTIVATIONS
@@ -56,9 +55,9 @@ def no_number(**values: object) -> TypeError:
     return TypeError(f"{' and '.join(found)}; expected a number")
 
 
-def no_tensor(**values: object) -> TypeError:
-    found = [f"{name} is a {type(value).__name__}" for name, value in values.items() if not is_tensor(value)]
-    return TypeError(f"{' and '.join(found)}; expected a tensor; convert it with torch.as_tensor()")
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.nn.Module")
 
 
 def check_activation(activation: str | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdbp.nn._arguments import check_module
 from gdbp.nn._gradients import collect, listed, nonnegative, order_of, said_of
 from gdbp.ops._distributed import is_distributed, local
 
@@ -63,8 +64,7 @@ def clip_grad_norm_by_layer_(
         TypeError: model is no module.
         ValueError: max_norm below 0 or NaN, norm_type not above 0.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    check_module("model", model)
     seen: set[Tensor] = set()
     layers: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():

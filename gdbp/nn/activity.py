@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gdbp import _load, reference
 from gdbp._table import format_table
+from gdbp.nn._arguments import check_module
 from gdbp.nn._observe import observers
 from gdbp.ops._function import functorch_is_active, is_fused
 
@@ -175,8 +176,7 @@ def collect_activation_stats(model: torch.nn.Module) -> ActivationCollector:
     Raises:
         TypeError: model is no module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    check_module("model", model)
     return ActivationCollector(model)
 
 

@@ -10,7 +10,6 @@ from gdbp.nn._arguments import (
     autocast_is_on,
     check_activation,
     no_number,
-    no_tensor,
     reduction_name,
     without_autocast,
 )
@@ -51,7 +50,7 @@ def linear(
     if activation is not None:
         check_activation(activation)
     if not isinstance(input, torch.Tensor):
-        raise no_tensor(input=input)
+        raise TypeError(f"input is a {type(input).__name__}; expected a tensor; convert it with torch.as_tensor()")
     if autocast_is_on(input):
         input, weight, bias = autocast(input, weight, bias)
     return ops.linear(input, weight, bias, activation or "none")

@@ -38,6 +38,8 @@ from torch.nn.init import (
 )
 from torch.nn.parameter import UninitializedParameter
 
+from gdbp.nn._arguments import check_module
+
 __all__ = [
     "SCHEMES",
     "calculate_gain",
@@ -132,8 +134,7 @@ def init_(
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is unknown; expected one of {', '.join(SCHEMES)}")
     fill_, factor = SCHEMES[scheme], gain(nonlinearity)
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    check_module("module", module)
     parameters = [
         (name, parameter)
         for layer in module.modules()

@@ -16,6 +16,14 @@ from gdbp import _load
 from gdbp.ops._function import is_fused
 from gdbp.optim import _amp, _checkpoint, _compile
 from gdbp.optim._list_plan import ListPlan
+from gdbp.optim._options import (
+    EXTRAS,
+    STEP_EXTRAS,
+    check_extras,
+    check_max_grad_norm,
+    check_switches,
+    set_extras,
+)
 from gdbp.optim._precision import Precision
 
 if _load.available:
@@ -37,24 +45,6 @@ class Update(NamedTuple):
     decoupled: bool = False  # whether weight_decay shrinks the parameter itself
     initial: float = 0.0  # what every element of a state starts at
     too_fine: str = ""  # why states of 8 bits would not do
-
-
-_EXTRAS = (
-    inspect.Parameter("l1", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float),
-    inspect.Parameter("l1_mode", inspect.Parameter.KEYWORD_ONLY, default="subgradient", annotation=str),
-    inspect.Parameter("clip_value", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None),
-)
-_STEP_EXTRAS = (
-    inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None),
-    inspect.Parameter("skip_nonfinite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
-    inspect.Parameter("amp_fused", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
-    *(
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Precision.__annotations__[name]
-        )
-        for name, default in Precision._field_defaults.items()
-    ),
-)
 
 
 class Fused(torch.optim.Optimizer):
@@ -107,7 +97,7 @@ class Fused(torch.optim.Optimizer):
             return
         cls._torch_class = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
         signature = inspect.signature(cls._torch_class)
-        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *_EXTRAS, *_STEP_EXTRAS])
+        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *EXTRAS, *STEP_EXTRAS])
 
     def __init__(
         self,
@@ -127,9 +117,9 @@ class Fused(torch.optim.Optimizer):
         **kwargs,
     ):
         extras = {"l1": l1, "l1_mode": l1_mode, "clip_value": clip_value}
-        _check_extras(extras)
-        _check_max_grad_norm(max_grad_norm)
-        _check_switches(skip_nonfinite=skip_nonfinite, amp_fused=amp_fused, master_weights=master_weights)
+        check_extras(extras)
+        check_max_grad_norm(max_grad_norm)
+        check_switches(skip_nonfinite=skip_nonfinite, amp_fused=amp_fused, master_weights=master_weights)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, ema_decay, copy_dtype)
         precision.check()
         super().__init__(params, *args, **kwargs)
@@ -143,24 +133,24 @@ class Fused(torch.optim.Optimizer):
         self.defaults["amp_fused"] = bool(amp_fused)
         self.defaults.update(precision._asdict())
         for group in self.param_groups:
-            _set_extras(group, extras)
-            self._check_digits(group)
+            set_extras(group, extras)
+            self._check_digits(self._update(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        for option in _STEP_EXTRAS:
+        for option in STEP_EXTRAS:
             if isinstance(param_group, dict) and option.name in param_group:
                 raise ValueError(
                     f"{option.name} is in a param group, with {param_group[option.name]!r}; expected it as an argument "
                     f"of {type(self).__name__}, for all groups"
                 )
         super().add_param_group(param_group)
-        for option in _STEP_EXTRAS:
+        for option in STEP_EXTRAS:
             self.param_groups[-1].pop(option.name, None)
         # While torch's constructor runs, the defaults of ours are not there yet.
         if "l1" in self.defaults:
             try:
-                _set_extras(self.param_groups[-1], self.defaults)
-                self._check_digits(self.param_groups[-1])
+                set_extras(self.param_groups[-1], self.defaults)
+                self._check_digits(self._update(self.param_groups[-1]))
             except (ValueError, TypeError):
                 del self.param_groups[-1]
                 raise
@@ -170,7 +160,7 @@ class Fused(torch.optim.Optimizer):
         self.__dict__.setdefault("_last", {"grad_norm": None})
         self._step_supports_amp_scaling = self.defaults.get("amp_fused", False)
         for group in self.param_groups:
-            _set_extras(group, self.defaults)
+            set_extras(group, self.defaults)
 
     # Kept in `defaults`, which copies and pickles of an optimizer carry.
     @property
@@ -180,7 +170,7 @@ class Fused(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        _check_max_grad_norm(value)
+        check_max_grad_norm(value)
         self.defaults["max_grad_norm"] = value
 
     @property
@@ -198,10 +188,11 @@ class Fused(torch.optim.Optimizer):
         None where neither max_grad_norm nor skip_nonfinite asked for it."""
         return self._last["grad_norm"]
 
-    def _check_digits(self, group: dict[str, Any]) -> None:
-        if self._precision.state_dtype == "8bit" and (why := self._update(group).too_fine):
+    def _check_digits(self, update: Update) -> None:
+        if self._precision.state_dtype == "8bit" and update.too_fine:
             raise ValueError(
-                f"Invalid state_dtype: '8bit' for {type(self).__name__}, {why}; expected None or torch.float32"
+                f"Invalid state_dtype: '8bit' for {type(self).__name__}, {update.too_fine}; expected None or "
+                "torch.float32"
             )
 
     @property
@@ -234,13 +225,7 @@ class Fused(torch.optim.Optimizer):
 
         @functools.wraps(func)
         def step(self, *args, **kwargs):
-            has_hooks = (
-                self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or of_all._global_optimizer_pre_hooks
-                or of_all._global_optimizer_post_hooks
-            )
-            if has_hooks or _is_observed():
+            if has_step_hooks(self) or _is_observed():
                 return announced(self, *args, **kwargs)
             out = func(self, *args, **kwargs)
             self._optimizer_step_code()
@@ -358,7 +343,7 @@ class Fused(torch.optim.Optimizer):
         As in torch, except that every state keeps its dtype (torch casts it to its parameter's) and is copied
         (torch shares it with ``state_dict``), into the parameter's memory layout and its placement over ranks.
         """
-        options = [option.name for option in _EXTRAS]
+        options = [option.name for option in EXTRAS]
         _checkpoint.load_state_dict(self, super().load_state_dict, state_dict, options)
 
     def _init_group(self, group: dict[str, Any], *lists, fused: bool = False):
@@ -381,8 +366,8 @@ class Fused(torch.optim.Optimizer):
             takes_part: says of a parameter whether it will be stepped; default: whether it has a gradient.
             shown: whether the step has to go through operators.
         """
-        for group in self.param_groups:
-            self._check_digits(group)
+        for update in updates:
+            self._check_digits(update)
         takes_part = takes_part or (lambda p: p.grad is not None)
         precision = self._precision
         roles, fresh, waiting = [], [], []
@@ -437,46 +422,13 @@ class Fused(torch.optim.Optimizer):
         step(self)
 
 
-def _check_extras(extras: dict[str, Any]) -> None:
-    l1, mode, clip = extras["l1"], extras["l1_mode"], extras["clip_value"]
-    try:
-        if not l1 >= 0.0:
-            raise ValueError(f"Invalid l1 value: {l1}; expected a number >= 0")
-        if clip is not None and not clip > 0.0:
-            raise ValueError(f"Invalid clip_value: {clip}; expected a number > 0, or None for no clipping")
-    except TypeError:
-        raise TypeError(f"l1 is {l1!r} and clip_value {clip!r}; expected numbers, or None for no clipping") from None
-    if mode not in ("subgradient", "prox"):
-        raise ValueError(f"Invalid l1_mode: {mode!r}; expected 'subgradient' or 'prox'")
-
-
 def _is_observed() -> bool:
     """Whether a profiler wants to know what is called, or a compiler."""
     return torch.compiler.is_compiling() or not _load.available or _C.is_observed()
 
 
-def _check_max_grad_norm(value: float | None) -> None:
-    try:
-        if value is not None and not value > 0.0:
-            raise ValueError(f"Invalid max_grad_norm: {value}; expected a number > 0, or None for no clipping")
-    except TypeError:
-        raise TypeError(f"max_grad_norm is {value!r}; expected a number > 0, or None for no clipping") from None
-
-
-def _check_switches(**values: bool) -> None:
-    for name, value in values.items():
-        if isinstance(value, str):  # every string is true
-            raise TypeError(f"{name} is {value!r}; expected True or False")
-
-
 def _listed(params) -> list[torch.Tensor]:
     return params if type(params) is list else list(params)
-
-
-def _set_extras(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    for parameter in _EXTRAS:
-        group.setdefault(parameter.name, defaults.get(parameter.name, parameter.default))
-    _check_extras(group)
 
 
 def _hyper(group: dict[str, Any], update: Update) -> list[float]:
@@ -494,6 +446,12 @@ def _hyper(group: dict[str, Any], update: Update) -> list[float]:
         1.0,
         *map(float, update.hyper),
     ]
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Its own, or those of all optimizers."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or of_all._global_optimizer_pre_hooks or of_all._global_optimizer_post_hooks)
 
 
 def is_torchs(group: dict[str, Any]) -> bool:

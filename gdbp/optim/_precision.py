@@ -6,7 +6,8 @@ import torch
 
 # A state smaller than this is kept in float32: its scales and its share of the error would not be worth it.
 MIN_8BIT_SIZE = 4096
-BLOCK = 128  # kQuantBlock in csrc/optim/blockwise8.h
+# kQuantBlock and kLeastScale in csrc/optim/blockwise8.h
+BLOCK, LEAST_SCALE = 128, 2.0**-105
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -134,7 +135,7 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     flat = torch.as_strided(x, (x.numel(),), (1,)).float() if x.numel() else x.reshape(-1).float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
-    scale = torch.where(scale > 0, scale.clamp_min(2.0**-105), scale)
+    scale = torch.where(scale > 0, scale.clamp_min(LEAST_SCALE), scale)
     share = (blocks / torch.where(scale > 0, scale, 1.0)[:, None]).abs()
     code = (127 * share.pow(1 / 3)).round().clamp(1, 127) * blocks.sign()
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.preserve_format)

@@ -3,11 +3,10 @@
 import inspect
 
 import torch
-from torch.optim import optimizer as of_all
 
 from gdbp import optim
 from gdbp.ops._function import is_fused
-from gdbp.optim._base import Fused, is_torchs
+from gdbp.optim._base import Fused, has_step_hooks, is_torchs
 from gdbp.step._watch import CannotFuse
 
 _TWINS = {getattr(torch.optim, cls.__name__): cls for cls in (optim.SGD, optim.RMSprop, optim.Adam, optim.AdamW)}
@@ -41,8 +40,7 @@ def check(optimizer: torch.optim.Optimizer) -> None:
         CannotFuse: something that a fused step does not do.
     """
     name = type(optimizer).__name__
-    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if own or of_all._global_optimizer_pre_hooks or of_all._global_optimizer_post_hooks:
+    if has_step_hooks(optimizer):
         raise CannotFuse(f"{name} has step hooks, which a fused step would not call; remove them, or use strict=False")
     if any(map(is_torchs, optimizer.param_groups)):
         raise CannotFuse(f"{name} has a group with capturable or differentiable, which torch's own step computes")

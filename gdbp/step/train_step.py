@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from gdbp import _load
-from gdbp.nn._arguments import no_number, whole
+from gdbp.nn._arguments import check_module, no_number, whole
 from gdbp.nn._observe import is_observed, observers
 from gdbp.step import _loss, _optimizer, _ranks
 from gdbp.step._device import DevicePlan
@@ -349,8 +349,7 @@ class TrainStep:
 
 
 def _check_arguments(model, loss, optimizer, seed) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    check_module("model", model)
     if not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}; expected a loss module, or a function")
     if not isinstance(optimizer, torch.optim.Optimizer):
