@@ -114,8 +114,9 @@ class TestEightBits:
         assert eight[-1] < 0.2 * eight[0]
         assert abs(sum(eight) / sum(full) - 1) < 0.05
 
-    def test_nonfinite_stays_visible(self):
-        (p,), optimizer = make("AdamW", [torch.randn(5000)], state_dtype="8bit")
+    @pytest.mark.parametrize("stochastic", [False, True])
+    def test_nonfinite_stays_visible(self, stochastic):
+        (p,), optimizer = make("AdamW", [torch.randn(5000)], state_dtype="8bit", stochastic_rounding=stochastic)
         grad = torch.randn(5000)
         grad[300] = float("nan")
         for g in (grad, torch.zeros(5000)):
@@ -179,3 +180,87 @@ class TestEightBits:
         give([p], [torch.randn(5000)])
         optimizer.step()
         assert any(value.dtype is torch.int8 for value in optimizer.state[p].values())
+
+
+class TestAtRandom:
+    """`stochastic_rounding=True`: states are right on average, where the nearest code may never be left again."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_expectation(self, dtype):
+        """Within 6 standard errors; each number becomes one of the two codes around it."""
+        count = 300
+        x = torch.randn(20_000, dtype=dtype) * torch.logspace(-5, 0, 20_000)[torch.randperm(20_000)]
+        x[5000:5128] = 0
+        sums, before = torch.zeros(20_000, dtype=torch.float64), None
+        codes_of_x, scale = _precision.encode(x)
+        for seed in range(1, count + 1):
+            (p,), optimizer = make("SGD", [torch.zeros_like(x)], state_dtype="8bit", stochastic_rounding=seed)
+            give([p], [x])
+            optimizer.step()
+            codes, scales = (optimizer.state[p]["momentum_buffer" + end] for end in ("", "_scale"))
+            torch.testing.assert_close(scales, scale)
+            assert (codes.int() - codes_of_x.int()).abs().max() <= 1
+            assert before is None or not torch.equal(codes, before)
+            before = codes
+            sums += _precision.decode(codes, scales).double()
+        scales = scale.double().repeat_interleave(_precision.BLOCK)[: len(x)]
+        share = (x.double() / scales.clamp_min(1e-300)).abs()
+        root = 127 * share.pow(1 / 3)
+        low = root.floor()
+        part = (share * 127**3 - low**3) / (3 * low**2 + 3 * low + 1)  # of the way to the next code
+        gap = (3 * low**2 + 3 * low + 1) / 127**3 * scales
+        error = (part * (1 - part) / count).clamp_min(0).sqrt() * gap
+        counts = (root >= 1) & (part * (1 - part) * count > 9)  # where a mean of counts is near to a normal one
+        assert counts.sum() > 5000
+        deviation = ((sums / count - x.double()) / error)[counts]
+        assert deviation.abs().max() < 6 and abs(deviation.mean()) < 5 / counts.sum() ** 0.5
+        assert 0.95 < deviation.square().mean() < 1.05
+        exact = (sums / count - x.double()).abs() <= 6 * error + (9 / count) * gap + 127**-3 * scales
+        assert exact.all()
+
+    def test_moments_follow(self):
+        """Gradients that fall to a tenth beside others that stay or rise: second moments rounded to nearest stay where
+        they were, rounded at random they are those of float32 on average."""
+        n = 128 * 100
+        kinds = torch.arange(n) % 3
+        base = torch.rand(n) + 0.1
+        eight = {"state_dtype": "8bit"}
+        kept = ({}, eight, eight | {"stochastic_rounding": True})
+        ((p,), full), ((q,), near), ((r,), random) = (make("Adam", [torch.zeros(n)], **options) for options in kept)
+        for step in range(2500):
+            factors = torch.tensor([1.0, max(0.1, 1 - step / 500), min(1.0, 0.1 + step / 500)])
+            give([p, q, r], [torch.randn(n) * base * factors[kinds]] * 3)
+            for optimizer in (full, near, random):
+                optimizer.step()
+
+        def ratios(optimizer, x):
+            state = optimizer.state[x]
+            ratio = _precision.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"]) / full.state[p]["exp_avg_sq"]
+            return [ratio[kinds == kind].mean().item() for kind in range(3)]
+
+        assert ratios(near, q)[1] > 3 and ratios(near, q)[2] < 0.7
+        assert all(abs(ratio - 1) < 0.03 for ratio in ratios(random, r))
+        apart = [((x - p).norm() / p.norm()).item() for x in (q, r)]
+        assert apart[1] < 0.5 * apart[0]
+
+    @pytest.mark.parametrize("name", COARSE)
+    def test_reproducible(self, name):
+        """For any number of threads; and another seed is another stream."""
+        values = [torch.randn(n) for n in (4096, 9001, 128 * 2000)]
+        grads = [[torch.randn_like(v) for v in values] for _ in range(4)]
+
+        def run(seed, threads):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                params, optimizer = make(name, values, state_dtype="8bit", stochastic_rounding=seed)
+                for of_step in grads:
+                    give(params, of_step)
+                    optimizer.step()
+            finally:
+                torch.set_num_threads(before)
+            return [p.detach() for p in params]
+
+        one = run(1, 1)
+        assert all(map(torch.equal, one, run(True, 2)))
+        assert not any(map(torch.equal, one, run(2, 2)))

@@ -18,7 +18,7 @@ struct Member {
   at::Tensor average;             // moving average of the parameter; or undefined
   at::Tensor copy;                // the parameter in another dtype, where it is no master's copy itself; or undefined
   double average_weight = 0;
-  uint64_t seed = 0;  // for stochastic rounding of bfloat16 parameters; 0 for none
+  uint64_t seed = 0;  // for stochastic rounding; 0 for none
   Clock clock{};
 };
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "common/dtype.h"
 #include "common/math.h"
+#include "common/random.h"
 
 namespace gdbp::optim {
 
@@ -32,12 +33,34 @@ GDBP_HD float rough_root(float x) {
   return square * (220.281045f + t * (-121.336627f + t * 26.0606343f));
 }
 
+// The seed of the random bits by which a slot's states are rounded, from that of its parameter; 0 for none.
+GDBP_HD uint64_t state_seed8(uint64_t seed) { return seed != 0 ? combine_seed(seed, 8) | 1 : 0; }
+
+// The bits for an element of state k of up to four: the same 32, of which each state's begin with others.
+GDBP_HD uint32_t bits_of_state(uint32_t random, int k) {
+  return k == 0 ? random : random << (8 * k) | random >> (32 - 8 * k);
+}
+
 // The nearest code; but never 0 for a number that is not, lest a second moment vanish under its mean.
 template <class T>
 GDBP_HD int8_t encode8(T x, T inverse_scale) {
   const float share = float(math::abs(x) * inverse_scale);
   const float root = rough_root(share) + 0.5f, least = x != 0 ? 1.0f : 0.0f;
   return int8_t(int32_t(math::copysign(root > least ? root : least, float(x))));
+}
+
+// One of the two codes around x, at random, so that the expectation is x (of what is larger than code 1): from the
+// nearest one, or one beside it where rough_root is off, to the next on x's side with a probability that is its share
+// of the way there. So a decay of a thousandth is not lost, which never reaches another code by itself.
+template <class T>
+GDBP_HD int8_t encode8(T x, T inverse_scale, uint32_t random) {
+  const float share = float(math::abs(x) * inverse_scale), cube = share * (127.0f * 127.0f * 127.0f);
+  const float code = float(int32_t(rough_root(share) + 0.5f)), way = cube - code * code * code;
+  const float next = code + (way < 0 ? -1.0f : 1.0f);
+  const float whole = 3 * code * next + 1;  // between the two cubes
+  const float moved = float(random >> 8) * whole < 0x1p24f * math::abs(way) ? next : code;
+  const float least = x != 0 ? 1.0f : 0.0f, magnitude = moved > least ? moved : least;
+  return int8_t(int32_t(math::copysign(magnitude < 127 ? magnitude : 127.0f, float(x))));
 }
 
 }  // namespace gdbp::optim

@@ -25,7 +25,7 @@ struct Slot {
   void* copy = nullptr;           // the new parameter in copy_dtype: the model's own, where `param` is its master
   void* average = nullptr;        // its moving average in average_dtype, moved by average_weight
   double average_weight = 0;
-  uint64_t seed = 0;  // bfloat16 parameters are rounded stochastically, with this seed
+  uint64_t seed = 0;  // bfloat16 parameters and states of 8 bits are rounded stochastically, with this seed
   Dtype copy_dtype = {}, average_dtype = {};
   // Whether there is anything of that: then elements share a scale, or have random numbers by their position.
   bool has_extra() const { return copy || average || seed != 0 || state_dtype == Dtype::blockwise8; }

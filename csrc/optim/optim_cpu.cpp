@@ -108,7 +108,14 @@ void stage_out_states(const Slot& slot, int64_t begin, int64_t n, T* const* from
     scales[k] = slot.scale[k] + begin / kQuantBlock;
     std::fill(from[k] + n, from[k] + kQuantBlock, T(0));
   }
-  encode_blocks<states>(from, codes, scales);
+  const Rounding rounding{state_seed8(slot.seed), begin};
+  if constexpr (states > 0) {
+    if (rounding.seed != 0) {
+      encode_blocks<true, states>(from, codes, scales, rounding);
+    } else {
+      encode_blocks<false, states>(from, codes, scales, rounding);
+    }
+  }
   if (n < kQuantBlock)
     for (int k = 0; k < states; ++k) std::copy_n(codes[k], n, static_cast<int8_t*>(slot.state[k]) + begin);
 }

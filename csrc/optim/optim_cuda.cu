@@ -114,7 +114,8 @@ __device__ __forceinline__ void read8(const int8_t* codes, const float* scale, i
 }
 
 template <class T>
-__device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, int count, const T (&from)[kWidth]) {
+__device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, int count, uint64_t seed, int state,
+                                       const T (&from)[kWidth]) {
   T largest = 0;
   int broken = 0;
 #pragma unroll
@@ -130,8 +131,14 @@ __device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, 
   if (at % kQuantBlock == 0 && count > 0) scale[at / kQuantBlock] = stored;
   const T inverse = T(inverse_scale8(stored));
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k)
-    if (k < count) codes[at + k] = broken ? int8_t(127) : encode8(from[k], inverse);
+  for (int k = 0; k < kWidth; ++k) {
+    if (k >= count) break;
+    const auto code = [&] {
+      return seed != 0 ? encode8(from[k], inverse, bits_of_state(random_bits(seed, at + k), state))
+                       : encode8(from[k], inverse);
+    };
+    codes[at + k] = broken ? int8_t(127) : code();
+  }
 }
 
 template <class Entry, class T>
@@ -148,7 +155,7 @@ __device__ __forceinline__ void write_state(const Entry& t, int i, int64_t at, i
                                             const T (&from)[kWidth]) {
   if constexpr (Entry::has_extra) {
     if (t.state_dtype == Dtype::blockwise8)
-      return write8(static_cast<int8_t*>(t.state[i]), t.scale[i], at, count, from);
+      return write8(static_cast<int8_t*>(t.state[i]), t.scale[i], at, count, state_seed8(t.seed), i, from);
   }
   write(t.state[i], t.state_dtype, at, count, vectors, from);
 }

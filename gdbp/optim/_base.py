@@ -67,14 +67,16 @@ class Fused(torch.optim.Optimizer):
 
         master_weights: keep a float32 original of every bfloat16 or float16 parameter, and float32 states: the
             parameter is its rounded copy, written in the same pass.
-        stochastic_rounding: round bfloat16 parameters up or down at random, in proportion, so that small updates are
-            not lost; True, or a seed > 0. A function of the seed, the parameter's position, the step and the
-            element: reproducible for any number of threads.
+        stochastic_rounding: round bfloat16 parameters and 8-bit states up or down at random, in proportion, so that
+            small updates are not lost; True, or a seed > 0. A function of the seed, the parameter's position, the step
+            and the element: reproducible for any number of threads.
         state_dtype: dtype of the states, None for the parameter's; "8bit" for blocks of 8-bit numbers with a common
-            scale (states of fewer than 4096 elements stay float32), which torch's classes cannot read. They are rounded
-            to the nearest of 255: an element whose gradients are far below those of its 127 neighbours keeps old values
-            longer than the betas say, and one that is not finite takes its neighbours along. Adadelta and centered
-            RMSprop need more digits and refuse them.
+            scale (states of fewer than 4096 elements stay float32), which torch's classes cannot read. They are
+            rounded to the nearest of 255, and what changes by less than half the way to the next one stays: a second
+            moment, of which a step moves a thousandth, follows gradients only where they grow several times larger,
+            or fall together with those of its 127 neighbours. With ``stochastic_rounding`` it follows them on average.
+            A state that is not finite takes its neighbours along. Adadelta and centered RMSprop need more digits and
+            refuse them.
         ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
             started at the parameters as first stepped; see :meth:`ema_parameters`.
         copy_dtype: write every new parameter also into a copy of this dtype, for a forward pass in low precision;

@@ -167,14 +167,16 @@ void besides() {
   }
 }
 
-// States of 8 bits, with a block that is all zeros and one that is not finite: codes and scales of three steps.
+// States of 8 bits, with a block that is all zeros and one that is not finite: codes and scales of three steps, rounded
+// to nearest and at random.
 void quantised() {
   std::mt19937 generator(8);
   for (const char* name : {"sgd_momentum", "adam", "rmsprop_centered_momentum"}) {
     const int rule = find_rule(name), states = rule_states(rule);
     for (const Types& types : kTypes) {
-      for (const int64_t numel : {1, 127, 128, 129, 1025, 8200}) {
-        context = name + std::string(" of 8 bits, ") + std::to_string(numel);
+      for (const int64_t numel : {1, 127, 128, 129, 1025, 8200, 8201}) {
+        const uint64_t seed = numel % 4 == 1 ? 77 : 0;
+        context = name + std::string(" of 8 bits, ") + std::to_string(numel) + (seed ? ", at random" : "");
         const size_t blocks = size_t((numel + kQuantBlock - 1) / kQuantBlock);
         Array grad(types.grad, numel, 1, generator, -1, 1);
         for (int64_t i = 2 * kQuantBlock; i < std::min(numel, 3 * kQuantBlock); ++i) grad.set(i, 0);
@@ -193,6 +195,7 @@ void quantised() {
               slot.state[i] = codes[side].data() + i * numel;
               slot.scale[i] = scales[side].data() + i * blocks;
             }
+            slot.seed = seed;
             expect((side ? step_cuda : step_cpu)(rule, &slot, 1, nullptr, nullptr) == 0, "the launch fails");
           }
         }
