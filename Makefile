@@ -79,12 +79,12 @@ bench: $(BUILT)  ## measure the kernels against their peers; ARGS="-k adam" for 
 lint: $(INSTALLED)  ## check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES) && echo "clang-format: $(words $(CPP_FILES)) files are formatted"
 
 format: $(INSTALLED)  ## format the sources in place
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CPP_FILES)
+	@$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 build: $(BUILT)  ## compile gdbp into this folder and say what was built
 	$(PY) -m gdbp info
