@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -195,6 +196,51 @@ def test_batch_norm_may_be_written_over():
     torch.testing.assert_close(found, x.grad)
 
 
+@pytest.mark.parametrize("way", ["direct", "functions"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "in place"])
+def test_tangent_of_an_upstream_gradient(name, way, through_functions):
+    """Forward over backward, of a graph that was there before: the gradients are linear in the upstream one."""
+    if way == "functions":
+        through_functions()
+    inputs = tensors(torch.float64)
+    output = CALLS[name](*inputs)
+    v = torch.linspace(0.5, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+
+    def pull(v):
+        found = torch.autograd.grad(output, inputs, v, retain_graph=True, allow_unused=True)
+        return tuple(g for g in found if g is not None)
+
+    wanted = pull(v)
+    values, tangents = torch.func.jvp(pull, (v,), (v,))
+    with forward_ad.dual_level():
+        duals = [forward_ad.unpack_dual(g) for g in pull(forward_ad.make_dual(v, 2 * v))]
+    for value, tangent, dual, gradient in zip(values, tangents, duals, wanted, strict=True):
+        torch.testing.assert_close(value, gradient)
+        torch.testing.assert_close(tangent, gradient)
+        # That of an offset in training is 0, and constant.
+        torch.testing.assert_close(torch.zeros_like(gradient) if dual.tangent is None else dual.tangent, 2 * gradient)
+
+
+@pytest.mark.parametrize("of", [linear, batch_norm, loss()], ids=["linear", "batch norm", "loss"])
+def test_what_is_not_read_may_change(of):
+    """A bias is kept for second derivatives alone, and logits whose gradient was made along with the loss."""
+    x, w, b = tensors()
+    if of is linear:
+        y, changed = linear(x, w, b, activation="relu"), b
+    elif of is batch_norm:
+        y, changed = batch_norm(x[:, :4], None, None, w.sum(1), b, True), b
+    else:
+        changed = linear(x, w, b)
+        y = cross_entropy(changed, LABELS)
+    wanted = torch.autograd.grad(y.sum(), (x, w), retain_graph=True)
+    with torch.no_grad():
+        changed.add_(1)
+    for got, want in zip(torch.autograd.grad(y.sum(), (x, w), retain_graph=True), wanted, strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), (x, w), create_graph=True)
+
+
 def test_in_place_gradients_are_not_differentiated_again():
     inputs = tensors()
     output = CALLS["in place"](*inputs)
@@ -214,7 +260,7 @@ def test_what_was_kept_must_not_change():
     value = cross_entropy(logits * 1, LABELS, reduction="none")
     value.sum().backward()
     copy = logits * 1
-    value = cross_entropy(copy, LABELS)
+    value = 2 * cross_entropy(copy, LABELS)
     copy.detach().mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()

@@ -47,16 +47,17 @@ struct LeakyRelu {
   }
 };
 
-// Exponential linear unit (Clevert et al., 2016), alpha 1: y + 1 is its own derivative below 0.
+// Exponential linear unit (Clevert et al., 2016), alpha 1. Its derivative below 0 is y + 1, but of a rounded y that is
+// near to -1 not a digit of it is left.
 struct Elu {
-  static constexpr Saved saves = Saved::output;
+  static constexpr Saved saves = Saved::pre;
   template <class T>
   static GDBP_HD T forward(T z) {
     return z <= T(0) ? math::expm1(z) : z;
   }
   template <class T>
-  static GDBP_HD T backward(T g, T y) {
-    return y > T(0) ? g : g * (y + T(1));
+  static GDBP_HD T backward(T g, T z) {
+    return z > T(0) ? g : math::normal(g * math::exp_of_nonpositive(-math::abs(z)));
   }
 };
 

@@ -200,12 +200,14 @@ std::tuple<Tensor, Tensor> rows_forward(const Tensor& input, at::TensorList weig
   return {output, all};
 }
 
-// The gradients that `mask` asks for, of input, weight, bias, weight, ..., in this order. output: what mlp_rows
-// returned, where the last activation's derivative needs it.
+// The gradients that `mask` asks for, of input, weight, bias, weight, ..., in this order; biases themselves are not
+// read. output: what mlp_rows returned, where the last activation's derivative needs it.
 std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input, const Tensor& kept,
-                                  const std::optional<Tensor>& output, at::TensorList weights, const Biases& biases,
-                                  const Names& activations, const c10::List<bool>& mask) {
-  Network network = rows_network_of(input, weights, biases, activations, "mlp_rows_backward");
+                                  const std::optional<Tensor>& output, at::TensorList weights, const Names& activations,
+                                  const c10::List<bool>& mask) {
+  Biases none;
+  none.resize(weights.size());
+  Network network = rows_network_of(input, weights, none, activations, "mlp_rows_backward");
   const int64_t rows = input.numel() / network.inputs();
   TORCH_CHECK_VALUE(mask.size() == 1 + 2 * weights.size(), "mlp_rows_backward: mask has ", mask.size(),
                     " elements; expected one for the input and two for each layer");
@@ -230,16 +232,15 @@ std::vector<Tensor> rows_backward(const Tensor& grad_output, const Tensor& input
   if (mask[0]) gradients.push_back(at::empty(input.sizes(), input.options()));
   int64_t total = 0;
   std::vector<int64_t> starts;
-  const auto place = [&](bool wanted, const Tensor& parameter) {
+  const auto place = [&](bool wanted, at::IntArrayRef parameter) {
     if (!wanted) return int64_t(-1);
     starts.push_back(total);
-    gradients.push_back(at::empty(parameter.sizes(), parameter.options()));
-    return std::exchange(total, total + parameter.numel());
+    gradients.push_back(at::empty(parameter, input.options()));
+    return std::exchange(total, total + gradients.back().numel());
   };
   for (int l = 0; l < network.count; ++l) {
-    const std::optional<Tensor> bias = biases.get(l);
-    network.layers[l].weight_at = place(mask[1 + 2 * l], weights[l]);
-    network.layers[l].bias_at = place(mask[2 + 2 * l] && bias, bias.value_or(Tensor()));
+    network.layers[l].weight_at = place(mask[1 + 2 * l], weights[l].sizes());
+    network.layers[l].bias_at = place(mask[2 + 2 * l], {weights[l].size(0)});
   }
   const Tensor x = input.contiguous(), dy = grad_output.contiguous();
   const Tensor sums = at::empty({groups_for(network, rows), total}, input.options());
@@ -299,7 +300,7 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "mlp_rows_backward(Tensor grad_output, Tensor input, Tensor kept, Tensor? output, Tensor[] weights, "
-      "Tensor?[] biases, str[] activations, bool[] mask) -> Tensor[]",
+      "str[] activations, bool[] mask) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -17,9 +17,10 @@ class BatchNormBackward : public Node {
   Gradients apply(Gradients&& gradients) override {
     const Tensor& grad_output = gradients[0];
     if (!grad_output.defined()) return Gradients(4);
-    const std::vector<Tensor> saved = unpack();
+    const bool again = is_differentiated(grad_output), reads_bias = again || activation_ != "none";
+    const std::vector<Tensor> saved = unpack([&](size_t i) { return reads_bias || i != 3; });
     const Tensor &input = saved[0], &offset = saved[1], &weight = saved[2], &bias = saved[3], &stats = saved[4];
-    if (at::GradMode::is_enabled())
+    if (again)
       return from_reference("batch_norm_backward", grad_output, input, offset, weight, bias,
                             of_batch_ ? Tensor() : stats, eps_, activation_);
     static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(

@@ -15,12 +15,13 @@ class BceWithLogitsBackward : public Node {
   Gradients apply(Gradients&& gradients) override {
     const Tensor& grad_output = gradients[0];
     if (!grad_output.defined()) return Gradients(2);
-    const std::vector<Tensor> saved = unpack();
+    const bool again = is_differentiated(grad_output), is_done = !again && at_once_ && is_one(grad_output);
+    const std::vector<Tensor> saved = unpack([&](size_t i) { return !is_done || i == 4; });
     const Tensor &input = saved[0], &target = saved[1], &ahead = saved[4];
     const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]);
-    if (at::GradMode::is_enabled())
+    if (again)
       return from_reference("bce_with_logits_backward", grad_output, input, target, saved[2], saved[3], reduction_);
-    if (at_once_ && is_one(grad_output)) return {handed_over(ahead), Tensor()};
+    if (is_done) return {handed_over(ahead), Tensor()};
     if (at_once_ && is_plain(grad_output) && is_free(4, ahead)) {
       static const auto op =
           find<void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,

@@ -17,29 +17,29 @@ class CrossEntropyBackward : public Node {
   Gradients apply(Gradients&& gradients) override {
     const Tensor& grad_output = gradients[0];
     if (!grad_output.defined()) return Gradients(2);
-    const std::vector<Tensor> saved = unpack();
+    const bool again = is_differentiated(grad_output);
+    const bool is_done = !again && writes_ == Writes::at_once && is_one(grad_output);
+    const std::vector<Tensor> saved = unpack([&](size_t i) { return !is_done || i == 8; });
     const Tensor &logits = saved[0], &target = saved[1], &stats = saved[6], &divisor = saved[7];
     const OptionalTensor second = optional(saved[2]), share = optional(saved[3]), weight = optional(saved[4]);
     const auto& [reduction, ignore_index, smoothing, z_loss, softcap] = options_;
-    if (at::GradMode::is_enabled()) {
+    if (again) {
       TORCH_CHECK(writes_ != Writes::inplace,
                   "cross_entropy: inplace_backward=True writes the gradient over the logits, so it cannot be "
                   "differentiated again; leave out inplace_backward or create_graph");
       return from_reference("cross_entropy_backward", grad_output, logits, target, saved[2], saved[3], saved[4],
                             saved[5], reduction, ignore_index, smoothing, z_loss, softcap);
     }
-    if (writes_ == Writes::at_once) {
-      if (is_one(grad_output)) return {handed_over(saved[8]), Tensor()};
-      if (is_plain(grad_output) && is_free(8, saved[8])) {
-        // Where the device finds a 1 there is nothing to do.
-        static const auto op =
-            find<void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                      const OptionalTensor&, const Tensor&, const Tensor&, c10::string_view, int64_t, double, double,
-                      double, Tensor)>("gdbp::cross_entropy_backward_from_one_");
-        call(op, grad_output, logits, target, second, share, weight, stats, divisor, reduction, ignore_index, smoothing,
-             z_loss, softcap, saved[8]);
-        return {saved[8], Tensor()};
-      }
+    if (is_done) return {handed_over(saved[8]), Tensor()};
+    if (writes_ == Writes::at_once && is_plain(grad_output) && is_free(8, saved[8])) {
+      // Where the device finds a 1 there is nothing to do.
+      static const auto op =
+          find<void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, const Tensor&, const Tensor&, c10::string_view, int64_t, double, double,
+                    double, Tensor)>("gdbp::cross_entropy_backward_from_one_");
+      call(op, grad_output, logits, target, second, share, weight, stats, divisor, reduction, ignore_index, smoothing,
+           z_loss, softcap, saved[8]);
+      return {saved[8], Tensor()};
     }
     if (writes_ == Writes::inplace) {
       static const auto op =

@@ -16,10 +16,10 @@ class LinearBackward : public Node {
   Gradients apply(Gradients&& gradients) override {
     const Tensor& grad_output = gradients[0];
     if (!grad_output.defined()) return Gradients(3);
-    const std::vector<Tensor> saved = unpack();
+    const bool again = is_differentiated(grad_output);
+    const std::vector<Tensor> saved = unpack([&](size_t i) { return again || i != 2; });
     const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &kept = saved[3];
-    if (at::GradMode::is_enabled())
-      return from_reference("linear_backward", grad_output, input, weight, bias, activation_);
+    if (again) return from_reference("linear_backward", grad_output, input, weight, bias, activation_);
     std::array<bool, 3> mask;
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = task_should_compute_output(i);
     // A pre-activation is nobody else's, and what would take new memory takes its place.

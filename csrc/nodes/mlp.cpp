@@ -21,26 +21,24 @@ class MLPBackward : public Node {
     Gradients found(1 + 2 * layers_);
     if (!grad_output.defined()) return found;
     // Input, weights and biases in turn, what the forward pass kept, and where that is needed the output.
-    const std::vector<Tensor> saved = unpack();
+    const bool again = is_differentiated(grad_output) || is_batched(grad_output);
+    const std::vector<Tensor> saved =
+        unpack([&](size_t i) { return again || i % 2 == 1 || i == 0 || i >= found.size(); });
     const Tensor &kept = saved[found.size()], &output = saved.back();
     std::vector<bool> mask;
-    for (size_t i = 0; i < found.size(); ++i) mask.push_back(saved[i].defined() && task_should_compute_output(i));
-    if (at::GradMode::is_enabled() || is_batched(grad_output))
+    for (size_t i = 0; i < found.size(); ++i) mask.push_back(task_should_compute_output(i));
+    if (again)
       return from_python("gdbp.ops.mlp", "backward_by_layers", grad_output,
                          std::vector<Tensor>(saved.begin(), saved.end() - 2), activations_, mask);
     std::vector<Tensor> weights;
-    Biases biases;
-    for (size_t l = 0; l < layers_; ++l) {
-      weights.push_back(saved[1 + 2 * l]);
-      biases.push_back(optional(saved[2 + 2 * l]));
-    }
+    for (size_t l = 0; l < layers_; ++l) weights.push_back(saved[1 + 2 * l]);
     c10::List<bool> flags;
     for (const bool asked : mask) flags.push_back(asked);
     static const auto op =
         find<std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, at::TensorList,
-                                 const Biases&, const Names&, const c10::List<bool>&)>("gdbp::mlp_rows_backward");
+                                 const Names&, const c10::List<bool>&)>("gdbp::mlp_rows_backward");
     std::vector<Tensor> wanted =
-        call(op, grad_output, saved[0], kept, optional(output), weights, biases, Names(activations_), flags);
+        call(op, grad_output, saved[0], kept, optional(output), weights, Names(activations_), flags);
     for (size_t i = 0, next = 0; i < found.size(); ++i)
       if (mask[i]) found[i] = std::move(wanted[next++]);
     return found;

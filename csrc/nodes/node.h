@@ -62,14 +62,25 @@ class Node : public torch::autograd::Node {
     return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
   }
   explicit Node(const char* name) : name_(name) { saved_.reserve(9); }
-  // What was saved, in order; undefined for what there was not.
-  std::vector<Tensor> unpack() {
+  // What was saved, in order; undefined for what there was not, and where wanted(place) says no: what is not read may
+  // have been written to since.
+  template <class Wanted>
+  std::vector<Tensor> unpack(const Wanted& wanted) {
     const std::lock_guard<std::mutex> lock(mutex_);
     runs_last_ = std::exchange(is_last_, false);
-    std::vector<Tensor> tensors;
-    tensors.reserve(saved_.size());
-    for (const torch::autograd::SavedVariable& saved : saved_) tensors.push_back(saved.unpack(getptr()));
+    std::vector<Tensor> tensors(saved_.size());
+    for (size_t i = 0; i < saved_.size(); ++i)
+      if (wanted(i)) tensors[i] = saved_[i].unpack(getptr());
     return tensors;
+  }
+  std::vector<Tensor> unpack() {
+    return unpack([](size_t) { return true; });
+  }
+  // Whether gradients computed from this one will be differentiated: backward, by a graph, or forward, by the tangent
+  // that it has.
+  static bool is_differentiated(const Tensor& gradient) {
+    return at::GradMode::is_enabled() || gradient.key_set().has(c10::DispatchKey::FuncTorchGradWrapper) ||
+           gradient._fw_grad(0).defined();
   }
   // Whether nobody will read this one of the unpacked any more, so that it may be written over: it was made for this
   // node alone, which runs for the last time.

@@ -21,12 +21,12 @@ class PointwiseLossBackward : public Node {
   Gradients apply(Gradients&& gradients) override {
     const Tensor& grad_output = gradients[0];
     if (!grad_output.defined()) return Gradients(2);
-    const std::vector<Tensor> saved = unpack();
+    const bool again = is_differentiated(grad_output), is_done = !again && at_once_ && is_one(grad_output);
+    const std::vector<Tensor> saved = unpack([&](size_t i) { return !is_done || i == 2; });
     const Tensor &input = saved[0], &target = saved[1], &ahead = saved[2];
     const auto& [kind, parameter, reduction] = options_;
-    if (at::GradMode::is_enabled())
-      return from_reference("pointwise_loss_backward", grad_output, input, target, kind, parameter, reduction);
-    if (at_once_ && is_one(grad_output)) return {handed_over(ahead), Tensor()};
+    if (again) return from_reference("pointwise_loss_backward", grad_output, input, target, kind, parameter, reduction);
+    if (is_done) return {handed_over(ahead), Tensor()};
     if (at_once_ && is_plain(grad_output) && is_free(2, ahead)) {
       static const auto op =
           find<void(const Tensor&, const Tensor&, const Tensor&, c10::string_view, double, c10::string_view, Tensor)>(

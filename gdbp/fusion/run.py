@@ -25,7 +25,7 @@ LINEARS = frozenset((torch.nn.Linear, gdbp.nn.Linear))
 NORMS = frozenset((torch.nn.BatchNorm1d, gdbp.nn.BatchNorm1d))
 _TORCHS = frozenset((torch.nn.Linear, torch.nn.BatchNorm1d))
 # Activations whose output the backward pass reads, where torch's read their input: nothing may write to it afterwards.
-SAVED_BY_OUTPUT = frozenset(("leaky_relu", "elu", "softplus"))
+SAVED_BY_OUTPUT = frozenset(("leaky_relu", "softplus"))
 # Modules that may return what they are given, or a view of it.
 VIEWS = (torch.nn.Flatten, torch.nn.Unflatten, torch.nn.Identity, torch.nn.Dropout)
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))

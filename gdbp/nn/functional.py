@@ -39,7 +39,7 @@ def linear(
     Returns (\\*, out_features).
 
     Backward forms the gradient of the pre-activation and of the bias in one pass, computes only what is asked
-    for, and keeps one tensor: the output, or for gelu, gelu_tanh and silu the pre-activation. Derivatives of
+    for, and keeps one tensor: the output, or for gelu, gelu_tanh, silu and elu the pre-activation. Derivatives of
     every order, ``torch.func`` and ``torch.compile`` work.
 
     Raises:

@@ -72,10 +72,10 @@ def _(input, weights, biases, activations, keeps):
 
 
 @torch.library.register_fake("gdbp::mlp_rows_backward")
-def _(grad_output, input, kept, output, weights, biases, activations, mask):
+def _(grad_output, input, kept, output, weights, activations, mask):
     _check_devices("mlp_rows_backward", grad_output=grad_output, input=input, kept=kept, weight=weights[0])
-    tensors = [input, *(t for pair in zip(weights, biases, strict=True) for t in pair)]
-    return [t.new_empty(t.shape) for t, m in zip(tensors, mask, strict=True) if m and t is not None]
+    shapes = [input.shape, *(shape for w in weights for shape in (w.shape, w.shape[:1]))]
+    return [input.new_empty(shape) for shape, m in zip(shapes, mask, strict=True) if m]
 
 
 @torch.library.register_fake("gdbp::batch_norm")

@@ -45,6 +45,12 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def is_differentiated() -> bool:
+    """Whether what a backward pass computes will itself be differentiated: backward, by a graph that is recorded, or
+    forward, by tangents."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def is_transformed() -> bool:
     """Whether torch.func is at work; what it wraps is no tensor that a kernel could read."""
     return _functorch_active is None or _functorch_active()

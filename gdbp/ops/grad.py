@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 from gdbp import _load
 from gdbp.ops._distributed import is_distributed, local, sum_over_ranks
-from gdbp.ops._function import Function, is_batched, is_transformed, needs_autograd
+from gdbp.ops._function import Function, is_batched, is_differentiated, is_transformed, needs_autograd
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ class _Penalty(Function):
     def backward(ctx, grad_output):
         tensors = ctx.saved_tensors
         wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[2:]) if needed]
-        if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
+        if is_differentiated() or is_transformed() or is_batched(grad_output):
             slopes = iter(_penalty_slopes(grad_output, wanted, ctx.l1, ctx.l2))
         else:
             read = _load._C.Gradients.of(wanted, True)

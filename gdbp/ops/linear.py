@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_direct, is_fused, needs_autograd
+from gdbp.ops._function import Function, is_differentiated, is_direct, is_fused, needs_autograd
 
 if _load.available:
     from gdbp import _C
@@ -14,7 +14,7 @@ NEED_PRE = frozenset(torch.ops.gdbp.activations_that_save("pre") if _load.availa
 
 
 def _backward(ctx, grad_output, input, weight, bias, saved):
-    if torch.is_grad_enabled():
+    if is_differentiated():
         # Somebody will differentiate this: in operators that have derivatives of every order.
         return *reference.linear_backward(grad_output, input, weight, bias, ctx.activation), None
     mask = ctx.needs_input_grad[:3]

@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_direct, is_fused, needs_autograd
+from gdbp.ops._function import Function, is_differentiated, is_direct, is_fused, needs_autograd
 
 if _load.available:
     from gdbp import _C
@@ -23,7 +23,7 @@ class _PointwiseLoss(Function):
     def backward(ctx, grad_output):
         input, target = ctx.saved_tensors
         nothing = (None,) * 3
-        if torch.is_grad_enabled():
+        if is_differentiated():
             return *reference.pointwise_loss_backward(grad_output, input, target, *ctx.options), *nothing
         mask = ctx.needs_input_grad[:2]
         return *torch.ops.gdbp.pointwise_loss_backward(grad_output, input, target, *ctx.options, mask), *nothing
@@ -63,7 +63,7 @@ class _BceWithLogits(Function):
     @staticmethod
     def backward(ctx, grad_output):
         tensors, nothing = ctx.saved_tensors, (None,) * 3
-        if torch.is_grad_enabled():
+        if is_differentiated():
             return *reference.bce_with_logits_backward(grad_output, *tensors, ctx.reduction), *nothing
         mask = ctx.needs_input_grad[:2]
         return *torch.ops.gdbp.bce_with_logits_backward(grad_output, *tensors, ctx.reduction, mask), *nothing
@@ -115,7 +115,7 @@ class _CrossEntropy(Function):
         if grad_output is None:
             return None, None, *nothing
         *tensors, normalizer, stats, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if is_differentiated():
             if ctx.inplace:
                 raise RuntimeError(
                     "cross_entropy: inplace_backward=True writes the gradient over the logits, so it cannot be "

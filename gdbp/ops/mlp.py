@@ -5,9 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gdbp import _load
-from gdbp.ops._function import Function, is_batched, is_direct, is_fused, is_transformed, needs_autograd
-from gdbp.ops.linear import linear
+from gdbp import _load, reference
+from gdbp.ops._function import (
+    Function,
+    is_batched,
+    is_differentiated,
+    is_direct,
+    is_fused,
+    is_transformed,
+    needs_autograd,
+)
 
 if _load.available:
     from gdbp import _C
@@ -35,7 +42,7 @@ class _MLP(Function):
     @staticmethod
     def backward(ctx, grad_output):
         tensors, mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
+        if is_differentiated() or is_transformed() or is_batched(grad_output):
             dtype = getattr(torch, ctx.factors, torch.float32)
             names = of_hidden(ctx.activation, len(tensors) // 2)
             return None, None, *backward_by_layers(grad_output, tensors, names, mask, dtype)
@@ -58,14 +65,16 @@ def backward_by_layers(
     """The gradients of ``tensors``, input, weight, bias, weight, ..., that ``mask`` asks for, from layers one by one,
     which can be differentiated again and take many gradients at once; computed in ``dtype``, the tensors' own for
     None."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x, *parameters = (None if t is None else t.to(dtype or t.dtype) for t in tensors)
-        for weight, bias, activation in zip(parameters[::2], parameters[1::2], activations, strict=True):
-            x = linear(x, weight, bias, activation)
-    wanted = [t for t, m in zip(tensors, mask, strict=True) if m]
-    grads = iter(torch.autograd.grad(x, wanted, grad_output, create_graph=again))
-    return tuple(next(grads) if m else None for m in mask)
+    input, *parameters = (None if t is None else t.to(dtype or t.dtype) for t in tensors)
+    layers = list(zip(parameters[::2], parameters[1::2], activations, strict=True))
+    inputs = [input]
+    for layer in layers[:-1]:
+        inputs.append(reference.linear(inputs[-1], *layer))
+    found: list[Tensor | None] = []
+    for (weight, bias, activation), x in zip(reversed(layers), reversed(inputs), strict=True):
+        grad_output, *of_layer = reference.linear_backward(grad_output, x, weight, bias, activation)
+        found = of_layer + found
+    return tuple(g.to(t.dtype) if m else None for g, t, m in zip([grad_output, *found], tensors, mask, strict=True))
 
 
 def of_hidden(activation: str, layers: int) -> list[str]:

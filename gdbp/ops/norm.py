@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_direct, is_fused, needs_autograd
+from gdbp.ops._function import Function, is_differentiated, is_direct, is_fused, needs_autograd
 
 if _load.available:
     from gdbp import _C
@@ -31,7 +31,7 @@ class _BatchNorm(Function):
         if grad_output is None:
             return *nothing, *nothing
         input, offset, weight, bias, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if is_differentiated():
             # Somebody will differentiate this: in operators that have derivatives of every order.
             fixed = None if ctx.of_batch else stats
             return *reference.batch_norm_backward(

@@ -1,5 +1,6 @@
 """Layers: linear with its activation, batch normalisation, statistics of units."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,8 +44,10 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of input, weight and bias, as a graph that can be differentiated again."""
     grad_pre = ACTIVATIONS[activation][1](grad_output, F.linear(input, weight, bias))
-    rows = torch.atleast_2d(grad_pre).flatten(0, -2)
-    grad_weight = rows.t() @ torch.atleast_2d(input).flatten(0, -2)
+    # Not flatten(), which is_grads_batched does not know; and without columns there is no number of rows to find.
+    count = math.prod(input.shape[:-1])
+    rows = grad_pre.reshape(count, weight.shape[0])
+    grad_weight = rows.t() @ input.reshape(count, weight.shape[1])
     return grad_pre @ weight, grad_weight, rows.sum(0) if bias is not None else None
 
 
