@@ -92,6 +92,25 @@ def test_convert_sync_batchnorm():
     assert not hasattr(model[1], "qconfig")
     model[1].qconfig = "mine"
     assert model[1].qconfig == "mine"
+    del model[1].qconfig
+    # Again, by both: there is still an activation to lose.
+    again = gdbp.nn.SyncBatchNorm.convert_sync_batchnorm(converted)
+    assert again[1].activation == "relu"
+    with pytest.raises(RuntimeError, match="this SyncBatchNorm has activation='relu'"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(again)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32], ids=str)
+def test_a_count_of_another_type(momentum, dtype):
+    """As it is after ``.type()``."""
+    ours, torchs = (of(3, momentum=momentum).double() for of in (gdbp.nn.BatchNorm1d, torch.nn.BatchNorm1d))
+    for each in (ours, torchs):
+        each.num_batches_tracked = each.num_batches_tracked.to(dtype)
+    for _ in range(3):
+        x = torch.randn(5, 3, dtype=torch.float64)
+        torch.testing.assert_close(ours(x), torchs(x))
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -142,6 +161,9 @@ REFUSED = {
     "integers": ((X.long(), C, C), TypeError, r"input has dtype Long; expected float64.*convert"),
     "weight dtype": ((X, C, C, C.double()), RuntimeError, r"weight has dtype Double and input has Float; .*convert"),
     "bias dtype": ((X, C, C, C, C.half()), RuntimeError, r"bias has dtype Half and input has Float; .*convert"),
+    "no tensor": (([1.0], C, C), TypeError, "input is a list; expected a tensor"),
+    "momentum": ((X, C, C, None, None, True, "a"), TypeError, "momentum is 'a'; expected a number"),
+    "eps, no number": ((X, C, C, None, None, True, 0.1, None), TypeError, "eps is None; expected a number"),
     "meta": ((X, C, C, C.to("meta")), RuntimeError, r"weight is on meta and input on cpu; .*move one"),
 }
 
@@ -151,7 +173,7 @@ REFUSED = {
 def test_refusals(case, grad):
     (x, *args), error, sentence = REFUSED[case]
     kept = [t.clone() for t in args if isinstance(t, torch.Tensor) and not t.is_meta]
-    if grad and x.is_floating_point():
+    if grad and isinstance(x, torch.Tensor) and x.is_floating_point():
         x = x.clone().requires_grad_()
     with pytest.raises(error, match=sentence):
         batch_norm(x, *args, activation="relu")
@@ -189,3 +211,9 @@ def test_operators_check_their_arguments():
         ops.batch_norm(X, None, None, None, C, None, 1e-5, "none")
     with pytest.raises(RuntimeError, match="momentum is None and there is no num_batches_tracked"):
         ops.batch_norm_update_(C.clone(), C.clone(), None, stats, None, 4, None)
+
+
+def test_linear_batch_norm_of_other_dimensions():
+    """Its bias would be added to another axis than the one that is normalised."""
+    with pytest.raises(ValueError, match=r"input has shape \(5, 3, 4\); expected \(N, in_features\)"):
+        linear_batch_norm(torch.zeros(5, 3, 4), torch.zeros(3, 4), C, C, C)

@@ -62,6 +62,13 @@ def test_nothing_is_changed():
         assert [dict(vars(m)) for m in model.modules()] == inside
 
 
+def test_nothing_is_changed_in_a_layer_of_two_names():
+    norm = nn.BatchNorm1d(4)
+    before = norm.running_mean
+    gdbp.explain(nn.Sequential(nn.Linear(4, 4), norm, nn.ReLU(), norm), torch.randn(6, 4))
+    assert norm.running_mean is before and not before.any() and norm.num_batches_tracked == 0
+
+
 class Mine(torch.Tensor):
     """A class that dispatches in Python, to the tensor inside of it."""
 

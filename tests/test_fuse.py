@@ -352,6 +352,16 @@ def test_who_calls_what():
     assert "the forward of Tower was replaced" in reasons(fused(model)[1]).values()
 
 
+def test_a_bias_that_is_no_parameter():
+    x = torch.randn(3, 4)
+    for of in (lambda b: nn.Buffer(b), lambda b: b):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        wanted, bias = model(x), model[0].bias.detach()
+        del model[0].bias
+        model[0].bias = of(bias)
+        torch.testing.assert_close(gdbp.fuse(model)(x), wanted)
+
+
 def test_report_is_a_table(capsys):
     model = nn.Sequential(OrderedDict(a=nn.Linear(4, 5), b=nn.ReLU(), c=nn.Linear(5, 3)))
     gdbp.fuse(model, report=print)
@@ -363,6 +373,8 @@ def test_report_is_a_table(capsys):
 
 
 def test_refusals():
+    with pytest.raises(TypeError, match="report is 3; expected a function, such as print"):
+        gdbp.fuse(nn.Linear(2, 2), report=3)
     for call in (gdbp.fuse, gdbp.unfuse):
         with pytest.raises(TypeError, match=r"model is a list; expected a torch\.nn\.Module"):
             call([nn.Linear(2, 2)])

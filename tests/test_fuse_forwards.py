@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import threading
 
 import pytest
 import torch
@@ -37,6 +38,24 @@ def depends_on_data(self, x):
 
 def depends_on_training(self, x):
     return F.dropout(self.act(self.fc(x)), 0.5, self.training)
+
+
+def depends_on_a_layers_training(self, x):
+    return F.dropout(self.act(self.fc(x)), 0.5, self.child.training)
+
+
+def asks_what_a_result_is(self, x):
+    y = self.act(self.fc(x))
+    return y * 2 if isinstance(x * 2, torch.Tensor) else y
+
+
+def asks_for_what_tensors_have_not(self, x):
+    return self.act(self.fc(x.tensors if hasattr(x, "tensors") else x))
+
+
+def hooks_on_saved_tensors(self, x):
+    with torch.autograd.graph.save_on_cpu():
+        return self.act(self.fc(x))
 
 
 def counts(self, x):
@@ -133,6 +152,10 @@ FORWARDS = {
     optional: "the forward of Odd has arguments that may be left out (scale)",
     depends_on_data: "torch.fx cannot follow the forward of Odd: symbolically traced variables cannot",
     depends_on_training: "the forward of Odd is another in training than in evaluation",
+    depends_on_a_layers_training: "the forward of Odd is another in training than in evaluation",
+    asks_what_a_result_is: "torch.fx cannot follow the forward of Odd: it asks what kind of thing a result is",
+    asks_for_what_tensors_have_not: "torch.fx cannot follow the forward of Odd: it asks its argument for tensors, whi",
+    hooks_on_saved_tensors: "torch.fx cannot follow the forward of Odd: it has hooks on saved tensors",
     counts: "the forward of Odd changes self.calls",
     remembers: "the forward of Odd changes self.seen",
     remembers_in_a_deque: "the forward of Odd changes self.recent",
@@ -267,7 +290,19 @@ def adds_behind_leaky_relu(self, x):
     return F.leaky_relu(self.fc(x)) + x
 
 
+def writes_over_an_unknown_view_of_leaky_relu(self, x):
+    y = F.leaky_relu(self.fc(x)).view_as(x)
+    y *= 2
+    return y
+
+
+def asks_torch_for_a_tensor(self, x):
+    y = self.act(self.fc(x))
+    return y * 2 if torch.is_tensor(x) and not isinstance(x, nn.Parameter) else y
+
+
 FOLLOWED = {
+    asks_torch_for_a_tensor: 1, writes_over_an_unknown_view_of_leaky_relu: 0,
     adds_to_a_view: 1, adds_to_its_input: 1, adds_to_a_buffer: 1, asks_for_a_tensor: 1,
     norm_called_in_another_order: 2, reads_statistics_before_they_move: 1, writes_before_the_norm: 1,
     writes_over_leaky_relu: 0, writes_over_a_view_of_softplus: 0, drops_softplus_in_place: 0, adds_behind_leaky_relu: 1,
@@ -288,6 +323,73 @@ def test_order_and_writing_in_place_stay(forward):
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_arguments_of_another_kind_take_the_forward_from_before():
+    def of_either(self, x):
+        return self.act(self.fc(x["x"] if isinstance(x, dict) else x))
+
+    model, report = fused(Odd(of_either))
+    x = torch.randn(3, 4)
+    assert len(report.fused) == 1 and torch.equal(model({"x": x}), model(x))
+
+
+class Slice(nn.Module):
+    def forward(self, x):
+        return x[:]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda: (nn.LeakyReLU(), Slice(), nn.ReLU(inplace=True)),
+        lambda: (nn.Softplus(), nn.AlphaDropout(0.5), nn.ReLU(inplace=True)),
+        lambda: (nn.Softplus(), nn.Sequential(nn.ReLU(inplace=True))),
+    ],
+)
+def test_layers_that_may_return_views(behind):
+    model, report = fused(nn.Sequential(nn.Linear(4, 4), *behind()).eval())
+    assert not report.fused
+    model(torch.randn(3, 4)).sum().backward()
+
+
+def test_other_threads_go_on():
+    """torch.fx shows a tracer the calls of all threads, and what is in the place of torch's functions comes out again."""
+    originals, errors, is_over = torch._C._set_grad_enabled, [], threading.Event()
+
+    def work():
+        layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+        while not is_over.is_set():
+            try:
+                with torch.no_grad():
+                    layer(x)
+            except Exception as error:
+                errors.append(error)
+                return
+
+    def fuse():
+        for _ in range(20):
+            assert len(fused(Odd(adds_behind_leaky_relu))[1].fused) == 1
+
+    workers, fusers = ([threading.Thread(target=target) for _ in range(2)] for target in (work, fuse))
+    for thread in (*workers, *fusers):
+        thread.start()
+    for thread in fusers:
+        thread.join()
+    is_over.set()
+    for thread in workers:
+        thread.join()
+    assert not errors and torch._C._set_grad_enabled is originals
+
+
+def test_torch_fx_sees_our_layers_as_it_sees_torchs():
+    ours = nn.Sequential(gdbp.nn.Linear(4, 5, activation="relu"), gdbp.nn.BatchNorm1d(5), gdbp.nn.MLP([5, 6, 2])).eval()
+    traced, x = torch.fx.symbolic_trace(ours), torch.randn(3, 4)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "1", "2.0", "2.1"]
+    torch.testing.assert_close(traced(x), ours(x))
+    traced = torch.fx.symbolic_trace(gdbp.fuse(nn.Sequential(nn.Linear(4, 5), nn.ReLU())))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
 
 
 def test_sequentials_whose_layers_write_in_place():

@@ -105,6 +105,8 @@ def test_generator_and_global_state():
         (lambda: init.init_(nn.Linear(2, 2), "zeros"), "symmetry is never broken"),
         (lambda: init.init_(nn.Linear(2, 2), "lecun"), "scheme 'lecun' is unknown; expected one of xavier"),
         (lambda: init.init_(nn.Linear(2, 2), nonlinearity="rleu"), "nonlinearity 'rleu' is unknown"),
+        (lambda: init.init_(nn.Linear(2, 2), ["he"]), r"scheme \['he'\] is unknown"),
+        (lambda: init.init_(nn.Linear(2, 2), nonlinearity=["relu"]), r"nonlinearity is \['relu'\]; expected None or"),
         (lambda: init.init_(torch.nn.ReLU()), "ReLU has no weight of two or more dimensions"),
     ],
 )
@@ -113,11 +115,30 @@ def test_refusals(call, sentence):
         call()
 
 
+class Integers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((2, 2), 7, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm.:FutureWarning")
+def test_what_has_no_fan_stays():
+    embedding, tied = torch.nn.Embedding(3, 4), nn.Linear(4, 3)
+    tied.weight = embedding.weight
+    magnitudes = torch.nn.utils.weight_norm(torch.nn.Linear(4, 4))
+    stay = [embedding.weight, magnitudes.weight_g, *(torch.nn.LayerNorm([3, 4]).parameters())]
+    before = [p.detach().clone() for p in stay]
+    norm = torch.nn.LayerNorm([3, 4])
+    init.init_(torch.nn.Sequential(embedding, tied, magnitudes, norm, nn.Linear(4, 4)))
+    assert all(map(torch.equal, stay, before)) and (norm.weight == 1).all()
+
+
 @pytest.mark.parametrize(
     "module, error, sentence",
     [
         (lambda: torch.nn.LayerNorm(3), ValueError, "LayerNorm has no weight of two"),
         (lambda: torch.nn.Sequential(nn.Linear(2, 2), torch.nn.LazyLinear(3)), ValueError, "has no shape yet"),
+        (lambda: torch.nn.Sequential(nn.Linear(2, 2), Integers()), ValueError, "is torch.int8; expected floating"),
         (lambda: torch.ones(3), TypeError, "module is a Tensor; expected a torch.nn.Module"),
     ],
 )

@@ -61,6 +61,22 @@ def test_what_is_no_tensor(value):
         gdbp.nn.Linear(4, 5, activation="relu")(value)
 
 
+def test_nested_tensors_are_torchs():
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)])
+    for layer in (
+        gdbp.nn.Linear(4, 5, activation="relu"),
+        gdbp.nn.MLP([4, 5, 5]),
+        gdbp.fuse(torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 5))),
+    ):
+        for one, many in zip(nested.unbind(), layer(nested).unbind(), strict=True):
+            torch.testing.assert_close(layer(one), many)
+
+
+def test_no_weight():
+    with pytest.raises(TypeError, match="weight is a NoneType; expected a tensor"):
+        linear(X, None)
+
+
 def test_backward_operator_checks_its_arguments():
     backward = torch.ops.gdbp.linear_backward
     every = (True, True, True)

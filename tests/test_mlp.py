@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import gdbp
 from gdbp.nn import MLP
@@ -164,6 +165,35 @@ def test_compile(batch_norm):
     for mine, other in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(mine.grad, other.grad)
     assert all(map(torch.equal, model.buffers(), twin.buffers()))
+
+
+def test_who_watches_all_modules_sees_the_layers():
+    model, seen = MLP([3, 4, 2]), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        model(torch.randn(5, 3))
+    finally:
+        handle.remove()
+    assert seen == ["Linear", "Linear", "MLP"]
+
+
+def test_without_layers():
+    model, x = MLP([3, 2]), torch.randn(5, 3)
+    del model[0]
+    assert model(x) is x
+
+
+@pytest.mark.parametrize("x_grad", [False, True])
+def test_flops_are_those_of_torchs_layers(x_grad):
+    def count(model):
+        x = torch.randn(6, 4, requires_grad=x_grad)
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    torchs = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    assert count(MLP([4, 8, 3])) == count(gdbp.fuse(copy.deepcopy(torchs))) == count(torchs) > 0
+    assert count(gdbp.nn.Linear(4, 8, activation="gelu")) == count(torch.nn.Linear(4, 8))
 
 
 def test_learns_exclusive_or():

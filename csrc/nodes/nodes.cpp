@@ -23,7 +23,7 @@ bool is_plain(const py::handle& object) {
   const auto* const type = reinterpret_cast<const PyObject*>(Py_TYPE(object.ptr()));
   if (type != kTensor && type != kParameter) return false;
   const Tensor tensor = unwrap(object);
-  return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided;
+  return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided && !tensor.is_nested();
 }
 
 // What gdbp/ops/_function.py calls by this name, but for what only Python knows. recorded: whether a mode is one that

@@ -32,7 +32,7 @@ def fuse(
     its layers, a parametrization, another class, or parameters of an activation that the kernels don't have, its
     layers are called one by one, as they were. ``deepcopy``, pickle, ``torch.compile`` and ``torch.export`` work.
 
-    Activations are those of :func:`gdbp.nn.functional.linear`. Behind leaky_relu, elu and softplus, whose output is
+    Activations are those of :func:`gdbp.nn.functional.linear`. Behind leaky_relu and softplus, whose output is
     kept for the backward pass, nothing may write in place, as with torch behind relu: where the module itself does, it
     is left alone; where one around it does, backward raises. With a batch's own statistics the bias of a linear layer
     in front of them has the gradient 0, where torch's is rounding noise.
@@ -40,19 +40,22 @@ def fuse(
     Args:
         model: changed in place.
         trace: whether to trace forwards. As always with torch.fx, what a forward decides in Python is decided once,
-            now, and numbers that it reads from attributes are read once. Those that depend on ``self.training``, have
-            arguments that may be left out, change attributes, make tensors, switch gradients or autocast, are
-            checkpointed, or call an ``autograd.Function`` are left alone; those that depend on random numbers or on the
-            world outside can't be told.
+            now, and numbers that it reads from attributes are read once. Those that depend on ``training``, have
+            arguments that may be left out, change attributes of modules, make tensors, ask what kind of thing a result
+            is, switch gradients or autocast, are checkpointed, have hooks on saved tensors, or call an
+            ``autograd.Function`` are left alone; those that depend on random numbers or on the world outside, or
+            change it (attributes of what is no module, too), can't be told, and run twice here.
         report: called with a :class:`FuseReport`, for example ``print``.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, report no function.
         ValueError: as in :func:`unfuse`, for a model that is fused already.
     """
+    if report is not None and not callable(report):
+        raise TypeError(f"report is {report!r}; expected a function, such as print")
     unfuse(model)
     changes, found = plan(model, trace)
     # All classes are made before any is given: what goes wrong leaves the model as it is.

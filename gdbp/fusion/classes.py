@@ -25,22 +25,33 @@ class Code(NamedTuple):
     objects: tuple[tuple[str, Any], ...]
     modules: tuple[tuple[str, str], ...]
     runs: tuple[str, ...]  # for people
+    tensors_only: bool  # whether it is the forward of tensors alone, and another one else
 
     @classmethod
-    def of(cls, graph: fx.Graph, runs: tuple[str, ...]) -> "Code":
+    def of(cls, graph: fx.Graph, runs: tuple[str, ...], tensors_only: bool) -> "Code":
         code = graph.python_code("self")
         # Of the names that fx provides, a NaN among them, only those in use: equal forwards are to be equal.
         words = set(re.findall(r"\w+", code.src))
         named = [(name, value) for name, value in code.globals.items() if name in words]
         modules = tuple((name, value.__name__) for name, value in named if isinstance(value, types.ModuleType))
         objects = tuple((name, value) for name, value in named if not isinstance(value, types.ModuleType))
-        return cls(code.src, objects, modules, runs)
+        return cls(code.src, objects, modules, runs, tensors_only)
 
-    def compile(self) -> Callable:
+    def compile(self, before: Callable) -> Callable:
+        """The forward, in the place of the one ``before``."""
         names = dict(self.objects)
         names.update((name, importlib.import_module(module)) for name, module in self.modules)
         exec(compile(self.source, "<gdbp.fuse>", "exec"), names)
-        return names["forward"]
+        fused = names["forward"]
+        if not self.tensors_only:
+            return fused
+
+        @functools.wraps(fused)
+        def forward(self, *args, **kwargs):
+            given = (*args, *kwargs.values())
+            return (fused if all(isinstance(a, torch.Tensor) for a in given) else before)(self, *args, **kwargs)
+
+        return forward
 
 
 def _forward_of_sequential(self, input):
@@ -79,7 +90,7 @@ def fused_class(base: type[torch.nn.Module], code: Code | None) -> type[torch.nn
         return (_new, (base, code, *args[1:]), *state)
 
     body = {
-        "forward": _forward_of_sequential if sequential else code.compile(),
+        "forward": _forward_of_sequential if sequential else code.compile(base.forward),
         "extra_repr": extra_repr,
         "__reduce_ex__": reduce_ex,
         "__module__": base.__module__,

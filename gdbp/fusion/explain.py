@@ -16,8 +16,9 @@ from gdbp._table import format_table
 from gdbp.fusion.classes import unfused_class
 from gdbp.fusion.plan import names_of, plan
 from gdbp.fusion.report import FuseReport
-from gdbp.fusion.run import is_watched, run
+from gdbp.fusion.run import run
 from gdbp.nn._arguments import check_module
+from gdbp.nn._observe import is_watched
 from gdbp.ops import _function
 from gdbp.ops._function import why_not_fused
 
@@ -71,10 +72,16 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     check_module("module", module)
     recorder = _Recorder(sys._getframe().f_code)
+    own = [(each, dict(each._buffers)) for each in module.modules() if isinstance(each._buffers, dict)]
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = {t.get_device() for t in tree_leaves((list(module.parameters()), args, kwargs)) if _on_cuda(t)}
-    with torch.random.fork_rng(devices=sorted(devices)), recorder, _function.recorded():
-        torch.func.functional_call(module, buffers, args, kwargs)
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)), recorder, _function.recorded():
+            torch.func.functional_call(module, buffers, args, kwargs)
+    finally:
+        # functional_call leaves copies in a module that has two names.
+        for each, kept in own:
+            each._buffers.update(kept)
     names, report = names_of(module), plan(module)[1]
     return Explanation(tuple(_row(call, module, names, report) for call in recorder.calls))
 

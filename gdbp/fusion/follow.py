@@ -11,7 +11,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx
 
-from gdbp.fusion.run import VIEWS
+from gdbp.fusion.run import is_inplace, makes_new
 
 # `x += y` of a proxy without these is another tensor, and x stays what it was.
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
@@ -20,10 +20,20 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 class _Proxy(fx.Proxy):
     @property
     def __class__(self) -> type:
-        """What isinstance goes by: a forward that asks is to hear that tensors are tensors."""
-        asker = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-        is_tensor = self.node.op in ("placeholder", "call_module")
-        return torch.Tensor if is_tensor and asker not in ("torch", "gdbp") else type(self)
+        """What isinstance goes by: a forward that asks is to hear that tensors are tensors. Of its arguments that is
+        taken for granted here, and looked at when it is called."""
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        if asker.startswith(("torch.fx.", "torch.nn.parameter", "gdbp.")):
+            return type(self)
+        if self.node.op not in ("placeholder", "call_module"):
+            raise NotImplementedError("it asks what kind of thing a result is, which is not known yet")
+        self.tracer.asks |= self.node.op == "placeholder"
+        return torch.Tensor
+
+    def __getattr__(self, name: str):
+        if self.node.op == "placeholder" and not hasattr(torch.Tensor, name):
+            raise NotImplementedError(f"it asks its argument for {name}, which tensors don't have")
+        return super().__getattr__(name)
 
 
 def _in_place(name: str):
@@ -38,8 +48,25 @@ for _name in _IN_PLACE:
 
 
 class Tracer(fx.Tracer):
+    """Traces in the thread that made it; while it does, torch.fx shows it the calls of all threads."""
+
     # Statistics that forward changes must be changed by the graph, not by the tracing.
     proxy_buffer_attributes = True
+
+    def __init__(self):
+        super().__init__()
+        self.asks = False  # whether forward asked if its arguments are tensors
+        self._thread = threading.get_ident()
+
+    def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module, name) -> bool:
         return True  # each module's own forward is looked at by itself
@@ -57,19 +84,22 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def trace(self, *args, **kwargs) -> fx.Graph:
-        with contextlib.ExitStack() as stack:
+        # What is put in the place of torch's functions must come out again in order.
+        with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
             for owner, name, what in _NOT_RECORDED:
                 if name in vars(owner):
                     stack.enter_context(_refused(owner, name, what))
             return super().trace(*args, **kwargs)
 
 
+_ONE_AT_A_TIME = threading.RLock()
 _SWITCHES = "switches gradients or autocast"
 _NOT_RECORDED = (
     (torch.autograd.Function, "apply", "calls an autograd.Function"),
     (torch._C, "_set_grad_enabled", _SWITCHES),
     (torch.inference_mode, "__enter__", _SWITCHES),
     (torch.autocast, "__enter__", _SWITCHES),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "has hooks on saved tensors"),
     (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", "is checkpointed"),
 )
 
@@ -95,9 +125,12 @@ def _refused(owner: Any, name: str, what: str) -> Iterator[None]:
 
 # ---- what a graph's nodes write to ----
 
-_VIEW_CALLS = frozenset(
-    ("view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "movedim", "chunk", "split",
-     "unbind", "expand", "narrow", "select", "getitem", "identity", "dropout")
+# Whose results are new tensors, whatever they are given; all others may return a view of it, or itself.
+_COPYING = frozenset(
+    ("add", "sub", "mul", "div", "truediv", "neg", "pow", "square", "sqrt", "exp", "log", "abs", "matmul", "mm", "bmm",
+     "addmm", "linear", "conv1d", "conv2d", "cat", "concat", "stack", "clone", "sum", "mean", "amax", "argmax", "norm",
+     "softmax", "log_softmax", "logsumexp", "layer_norm", "batch_norm", "cross_entropy", "mse_loss", "relu", "gelu",
+     "silu", "sigmoid", "tanh", "elu", "leaky_relu", "softplus", "run")
 )  # fmt: skip
 
 
@@ -121,9 +154,10 @@ def is_written_over(node: fx.Node, module: torch.nn.Module) -> bool:
         if user.op != "call_module" and writes(user, module):
             return True
         called = module.get_submodule(user.target) if user.op == "call_module" else None
-        if called is not None and getattr(called, "inplace", False):
+        if called is not None and is_inplace(called):
             return True
-        if (isinstance(called, VIEWS) or _name(user) in _VIEW_CALLS) and is_written_over(user, module):
+        copies = _name(user) in _COPYING if called is None else makes_new(called)
+        if not copies and is_written_over(user, module):
             return True
     return False
 

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as _hooks
 
 import gdbp.nn
 from gdbp import reference
 from gdbp.fusion import activations
 from gdbp.nn import functional as F
 from gdbp.nn._batch_norm import normalize_by
-from gdbp.nn._observe import observers, obstacle, tell
+from gdbp.nn._observe import is_watched, observers, obstacle, tell
 from gdbp.ops import mlp
 
 Layer = torch.nn.Module | str  # a module, or the name of an activation that is a function
@@ -26,8 +25,11 @@ NORMS = frozenset((torch.nn.BatchNorm1d, gdbp.nn.BatchNorm1d))
 _TORCHS = frozenset((torch.nn.Linear, torch.nn.BatchNorm1d))
 # Activations whose output the backward pass reads, where torch's read their input: nothing may write to it afterwards.
 SAVED_BY_OUTPUT = frozenset(("leaky_relu", "softplus"))
-# Modules that may return what they are given, or a view of it.
-VIEWS = (torch.nn.Flatten, torch.nn.Unflatten, torch.nn.Identity, torch.nn.Dropout)
+# Where torch's and our layers are that return new tensors, but for torch.nn.Identity.
+_COPYING = frozenset(
+    [f"torch.nn.modules.{name}" for name in ("linear", "activation", "batchnorm", "normalization", "conv", "pooling")]
+    + [f"gdbp.nn.{name}" for name in ("linear", "norm", "mlp")]
+)
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -102,6 +104,8 @@ def match(layers: Sequence[Layer], start: int) -> Run | None:
         weight = layer._parameters.get("weight")
         if obstacle(layer) or _activation(layer) is not None or weight is None or weight.dtype not in DTYPES:
             return None
+        if "bias" not in layer._parameters:
+            return None
         linear = layer
         end += 1
     if end < len(layers) and type(layers[end]) in NORMS and not obstacle(layers[end]):
@@ -123,11 +127,22 @@ def match(layers: Sequence[Layer], start: int) -> Run | None:
 def is_written_over(following: Sequence[Layer]) -> bool:
     """Whether layers that follow one another write to what the first of them is given."""
     for layer in following:
-        if getattr(layer, "inplace", False):
-            return True
-        if not isinstance(layer, VIEWS):
+        if isinstance(layer, str) or (makes_new(layer) and not is_inplace(layer)):
             return False
+        if is_inplace(layer):
+            return True
     return False
+
+
+def is_inplace(layer: torch.nn.Module) -> bool:
+    """Whether a module, or one in it, says that it writes to what it is given."""
+    return any(getattr(each, "inplace", False) for each in layer.modules())
+
+
+def makes_new(layer: torch.nn.Module) -> bool:
+    """Whether a module's output surely is no view of its input, nor the input itself."""
+    kind = type(layer)
+    return kind.__module__ in _COPYING and kind is not torch.nn.Identity
 
 
 def _activation(layer: torch.nn.Module) -> str | None:
@@ -137,7 +152,7 @@ def _activation(layer: torch.nn.Module) -> str | None:
 
 def run(input: Tensor, *layers: Layer) -> Tensor:
     """The layers one after the other, as ``torch.nn.Sequential`` calls them, runs among them in one pass."""
-    watched = is_watched()
+    watched = is_watched() or isinstance(input, torch.fx.Proxy)
     in_strips = not (watched or observers) and mlp.is_on_cpu(input)
     i = 0
     while i < len(layers):
@@ -161,14 +176,3 @@ def run(input: Tensor, *layers: Layer) -> Tensor:
             input = reference.ACTIVATIONS[layer][0](input) if isinstance(layer, str) else layer(input)
             i += 1
     return input
-
-
-def is_watched() -> bool:
-    """Whether somebody asked to be told of every module's call."""
-    h = _hooks
-    return bool(
-        h._global_forward_hooks
-        or h._global_forward_pre_hooks
-        or h._global_backward_hooks
-        or h._global_backward_pre_hooks
-    )

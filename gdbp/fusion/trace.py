@@ -26,7 +26,7 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
     Raises:
         Untraceable: forward cannot be followed, or does more than its graph would.
     """
-    graph = _trace(module)
+    graph, asks = _trace(module)
     fused: list[Fused] = []
     left: list[Left] = []
     taken: set[fx.Node] = set()
@@ -55,13 +55,14 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
     graph.lint()
     prefix = names[module] + "." if names[module] else ""
     runs = tuple(" + ".join(name.removeprefix(prefix) for name in each.layers) for each in fused)
-    return Code.of(graph, runs), report
+    return Code.of(graph, runs, asks), report
 
 
 # ---- the graph ----
 
 
-def _trace(module: torch.nn.Module) -> fx.Graph:
+def _trace(module: torch.nn.Module) -> tuple[fx.Graph, bool]:
+    """The graph of its forward, and whether that asks if its arguments are tensors."""
     forward = forward_of(module)
     if "forward" in vars(module):
         raise Untraceable(f"{_of(module)} was replaced")
@@ -72,24 +73,26 @@ def _trace(module: torch.nn.Module) -> fx.Graph:
     ]
     if optional:
         raise Untraceable(f"{_of(module)} has arguments that may be left out ({', '.join(optional)})")
-    graphs = [_trace_once(module, training) for training in (True, False)]
-    if len({_source(graph) for graph in graphs}) > 1:
+    (graph, asks), (other, _) = (_trace_once(module, training) for training in (True, False))
+    if _source(graph) != _source(other):
         raise Untraceable(f"{_of(module)} is another in training than in evaluation")
-    for node in graphs[0].nodes:
+    for node in graph.nodes:
         if node.op == "get_attr" and not _has(module, node.target):
             raise Untraceable(f"{_of(module)} makes a tensor ({node.target}), which would become a constant")
-    return graphs[0]
+    return graph, asks
 
 
-def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
+def _trace_once(module: torch.nn.Module, training: bool) -> tuple[fx.Graph, bool]:
     # What forward writes goes to a twin, of it and of all below it, which shares parameters and buffers alone.
     twins: dict[torch.nn.Module, torch.nn.Module] = {}
     try:
         twin = _twin(module, twins)
-        twin.training = training
+        for each in twins.values():
+            vars(each)["training"] = training
         before = [(each, {name: _kept(value) for name, value in vars(each).items()}) for each in twins.values()]
         with torch.random.fork_rng(devices=[]):
-            graph = Tracer().trace(twin)
+            tracer = Tracer()
+            graph = tracer.trace(twin)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise Untraceable(f"torch.fx cannot follow {_of(module)}: {first or type(error).__name__}") from error
@@ -99,7 +102,7 @@ def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
             known = kept.get(name, (None, 0))
             if not name.startswith("_tensor_constant") and not _same(known, _kept(value)):
                 raise Untraceable(f"{_of(module)} changes {owner}.{name}")
-    return graph
+    return graph, tracer.asks
 
 
 def _twin(module: torch.nn.Module, twins: dict[torch.nn.Module, torch.nn.Module]) -> torch.nn.Module:

@@ -55,6 +55,17 @@ def no_number(**values: object) -> TypeError:
     return TypeError(f"{' and '.join(found)}; expected a number")
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor; convert it with torch.as_tensor()")
+
+
+def as_leaf(module: torch.nn.Module, input: torch.fx.Proxy) -> torch.fx.Proxy:
+    """A call of the module in the graph that torch.fx is making: as of torch's own layers, into which it does not
+    look."""
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
+
+
 def check_module(name: str, value: object) -> None:
     if not isinstance(value, torch.nn.Module):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.nn.Module")

@@ -1,11 +1,12 @@
 """Batch normalisation as a function; public in :mod:`gdbp.nn.functional`."""
 
 import math
+from types import NoneType
 
 import torch
 
 from gdbp import ops, reference
-from gdbp.nn._arguments import check_activation
+from gdbp.nn._arguments import check_activation, check_tensor, no_number
 
 
 def batch_norm(
@@ -65,12 +66,15 @@ def linear_batch_norm(
     gradient is exactly 0 (where torch's is rounding noise); with running statistics it joins their mean.
 
     Args:
-        input: (N, in_features).
+        input: (N, in_features); no other dimensions, whose bias would belong to another axis than the channels'.
         weight, bias: of the linear layer, (out_features, in_features) and (out_features,) or None.
         norm_weight, norm_bias: those of the normalisation, (out_features,) or None.
 
     Everything else, and what is raised, is as in :func:`linear` and :func:`batch_norm`.
     """
+    check_tensor("input", input)
+    if input.dim() != 2:
+        raise ValueError(f"linear_batch_norm: input has shape {tuple(input.shape)}; expected (N, in_features)")
     # torch's own: a product alone has nothing to fuse, and its derivatives cost no call of Python.
     product = torch.nn.functional.linear(input, weight)
     return normalize(
@@ -84,6 +88,10 @@ def normalize(
     """``batches``, where given, is counted up; without a momentum the running statistics are then the mean of all."""
     if activation is not None:
         check_activation(activation)
+    if not isinstance(input, torch.Tensor):
+        check_tensor("input", input)
+    if not (isinstance(momentum, (float, int, NoneType)) and isinstance(eps, (float, int))):
+        raise no_number(momentum=0.1 if momentum is None else momentum, eps=eps)
     if input.dim() < 2:
         if input.dim() == 1 and not input.numel():
             # torch's function lets it pass.
@@ -115,7 +123,7 @@ def normalize(
         running_var,
         weight,
         bias,
-        training,
+        bool(training),
         momentum,
         eps,
         activation or "none",
@@ -128,13 +136,17 @@ def normalize_by(
     layer: torch.nn.BatchNorm1d, input: torch.Tensor, activation: str | None, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What a BatchNorm1d, ours or torch's, does to its input, and the activation behind it."""
+    check_tensor("input", input)
     layer._check_input_dim(input)
     keep = layer.training and layer.track_running_stats
     known = keep or not layer.training
     running_mean, running_var = (layer.running_mean, layer.running_var) if known else (None, None)
-    batches = layer.num_batches_tracked if keep else None
-    if batches is not None and running_mean is None:
+    batches, momentum = layer.num_batches_tracked if keep else None, layer.momentum
+    if batches is not None and (running_mean is None or batches.dtype is not torch.int64):
         batches.add_(1)
+        if running_mean is not None:
+            # Another type, as after .type(): our kernels don't count in it.
+            batches, momentum = None, 1.0 / float(batches) if momentum is None else momentum
     return normalize(
         input,
         running_mean,
@@ -143,7 +155,7 @@ def normalize_by(
         layer.bias,
         layer.training or running_mean is None,
         # Without a momentum and without a count torch leaves the running statistics as they are.
-        0.0 if layer.momentum is None and batches is None else layer.momentum,
+        0.0 if momentum is None and batches is None else momentum,
         layer.eps,
         activation,
         batches,

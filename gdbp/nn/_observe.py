@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch.nn.modules import module as _hooks
 
 
 class Observer(Protocol):
@@ -29,6 +30,17 @@ def obstacle(module: torch.nn.Module) -> str:
     if "forward" in m.__dict__:
         return "its forward was replaced"
     return ""
+
+
+def is_watched() -> bool:
+    """Whether somebody asked to be told of every module's call."""
+    h = _hooks
+    return bool(
+        h._global_forward_hooks
+        or h._global_forward_pre_hooks
+        or h._global_backward_hooks
+        or h._global_backward_pre_hooks
+    )
 
 
 def tell(layers: Sequence[torch.nn.Module | str], activation: str | None, output: torch.Tensor) -> None:

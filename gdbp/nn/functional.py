@@ -9,6 +9,7 @@ from gdbp.nn._arguments import (
     autocast,
     autocast_is_on,
     check_activation,
+    check_tensor,
     no_number,
     reduction_name,
     without_autocast,
@@ -49,8 +50,9 @@ def linear(
     """
     if activation is not None:
         check_activation(activation)
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(f"input is a {type(input).__name__}; expected a tensor; convert it with torch.as_tensor()")
+    if not isinstance(input, torch.Tensor) or weight is None:
+        check_tensor("input", input)
+        check_tensor("weight", weight)
     if autocast_is_on(input):
         input, weight, bias = autocast(input, weight, bias)
     return ops.linear(input, weight, bias, activation or "none")

@@ -66,6 +66,9 @@ __all__ = [
 _GAINS = {"gelu": 1.5335, "gelu_tanh": 1.5336, "silu": 1.6765, "elu": 1.2452, "softplus": 1.0419}
 
 
+_EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+_NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+
 _he_normal_ = partial(kaiming_normal_, nonlinearity="linear")
 _he_uniform_ = partial(kaiming_uniform_, nonlinearity="linear")
 
@@ -90,6 +93,8 @@ def gain(nonlinearity: str | None) -> float:
     """
     if nonlinearity is None:
         return 1.0
+    if not isinstance(nonlinearity, str):
+        raise ValueError(f"nonlinearity is {nonlinearity!r}; expected None or a name such as linear, relu, tanh")
     if nonlinearity in _GAINS:
         return _GAINS[nonlinearity]
     try:
@@ -111,8 +116,9 @@ def init_(
     """Draws new weights for ``module`` and its children in place, sets their biases to 0, and returns it.
 
     Every parameter with "weight" in its name and two or more dimensions is drawn (linear, convolutional and
-    recurrent layers; gdbp's or torch's); every parameter with "bias" in its name becomes 0. Normalisation
-    weights, which have one dimension, and embeddings, which are looked up and have no fan, stay as they are.
+    recurrent layers; gdbp's or torch's); every parameter with "bias" in its name becomes 0. The weights of
+    normalisation layers, the magnitudes of ``torch.nn.utils.weight_norm``, and embeddings, which are looked up and
+    have no fan (also where a layer shares them), stay as they are.
 
     Args:
         module: any ``torch.nn.Module`` with at least one such weight, on any device, of any floating dtype.
@@ -126,25 +132,34 @@ def init_(
             shape yet. Nothing is changed then.
         TypeError: module is none.
     """
-    if scheme in ("zero", "zeros", "constant", "ones"):
+    if isinstance(scheme, str) and scheme in ("zero", "zeros", "constant", "ones"):
         raise ValueError(
             f"scheme {scheme!r} is refused: with equal weights all units of a layer get the same gradient "
             f"and stay copies of one another, the symmetry is never broken; use one of {', '.join(SCHEMES)}"
         )
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is unknown; expected one of {', '.join(SCHEMES)}")
     fill_, factor = SCHEMES[scheme], gain(nonlinearity)
     check_module("module", module)
+    embeddings = {layer.weight for layer in module.modules() if isinstance(layer, _EMBEDDINGS)}
     parameters = [
         (name, parameter)
         for layer in module.modules()
-        if not isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag))
         for name, parameter in layer.named_parameters(recurse=False)
+        if parameter not in embeddings
     ]
     for name, parameter in parameters:
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"a {name} of {type(module).__name__} has no shape yet; call the module once before")
-    weights = [parameter for name, parameter in parameters if "weight" in name and parameter.ndim >= 2]
+    norms = {p for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters(recurse=False)}
+    weights = [
+        parameter
+        for name, parameter in parameters
+        if "weight" in name and parameter.ndim >= 2 and parameter not in norms and not name.endswith("_g")
+    ]
+    for weight in weights:
+        if not weight.is_floating_point():
+            raise ValueError(f"a weight of {type(module).__name__} is {weight.dtype}; expected floating dtypes")
     if not weights:
         raise ValueError(
             f"module {type(module).__name__} has no weight of two or more dimensions; expected a "

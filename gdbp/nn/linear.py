@@ -3,7 +3,7 @@
 import torch
 
 from gdbp.nn import functional as F
-from gdbp.nn._arguments import check_activation
+from gdbp.nn._arguments import as_leaf, check_activation
 from gdbp.nn._observe import observers, tell
 
 
@@ -42,6 +42,8 @@ class Linear(torch.nn.Linear):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return as_leaf(self, input)
         output = F.linear(input, self.weight, self.bias, activation=self.activation)
         if observers:
             tell((self,), self.activation, output)

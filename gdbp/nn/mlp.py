@@ -8,7 +8,7 @@ import torch
 
 from gdbp.nn import init as init_
 from gdbp.nn._arguments import check_activation, no_number, whole
-from gdbp.nn._observe import observers, obstacle
+from gdbp.nn._observe import is_watched, observers, obstacle
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
 from gdbp.ops import mlp
@@ -69,6 +69,8 @@ class MLP(torch.nn.Sequential):
                 raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
         except TypeError:
             raise no_number(dropout=dropout) from None
+        if not isinstance(batch_norm, bool):
+            raise TypeError(f"batch_norm is {batch_norm!r}; expected True or False")
         check_activation(activation)
         where = {"device": device, "dtype": dtype}
         layers: list[torch.nn.Module] = []
@@ -94,7 +96,7 @@ class MLP(torch.nn.Sequential):
 
     def _in_one_kernel(self, input):
         layers = list(self._modules.values())
-        if not observers and _is_plain(layers):
+        if layers and not observers and not is_watched() and _is_plain(layers):
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
             return mlp.forward(input, weights, biases, layers[0].activation or "none")
         return None

@@ -4,12 +4,43 @@ import sys
 
 import torch
 
-from gdbp.nn._arguments import check_activation
+from gdbp.nn._arguments import as_leaf, check_activation
 from gdbp.nn._batch_norm import activate, normalize_by
 from gdbp.nn._observe import observers, tell
 
 
-class BatchNorm1d(torch.nn.BatchNorm1d):
+class _Activated:
+    """A batch norm with an activation behind it."""
+
+    activation: str | None
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
+
+    @property
+    def qconfig(self):
+        """What torch.ao may have set. torch's conversion to SyncBatchNorm, which copies a layer into another class,
+        asks for it as well: the only place to tell it that there is an activation to lose."""
+        if "qconfig" in self.__dict__:
+            return self.__dict__["qconfig"]
+        caller = sys._getframe(1).f_code.co_name
+        if caller == "convert_sync_batchnorm" and self.activation is not None:
+            raise RuntimeError(
+                f"this {type(self).__name__} has activation={self.activation!r}, which torch's conversion would lose; "
+                "use gdbp.nn.SyncBatchNorm.convert_sync_batchnorm"
+            )
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value):
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self):
+        del self.__dict__["qconfig"]
+
+
+class BatchNorm1d(_Activated, torch.nn.BatchNorm1d):
     """Batch normalisation of each channel, and the activation that follows it, in one layer.
 
     A ``torch.nn.BatchNorm1d`` in every respect (parameters, buffers, state_dict, ``update_bn``), with the activation
@@ -54,34 +85,15 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return as_leaf(self, input)
         output = normalize_by(self, input, self.activation)
         if observers:
             tell((self,), self.activation, output)
         return output
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + _activation_repr(self)
 
-    @property
-    def qconfig(self):
-        """What torch.ao may have set. torch's conversion to SyncBatchNorm, which copies a layer into another class,
-        asks for it as well: the only place to tell it that there is an activation to lose."""
-        if "qconfig" in self.__dict__:
-            return self.__dict__["qconfig"]
-        caller = sys._getframe(1).f_code.co_name
-        if caller == "convert_sync_batchnorm" and self.activation is not None:
-            raise RuntimeError(
-                f"this BatchNorm1d has activation={self.activation!r}, which torch's conversion would lose; "
-                "use gdbp.nn.SyncBatchNorm.convert_sync_batchnorm"
-            )
-        raise AttributeError("qconfig")
-
-    @qconfig.setter
-    def qconfig(self, value):
-        self.__dict__["qconfig"] = value
-
-
-class SyncBatchNorm(torch.nn.SyncBatchNorm):
+class SyncBatchNorm(_Activated, torch.nn.SyncBatchNorm):
     """``torch.nn.SyncBatchNorm``, computed by torch, followed by an activation.
 
     Args:
@@ -99,13 +111,10 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
             tell((self,), self.activation, output)
         return output
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + _activation_repr(self)
-
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group=None) -> torch.nn.Module:
         """torch's conversion of every BatchNorm layer in ``module``, which keeps the activations of ours."""
-        activation = module.activation if isinstance(module, BatchNorm1d) else None
+        activation = module.activation if isinstance(module, _Activated) else None
         if activation is None:
             return super().convert_sync_batchnorm(module, process_group)
         module.activation = None
@@ -116,7 +125,3 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         # Made by torch, which knows no class of ours.
         converted.__class__, converted.activation = cls, activation
         return converted
-
-
-def _activation_repr(module) -> str:
-    return "" if module.activation is None else f", activation={module.activation!r}"

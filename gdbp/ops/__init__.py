@@ -7,7 +7,7 @@ gets a fake kernel (shapes without data, for torch.compile) and a ``torch.autogr
 from gdbp import _load
 
 if _load.available:
-    from gdbp.ops import _fake  # noqa: F401
+    from gdbp.ops import _fake, _flops  # noqa: F401
 
 from gdbp.ops.dropout import dropout
 from gdbp.ops.grad import penalty

@@ -64,6 +64,10 @@ def is_batched(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def is_fused(*tensors: torch.Tensor | None) -> bool:
     """Whether our kernels take these tensors: dense, on CPU or CUDA, of no class that dispatches in Python
     (DTensor, say), and outside forward-mode differentiation. Where not, plain torch computes."""
@@ -71,11 +75,11 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
         return False
     for t in tensors:
         # The usual case first: this runs at every call of every layer.
-        if t is None or (type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and t.layout is torch.strided):
+        if t is None or (type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and is_dense(t)):
             continue
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"got a {type(t).__name__}; expected a tensor; convert it with torch.as_tensor()")
-        if t.device.type not in _DEVICES or t.layout is not torch.strided:
+        if t.device.type not in _DEVICES or not is_dense(t):
             return False
         if type(t).__torch_dispatch__ is not _NO_DISPATCH and not isinstance(t, FakeTensor):
             return False
@@ -113,6 +117,8 @@ def why_not_fused(*tensors: torch.Tensor) -> str:
             continue
         if t.device.type not in _DEVICES:
             return f"no kernels for {t.device.type} tensors"
+        if t.is_nested:
+            return "no kernels for nested tensors"
         if t.layout is not torch.strided:
             return f"no kernels for {t.layout} tensors"
         return f"no kernels for a {type(t).__name__}"
