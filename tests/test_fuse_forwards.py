@@ -354,7 +354,7 @@ def test_layers_that_may_return_views(behind):
 
 
 def test_other_threads_go_on():
-    """torch.fx shows a tracer the calls of all threads, and what is in the place of torch's functions comes out again."""
+    """torch.fx shows a tracer the calls of all threads, and what stands in for torch's functions goes again."""
     originals, errors, is_over = torch._C._set_grad_enabled, [], threading.Event()
 
     def work():

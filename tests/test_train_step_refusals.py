@@ -198,14 +198,57 @@ def test_many_refuses():
         pair.step.many(x)
     with pytest.raises(TypeError, match="targets is a list; expected a tensor"):
         pair.step.many((x, y.tolist()))
+    with pytest.raises(TypeError, match=r"inputs is torch.sparse_coo; expected a dense tensor; use .to_dense\(\)"):
+        pair.step.many((x.to_sparse(), y))
+    with pytest.raises(TypeError, match=r"generator is 3; expected a torch.Generator, or None"):
+        pair.step.many((x, y), 4, generator=3)
+    with pytest.raises(TypeError, match="shuffle is 'no'; expected True or False"):
+        pair.step.many((x, y), 4, shuffle="no")
+    for size in (4, 5, 16):
+        with pytest.raises(ValueError, match="input has dtype Float on meta"):
+            pair.step.many((x.to("meta"), y), size)
+        with pytest.raises(ValueError, match="target is on meta"):
+            pair.step.many((x, y.to("meta")), size)
+    # All labels are looked at before the first step, and told by their row of the data set.
+    bad = y.clone()
+    bad[13] = 9
+    for shuffle in (True, False):
+        with pytest.raises(IndexError, match="Target 9 is out of bounds: cross_entropy got it for row 13; expected"):
+            pair.step.many((x, bad), 4, shuffle=shuffle)
     assert pair.step.steps == 0
-    with pytest.raises(IndexError, match="Target 9 is out of bounds"):
-        pair.step.many((x, torch.cat([y[:12], torch.tensor([9] * 4)])), 4, shuffle=False)
-    # The three steps before that one took place.
+    pair.step.many((x, bad), 4, 3, shuffle=False)
+    # But for those that it does not come to.
     for i in range(0, 12, 4):
         eager(pair.twin, pair.loss, pair.other, x[i : i + 4], y[i : i + 4])
     assert pair.step.steps == 3
     same_state(pair.model, pair.optimizer, pair.twin, pair.other)
+
+
+def test_switches_and_copies():
+    pair = Pair()
+    for name in ("strict", "keep_grads"):
+        with pytest.raises(TypeError, match=f"{name} is 'no'; expected True or False"):
+            gdbp.TrainStep(pair.model, pair.loss, pair.optimizer, **{name: "no"})
+    with pytest.raises(TypeError, match="a TrainStep has nothing of its own: copy or save its model"):
+        copy.deepcopy(pair.step)
+
+
+def test_lost_storage():
+    """As by what shards parameters."""
+    pair = Pair()
+    x, y = data()
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="input has lost its storage"):
+        pair.step(x, y)
+    for lost in ("grad", "state"):
+        p = torch.ones(5, requires_grad=True)
+        p.grad = torch.ones(5)
+        optimizer = optim.Adam([p])
+        optimizer.step()
+        (p.grad if lost == "grad" else optimizer.state[p]["exp_avg"]).untyped_storage().resize_(0)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"a parameter of shape \[5\], its gradient or a state has lost"):
+                optimizer.step()
 
 
 def test_many_looks_at_the_last_step_first():

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/view_as_real.h>
 
+#include <algorithm>
+
 #include "common/binding.h"
 #include "optim/batch.h"
 #include "optim/blockwise8.h"
@@ -203,6 +205,10 @@ Batch::Place Batch::add_dense(int rule, const Hyper* hyper, const Member& m) {
     slot.average_dtype = dtype_of(m.average, op, "an average");
     slot.average_weight = m.average_weight;
   }
+  const bool is_there = slot.param && (slot.grad || !m.grad.defined()) &&
+                        std::all_of(slot.state, slot.state + count, [](const void* state) { return state; });
+  TORCH_CHECK(is_there || slot.numel == 0, op, ": a parameter of shape ", m.param.sizes(),
+              ", its gradient or a state has lost its storage; expected memory for its elements");
   return place;
 }
 

@@ -140,6 +140,12 @@ class CrossEntropy final : public Objective {
                         "TrainStep: weight of the loss has shape ", weight_.sizes(), " and dtype ",
                         weight_.scalar_type(), "; expected (", output.cols, ",), contiguous, of the output's dtype");
   }
+  void check_labels(const int64_t* labels, const int64_t* index, int64_t count, int64_t classes) const override {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = index ? index[i] : i, label = labels[row];
+      check_label((label >= 0 && label < classes) || label == options_.ignore_index, label, row, classes);
+    }
+  }
   void plan(const Output& output, Arena& arena, int time) override {
     const int64_t stats = std::max(loss::stats_per_row(false), loss::stats_per_row(true));
     stats_ = arena.request(output.rows * stats * size_of(output.dtype), time, time);
@@ -172,8 +178,7 @@ class CrossEntropy final : public Objective {
     loss::cross_entropy_forward_cpu({loss, arena.at(stats_), value, &divisor, nullptr, options_.empty_is_zero, bad,
                                      static_cast<double*>(arena.at(rows_))},
                                     nullptr);
-    TORCH_CHECK_INDEX(bad[0] < 0, "Target ", bad[1], " is out of bounds: cross_entropy got it for row ", bad[0],
-                      "; expected a class from 0 to ", shape.cols - 1, ", or ignore_index = ", options_.ignore_index);
+    check_label(bad[0] < 0, bad[1], bad[0], shape.cols);
     if (!grad) return;
     loss::cross_entropy_backward_cpu(
         {loss, arena.at(stats_), &divisor, one(shape.dtype), turned ? turned : grad, nullptr}, nullptr);
@@ -181,6 +186,11 @@ class CrossEntropy final : public Objective {
   }
 
  private:
+  void check_label(bool fits, int64_t label, int64_t row, int64_t classes) const {
+    TORCH_CHECK_INDEX(fits, "Target ", label, " is out of bounds: cross_entropy got it for row ", row,
+                      "; expected a class from 0 to ", classes - 1, ", or ignore_index = ", options_.ignore_index);
+  }
+
   const at::Tensor weight_;
   const CrossEntropyOptions options_;
   Arena::Id stats_ = Arena::kNone, rows_ = Arena::kNone, classes_first_ = Arena::kNone;

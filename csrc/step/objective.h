@@ -31,6 +31,9 @@ class Objective {
   virtual ~Objective() = default;
   // Raises an error where the target does not fit; it has no data yet.
   virtual void check(const Output& output, const Target& target) const = 0;
+  // The same of the labels of `count` rows of a data set, those of `index`, or the first ones for null: which of them
+  // raised it would be hard to find later.
+  virtual void check_labels(const int64_t*, const int64_t* /*index*/, int64_t /*count*/, int64_t /*classes*/) const {}
   // Buffers of its own, used at `time`.
   virtual void plan(const Output& output, Arena& arena, int time) = 0;
   // The loss into *value, and its gradient into `grad`, which may be `output` itself; null for none. Both of the

@@ -158,6 +158,8 @@ bool PlainStep::fill(Row& row, const optim::Hyper* hyper) {
     slot.state[k] = state.mutable_data();
   }
   if (row.states[0] && !parse_dtype(*row.states[0], slot.state_dtype)) return false;
+  // What has lost its storage, as by resize_(0), is refused elsewhere.
+  if (slot.numel != 0 && (!slot.param || !slot.grad || (row.states[0] && !slot.state[0]))) return false;
   row.step = row.count ? read(*row.count) : row.counts->fresh ? 1 : 2;
   slot.clock = {row.step, 1};
   return row.step != 0;

@@ -123,6 +123,7 @@ void TrainPlan::ready(const at::Tensor& input, int64_t rows, const Target& targe
   TORCH_CHECK_VALUE(input.dim() == 2 || (flattens_ && input.dim() > 2), "TrainStep: input has shape ", input.sizes(),
                     "; expected (rows, features)", flattens_ ? " or more dimensions for Flatten" : "",
                     "; reshape it, or use strict=False");
+  TORCH_CHECK_VALUE(input.numel() == 0 || input.const_data_ptr(), "TrainStep: input has lost its storage");
   const int64_t cols = c10::multiply_integers(input.sizes().slice(1));
   const Dtype dtype = input.scalar_type() == at::kDouble ? Dtype::float64 : Dtype::float32;
   if (replan_ || !network_.is_planned_for(dtype, rows, cols)) {
@@ -201,12 +202,18 @@ py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& all_inputs, const at
   const at::Tensor losses = at::empty({steps}, inputs.options());
   std::vector<grad::Norm> norms(limit ? steps : 0);
   bool any = false;
-  // The last step has fewer rows, perhaps too few: better said before the first one.
-  if (const int64_t rest = total % size; rest != 0 && steps > 1) {
+  // What does not fit is better said before the first step: also that the last one has too few rows.
+  TORCH_CHECK_VALUE(targets.is_cpu(), "TrainStep: target is on ", targets.device(), "; expected cpu, as the input");
+  for (const int64_t rows : {total % size, std::min(size, total)}) {
+    if (rows == 0) continue;
     Target target = describe(targets, nullptr);
-    target.sizes[0] = rest;
-    ready(inputs, rest, target);
+    target.sizes[0] = rows;
+    ready(inputs, rows, target);
   }
+  if (targets.scalar_type() == at::kLong)
+    network_.objective().check_labels(targets.const_data_ptr<int64_t>(),
+                                      index.defined() ? index.const_data_ptr<int64_t>() : nullptr, total,
+                                      network_.output().cols);
   {
     const py::gil_scoped_release no_gil;
     auto looked = std::chrono::steady_clock::now();

@@ -34,6 +34,12 @@ if _load.available:
 _TORCHS_ZERO_GRAD = torch.optim.Optimizer.zero_grad
 
 
+# Significant bits of states: of 255 codes, those around which the gaps are a fortieth.
+_BITS = {"8bit": 6, torch.bfloat16: 8, torch.float16: 11}
+# Keys of states that are squares.
+_SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"))
+
+
 class Update(NamedTuple):
     """An update rule as a group's options choose it."""
 
@@ -44,7 +50,8 @@ class Update(NamedTuple):
     counts: tuple[tuple[str, float], ...] = (("step", 0.0),)
     decoupled: bool = False  # whether weight_decay shrinks the parameter itself
     initial: float = 0.0  # what every element of a state starts at
-    too_fine: str = ""  # why states of 8 bits would not do
+    bits: int = 0  # how many significant ones its states need
+    too_fine: str = ""  # why so many
 
 
 class Fused(torch.optim.Optimizer):
@@ -75,8 +82,9 @@ class Fused(torch.optim.Optimizer):
             rounded to the nearest of 255, and what changes by less than half the way to the next one stays: a second
             moment, of which a step moves a thousandth, follows gradients only where they grow several times larger,
             or fall together with those of its 127 neighbours. With ``stochastic_rounding`` it follows them on average.
-            A state that is not finite takes its neighbours along. Adadelta and centered RMSprop need more digits and
-            refuse them.
+            A state that is not finite takes its neighbours along. Adadelta needs more digits and refuses them, centered
+            RMSprop all but float32 and float64; float16, in which squares of small gradients are 0, is refused by
+            all that keep squares.
         ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
             started at the parameters as first stepped; see :meth:`ema_parameters`.
         copy_dtype: write every new parameter also into a copy of this dtype, for a forward pass in low precision;
@@ -191,23 +199,37 @@ class Fused(torch.optim.Optimizer):
         return self._last["grad_norm"]
 
     def _check_digits(self, update: Update) -> None:
-        if self._precision.state_dtype == "8bit" and update.too_fine:
-            raise ValueError(
-                f"Invalid state_dtype: '8bit' for {type(self).__name__}, {update.too_fine}; expected None or "
-                "torch.float32"
-            )
+        dtype, why = self._precision.state_dtype, ""
+        if update.bits > _BITS.get(dtype, 53):
+            why = update.too_fine
+        elif dtype is torch.float16 and not _SQUARES.isdisjoint(update.states):
+            why = "whose squares of gradients below 2e-4 would be 0"
+        if why:
+            raise ValueError(f"Invalid state_dtype: {dtype!r} for {type(self).__name__}, {why}; expected torch.float32")
 
     @property
     def _precision(self) -> Precision:
         return Precision(*(self.defaults.get(name, default) for name, default in Precision._field_defaults.items()))
 
     def ema_parameters(self) -> Iterator[torch.Tensor]:
-        """The moving averages, in the order of the parameters; a parameter that was never stepped stands for itself."""
+        """The moving averages, in the order of the parameters; a parameter that was never stepped stands for itself.
+
+        Raises:
+            ValueError: without ``ema_decay``.
+        """
+        if self._precision.ema_decay is None:
+            raise ValueError(f"there are no averages: make the {type(self).__name__} with ema_decay=0.999, say")
         return self._kept("ema_param")
 
     def copied_parameters(self) -> Iterator[torch.Tensor]:
         """The copies of ``copy_dtype``, as of the last step, in the order of the parameters; a parameter that was
-        never stepped stands for itself."""
+        never stepped stands for itself.
+
+        Raises:
+            ValueError: without ``copy_dtype``.
+        """
+        if self._precision.copy_dtype is None:
+            raise ValueError(f"there are no copies: make the {type(self).__name__} with copy_dtype=torch.bfloat16, say")
         return self._kept("param_copy")
 
     def _kept(self, key: str) -> Iterator[torch.Tensor]:

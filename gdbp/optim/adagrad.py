@@ -25,5 +25,5 @@ class Adadelta(Fused, torch.optim.Adadelta):
     """
 
     def _update(self, group):
-        too_fine = "whose second average grows by its own rounding"
-        return Update("adadelta", ("square_avg", "acc_delta"), (group["rho"], group["eps"]), too_fine=too_fine)
+        why = "whose second average grows by its own rounding"
+        return Update("adadelta", ("square_avg", "acc_delta"), (group["rho"], group["eps"]), bits=8, too_fine=why)

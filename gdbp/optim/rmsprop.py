@@ -24,5 +24,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
             rule, states = rule + "_momentum", (*states, "momentum_buffer")
         if group["centered"]:
             states = (*states, "grad_avg")
-        too_fine = "whose centered average is a difference of two others" if group["centered"] else ""
-        return Update(rule, states, (group["alpha"], group["eps"], group["momentum"]), too_fine=too_fine)
+        hyper = (group["alpha"], group["eps"], group["momentum"])
+        if not group["centered"]:
+            return Update(rule, states, hyper)
+        return Update(rule, states, hyper, bits=24, too_fine="whose centered average is a difference of two others")

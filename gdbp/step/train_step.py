@@ -7,6 +7,7 @@ import torch
 from gdbp import _load
 from gdbp.nn._arguments import check_module, no_number, whole
 from gdbp.nn._observe import is_observed, observers
+from gdbp.optim._options import check_switches
 from gdbp.step import _loss, _optimizer, _ranks
 from gdbp.step._device import DevicePlan
 from gdbp.step._model import Layers
@@ -75,7 +76,7 @@ class TrainStep:
     Raises:
         ValueError, TypeError: a model, loss, optimizer or input without a fused form, in one sentence; not with
             ``strict=False``.
-        IndexError: a label out of range. Nothing has been changed then.
+        IndexError: a label out of range, in :meth:`many` of any row that it would take. Nothing has been changed then.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class TrainStep:
         seed: int | None = None,
     ):
         _check_arguments(model, loss, optimizer, seed)
+        check_switches(strict=strict, keep_grads=keep_grads)
         _check_norm(max_grad_norm)
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.strict, self.keep_grads, self.max_grad_norm = strict, keep_grads, max_grad_norm
@@ -152,12 +154,17 @@ class TrainStep:
 
         Returns the losses, (steps,).
         """
+        check_switches(shuffle=shuffle)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is {generator!r}; expected a torch.Generator, or None")
         if not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
             raise TypeError(f"tensors is a {type(tensors).__name__}; expected a tuple (inputs, targets)")
         inputs, targets = tensors
         for name, tensor in (("inputs", inputs), ("targets", targets)):
             if not isinstance(tensor, torch.Tensor) or not tensor.dim():
                 raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor of one row for each sample")
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"{name} is {tensor.layout}; expected a dense tensor; use .to_dense()")
         rows = len(inputs)
         if len(targets) != rows:
             raise ValueError(f"tensors have {rows} and {len(targets)} rows; expected as many targets as inputs")
@@ -208,6 +215,11 @@ class TrainStep:
         ``unshared_bytes`` that these would take one beside the other. Zeros before the first."""
         rows, used, unshared = self._plan.memory() if self._plan else (0, 0, 0)
         return {"rows": rows, "bytes": used, "unshared_bytes": unshared}
+
+    def __reduce__(self):
+        raise TypeError(
+            "a TrainStep has nothing of its own: copy or save its model, loss and optimizer, and make another of these"
+        )
 
     # ---- inside ----
 
