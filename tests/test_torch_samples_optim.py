@@ -30,7 +30,7 @@ def _optim_db():
 
 
 COMMON = _optim_db()
-INFOS = {info.optim_cls.__name__: info for info in COMMON.optim_db if hasattr(gdbp.optim, info.optim_cls.__name__)}
+INFOS = {info.optim_cls.__name__: info for info in COMMON.optim_db if info.optim_cls.__name__ in gdbp.optim.__all__}
 SIZES = [(), (1,), (3, 5), (33,), (4, 3, 2, 2)]
 
 

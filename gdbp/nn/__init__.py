@@ -1,5 +1,9 @@
-"""Layers and losses with torch.nn's interfaces, on fused kernels."""
+"""Layers and losses with torch.nn's interfaces, on fused kernels. The rest of it is torch's
+own: ``gdbp.nn.X`` is ``torch.nn.X`` where there is none of ours."""
 
+import torch
+
+from gdbp._rest import rest_of
 from gdbp.nn import functional, init, utils
 from gdbp.nn.linear import Linear
 from gdbp.nn.loss import (
@@ -30,3 +34,5 @@ __all__ = [
     "init",
     "utils",
 ]
+
+__getattr__, __dir__ = rest_of(__name__, torch.nn)

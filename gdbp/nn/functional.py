@@ -1,10 +1,11 @@
-"""Functions with torch.nn.functional's signatures, on fused kernels."""
+"""Functions with torch.nn.functional's signatures, on fused kernels; what is none of them is torch's own."""
 
 import warnings
 
 import torch
 
 from gdbp import ops
+from gdbp._rest import rest_of
 from gdbp.nn._arguments import (
     autocast,
     autocast_is_on,
@@ -216,3 +217,6 @@ def binary_cross_entropy_with_logits(
 
 def _widens(factor: torch.Tensor, input: torch.Tensor) -> bool:
     return torch.broadcast_shapes(factor.shape, input.shape) != input.shape
+
+
+__getattr__, __dir__ = rest_of(__name__, torch.nn.functional)

@@ -1,5 +1,6 @@
 """Clipping and inspecting gradients: torch.nn.utils' functions, one read of all gradients and at most one write; and
-what torch does not have: clipping of other kinds, penalties, and what gradients and activations say of a network."""
+what torch does not have: clipping of other kinds, penalties, and what gradients and activations say of a network. The
+rest of them is torch's own."""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import utils as _torch
 
+from gdbp._rest import rest_of
 from gdbp.nn._clipping import adaptive_clip_grad_, clip_grad_norm_by_group_, clip_grad_norm_by_layer_
 from gdbp.nn._gradients import check_finite, collect, listed, nonnegative, order_of
 from gdbp.nn._penalty import penalty
@@ -142,3 +144,6 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     gradients = collect(parameters)
     if gradients is None or not gradients.clamp(clip_value):
         _torch.clip_grad_value_(parameters, clip_value, foreach)
+
+
+__getattr__, __dir__ = rest_of(__name__, _torch)
