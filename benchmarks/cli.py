@@ -4,7 +4,7 @@ import argparse
 import json
 
 from benchmarks import compare, environment, plot, report, run, scaling
-from gdbp.train.errors import InputError
+from gdbp._errors import InputError
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
-from gdbp.train.errors import InputError
+from gdbp._errors import InputError
 
 Report = dict[str, Any]
 

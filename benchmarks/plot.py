@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import figures, files, html
 from benchmarks.environment import ROOT
 from benchmarks.files import Report
-from gdbp.train.errors import InputError, require
+from gdbp._errors import InputError, require
 
 OUT = ROOT / "build" / "bench"
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import files
 from benchmarks.files import Report
 from benchmarks.table import caption, markdown
-from gdbp.train.errors import InputError
+from gdbp._errors import InputError
 
 DEVICES = ("cpu", "cuda")
 NOT_MEASURED = {

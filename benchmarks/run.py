@@ -14,7 +14,7 @@ from benchmarks import environment, files, optional, table
 from benchmarks.cases import select
 from benchmarks.measure import measure
 from benchmarks.work import Case, Setup
-from gdbp.train.errors import InputError
+from gdbp._errors import InputError
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 PEERS = ("eager", "compile", *optional.PEERS)

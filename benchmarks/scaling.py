@@ -12,7 +12,7 @@ from benchmarks import environment, run, table
 from benchmarks.cases import FAMILIES
 from benchmarks.measure import measure
 from benchmarks.work import Series
-from gdbp.train.errors import InputError
+from gdbp._errors import InputError
 
 add_arguments = run.add_measuring
 

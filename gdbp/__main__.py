@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from gdbp import _bench, _load
+from gdbp._errors import InputError
 from gdbp.testing import cli as testing_cli
 from gdbp.train import cli
-from gdbp.train.errors import InputError
 
 
 class _Parser(argparse.ArgumentParser):

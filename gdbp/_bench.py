@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from gdbp.train.errors import InputError
+from gdbp._errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,8 +4,8 @@ import argparse
 import ast
 import importlib
 
+from gdbp._errors import InputError
 from gdbp.testing.optimizer import check_optimizer
-from gdbp.train.errors import InputError
 
 __all__ = ["add_command"]
 

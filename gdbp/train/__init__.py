@@ -1,7 +1,8 @@
 """Training as a learner meets it: data in, :func:`fit`, a :class:`History` and a run folder out."""
 
+from gdbp._errors import InputError
+
 from .data import Data, load_data
-from .errors import InputError
 from .history import History
 from .loop import evaluate, fit
 from .run import Run, build_network, load_run

@@ -13,11 +13,11 @@ import torch
 
 import gdbp
 from gdbp import nn, optim
+from gdbp._errors import InputError, require
 from gdbp.memory import cpu_cache_unless_refused
 
 from . import loop
 from .data import Data, load_data
-from .errors import InputError, require
 from .options import add_options
 from .run import build_network, save_run
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import InputError
+from gdbp._errors import InputError
+
 from .readers import Table, read_table
 
 try:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from gdbp._errors import InputError
 from gdbp.step import TrainStep
 
 from .data import Data, Pair
-from .errors import InputError
 from .history import History
 from .schedule import make_schedule
 

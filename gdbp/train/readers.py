@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import InputError, require
+from gdbp._errors import InputError, require
 
 try:
     import numpy as np

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import torch
 
 from gdbp import nn
+from gdbp._errors import InputError
 from gdbp.nn.init import init_
 
 from .data import Data
-from .errors import InputError
 from .history import History
 
 __all__ = ["ACTIVATIONS", "Run", "build_network", "load_run", "save_run"]

@@ -1,4 +1,4 @@
-"""The one error a learner should meet, and the check for optional packages."""
+"""The one error that somebody at the command line should meet, and the check for optional packages."""
 
 import importlib
 
