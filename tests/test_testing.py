@@ -1,5 +1,7 @@
 """The conformance checks: clean on ours, right about torch's, and able to find every planted fault."""
 
+import sys
+
 import pytest
 import torch
 
@@ -202,6 +204,9 @@ def test_refuses(cls, kwargs, error, text):
         check_optimizer(cls, **kwargs)
 
 
+OPTIMIZER = "import torch\nclass C(torch.optim.Optimizer):\n    def __init__(self, params):\n        {}\n"
+
+
 class TestCommandLine:
     def test_clean(self, capsys):
         assert main(["check", "gdbp.optim.AdamW", "--kw", "lr=0.01", "l1_mode=prox", "--kw", "betas=(0.9, 0.99)"]) == 0
@@ -220,10 +225,32 @@ class TestCommandLine:
             (["torch.optim.Adamm"], "can't be imported"),
             (["nowhere.Adam"], "can't be imported"),
             (["torch.optim.Adam", "--kw", "lr"], "--kw got 'lr'; expected NAME=VALUE"),
-            (["torch.optim.Adam", "--kw", "lr=-1"], "can't be checked: Invalid learning rate: -1"),
+            (["torch.optim.Adam", "--kw", "lr=-1"], "can't be checked: ValueError: Invalid learning rate: -1"),
+            (["torch.optim.Adam", "--kw", "fused=True", "foreach=True"], "can't be checked: RuntimeError: "),
             (["torch.nn.Linear"], "subclass of torch.optim.Optimizer itself"),
         ],
     )
     def test_wrong_arguments(self, arguments, sentence, capsys):
         assert main(["check", *arguments]) == 2
-        assert sentence in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "source,sentence",
+        [
+            ("class C(", "which can't be imported: SyntaxError: "),
+            ("raise ValueError('two\\nlines')", "which can't be imported: ValueError: two lines\n"),
+            ("1 / 0", "which can't be imported: ZeroDivisionError: division by zero\n"),
+            ("import sys; sys.exit(3)", "which can't be imported: SystemExit: 3\n"),
+            (OPTIMIZER.format("raise RuntimeError('no GPU')"), "can't be checked: RuntimeError: no GPU\n"),
+            (OPTIMIZER.format("assert not params"), "can't be checked: AssertionError\n"),
+            (OPTIMIZER.format("raise SystemExit(3)"), "can't be checked: SystemExit: 3\n"),
+        ],
+    )
+    def test_a_module_may_do_anything(self, source, sentence, tmp_path, monkeypatch, capsys):
+        (tmp_path / "mine.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        assert main(["check", "mine.C"]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1

@@ -6,6 +6,7 @@ import importlib
 
 from gdbp._errors import InputError
 from gdbp.testing.optimizer import check_optimizer
+from gdbp.testing.report import one_line
 
 __all__ = ["add_command"]
 
@@ -34,8 +35,8 @@ def check(options: argparse.Namespace) -> int:
     cls, kwargs = _find(options.optimizer), dict(map(_argument, options.kw))
     try:
         report = check_optimizer(cls, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{options.optimizer} can't be checked: {error}") from error
+    except (Exception, SystemExit) as error:  # of its constructor, which may raise anything
+        raise InputError(f"{options.optimizer} can't be checked: {_told(error)}") from error
     print(report)
     return 0 if report.passed else 1
 
@@ -46,8 +47,13 @@ def _find(path: str) -> type:
         raise InputError(f"MODULE.CLASS is {path!r}; expected a module and a class in it, such as torch.optim.Adam")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"MODULE.CLASS is {path!r}, which can't be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # of the module, which may do anything
+        raise InputError(f"MODULE.CLASS is {path!r}, which can't be imported: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """The error in a line, with its name, for its message alone may say little."""
+    return one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 def _argument(text: str) -> tuple[str, object]:
