@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from gdbp._errors import InputError
 
-from .readers import Table, read_table
+from .readers import Table, infer_task, read_table
 
 try:
     import numpy as np
@@ -19,6 +19,7 @@ except ImportError:  # read_table says so; everything that reads no data works w
 __all__ = ["Data", "Pair", "load_data", "prepare", "split"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+TASKS = ("classification", "regression")
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Data:
         return replace(self, train=train, validation=validation, test=test)
 
 
-def load_data(source: str, *, target: str | None = None, task: str | None = None, seed: int = 0) -> Data:
+def load_data(source: str | Path, *, target: str | None = None, task: str | None = None, seed: int = 0) -> Data:
     """Reads, splits and standardises a data set.
 
     Args:
@@ -72,34 +73,38 @@ def load_data(source: str, *, target: str | None = None, task: str | None = None
     Raises:
         InputError: one sentence about what can't be used, and where it is.
     """
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}; expected a whole number of at least 0")
     return prepare(read_table(source, target, task), task=task, seed=seed)
 
 
 def prepare(table: Table, *, task: str | None = None, seed: int = 0) -> Data:
     """:func:`load_data` for a table that is already in memory."""
     distinct = np.unique(table.y)
-    task = task or table.task or _infer_task(distinct)
+    target = f"target {table.target_name!r} of {table.name!r}"
+    task = task or table.task or infer_task(distinct)
+    if task not in TASKS:
+        raise InputError(f"task is {task!r}; expected {' or '.join(TASKS)}")
     if len(distinct) < 2:
-        raise InputError(f"target {table.target_name!r} is the same in all samples; there is nothing to learn")
+        raise InputError(f"{target} is the same in all samples; there is nothing to learn")
     if task == "classification":
         if len(distinct) > len(table.y) // 2:
             raise InputError(
-                f"target {table.target_name!r} has {len(distinct)} distinct values in {len(table.y)} "
+                f"{target} has {len(distinct)} distinct values in {len(table.y)} "
                 "samples, too many for classes; choose another target, or task regression for numbers"
             )
         labels = np.searchsorted(distinct, table.y)
-        class_names = table.class_names or [_class_name(value) for value in distinct]
+        class_names = table.class_names or [_class_name(value) for value in distinct.tolist()]
         strata, y = labels, torch.from_numpy(labels)
     else:
         if table.y.dtype.kind == "U":
-            word = next(word for word in table.y if not _is_float(word))
-            raise InputError(
-                f"target {table.target_name!r} holds words, such as {str(word)!r}; regression wants numbers"
-            )
+            raise InputError(f"{target} holds words, such as {str(table.y[0])!r}; regression wants numbers")
         class_names = []
         # Blocks of about 20 neighbours in rank: each set then sees the whole range of the target.
         ranks = np.argsort(np.argsort(table.y, kind="stable"), kind="stable")
-        strata, y = ranks * max(1, len(ranks) // 20) // len(ranks), torch.from_numpy(table.y).unsqueeze(1)
+        strata = ranks * max(1, len(ranks) // 20) // len(ranks)
+        y = torch.from_numpy(table.y.astype(np.float64)).unsqueeze(1)
+        _check_scale(y, [target])
 
     parts = [torch.from_numpy(index) for index in split(strata, seed=seed)]
     x = torch.from_numpy(table.x)
@@ -108,9 +113,7 @@ def prepare(table: Table, *, task: str | None = None, seed: int = 0) -> Data:
             f"{table.name!r} has {len(x)} samples, too few to split into training, validation and test sets; "
             "expected at least 4 for each class, or 20 for regression"
         )
-    for name, square in zip(table.feature_names, x.square().sum(0).tolist(), strict=True):
-        if not math.isfinite(square):
-            raise InputError(f"column {name!r} of {table.name!r} is too large to be standardised; scale it down")
+    _check_scale(x, [f"column {name!r} of {table.name!r}" for name in table.feature_names])
     x_mean, x_std = _statistics(x[parts[0]], table.shared_scale)
     x = ((x - x_mean) / x_std).float()
     y_mean, y_std = 0.0, 1.0
@@ -143,6 +146,16 @@ def split(strata: np.ndarray, *, seed: int = 0, validation=0.15, test=0.2) -> li
     return [random.permutation(np.concatenate(part)) for part in parts]
 
 
+def _check_scale(x: torch.Tensor, names: list[str]) -> None:
+    """Whether float64 holds the squares of all values, and of their differences."""
+    largest, spread = x.abs().amax(0), x.amax(0) - x.amin(0)
+    for name, size, difference in zip(names, largest.tolist(), spread.tolist(), strict=True):
+        if size > 1e150:
+            raise InputError(f"{name} is too large to be standardised, as {size:.3g}; scale it down")
+        if 0 < difference < 1e-150:
+            raise InputError(f"{name} differs too little to be standardised, by {difference:.3g}; scale it up")
+
+
 def _statistics(x: torch.Tensor, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
     std = x.std(0, correction=0)
     if shared:  # a pixel that is almost always blank must not be blown up to the size of the others
@@ -150,20 +163,5 @@ def _statistics(x: torch.Tensor, shared: bool) -> tuple[torch.Tensor, torch.Tens
     return x.mean(0), torch.where(std > 0, std, 1.0)
 
 
-def _infer_task(distinct: np.ndarray) -> str:
-    if distinct.dtype.kind == "U":
-        return "classification"
-    whole = bool((distinct == np.floor(distinct)).all())
-    return "regression" if len(distinct) > (100 if whole else 20) else "classification"
-
-
 def _class_name(value) -> str:
-    return str(int(value)) if not isinstance(value, str) and value == int(value) else str(value)
-
-
-def _is_float(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

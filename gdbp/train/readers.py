@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,14 @@ try:
 except ImportError:  # read_table says so; everything that reads no data works without it
     np = None
 
-__all__ = ["BUILTIN", "Table", "read_table"]
+__all__ = ["BUILTIN", "Table", "infer_task", "read_table"]
 
 BUILTIN = ("digits", "breast-cancer", "diabetes")
 
 
 @dataclass
 class Table:
-    """Samples as read: ``x`` (n, features) float64, ``y`` (n,) float64, or str for labels in words."""
+    """Samples as read: ``x`` (n, features) float64, ``y`` (n,) of numbers, or str for labels in words."""
 
     name: str
     x: np.ndarray
@@ -34,7 +35,7 @@ class Table:
     shared_scale: bool = False  # the inputs are in one unit, as the pixels of an image are
 
 
-def read_table(source: str, target: str | None = None, task: str | None = None) -> Table:
+def read_table(source: str | Path, target: str | None = None, task: str | None = None) -> Table:
     """Reads a built-in set (``digits``, ``breast-cancer``, ``diabetes``), a ``.csv`` or a ``.npz`` file.
 
     Args:
@@ -48,6 +49,9 @@ def read_table(source: str, target: str | None = None, task: str | None = None) 
         InputError: the file is missing, empty, malformed, or holds what is not a finite number.
     """
     require("numpy")
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"data is {source!r}; expected {', '.join(BUILTIN)}, or the path of a .csv or .npz file")
+    source = str(source)
     suffix = Path(source).suffix.lower()
     if source in BUILTIN:
         reader = _read_builtin
@@ -60,6 +64,8 @@ def read_table(source: str, target: str | None = None, task: str | None = None) 
     if target is not None and reader is not _read_csv:
         raise InputError(f"target {target!r} names a column of a .csv file; leave it out for {source!r}")
     try:
+        if "\0" in source:  # no file is called so, and each reader would say it in its own way
+            raise FileNotFoundError
         table = _read_csv(source, target, task) if reader is _read_csv else reader(source)
     except FileNotFoundError:
         raise InputError(f"data file {source!r} does not exist; check the path") from None
@@ -81,8 +87,7 @@ def _read_builtin(source: str) -> Table:
     bunch = datasets.load_digits() if source == "digits" else datasets.load_breast_cancer()
     names = [str(name) for name in bunch.target_names]
     features = [str(name) for name in bunch.feature_names]
-    y = bunch.target.astype(np.float64)
-    return Table(source, bunch.data, y, features, "class", names, "classification", source == "digits")
+    return Table(source, bunch.data, bunch.target, features, "class", names, "classification", source == "digits")
 
 
 def _read_csv(source: str, target: str | None, task: str | None) -> Table:
@@ -101,40 +106,77 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     x = np.empty((len(lines), len(inputs)))
     for position, column in enumerate(inputs):
         x[:, position] = _numbers(source, lines, names, column)
-    labels = [cells[index] for _, cells in lines]
-    is_number = list(map(_is_number, labels))
-    _check_first(source, lines[0][0], labels, is_number, has_names)
-    if task == "regression" or all(is_number):
+    labels = [_label(source, line, cells[index], names[index]) for line, cells in lines]
+    _check_target(source, lines, labels, has_names)
+    if task == "regression" or all(map(_is_number, labels)):
         y = _numbers(source, lines, names, index)
+        if task != "regression":
+            y = _exact(labels, y)
     else:
-        y = np.array([_label(source, line, cells[index], names[index]) for line, cells in lines])
+        y = np.array(labels)
     return Table(Path(source).stem, x, y, [names[column] for column in inputs], names[index])
 
 
-def _check_first(source: str, line: int, labels: list[str], is_number: list[bool], has_names: bool) -> None:
-    """Whether the first sample's target is like the others', and no column's name."""
+def infer_task(distinct: np.ndarray) -> str:
+    """What a target of these distinct values is for."""
+    if distinct.dtype.kind == "U":
+        return "classification"
+    whole = bool((distinct == np.floor(distinct)).all())
+    return "regression" if len(distinct) > (100 if whole else 20) else "classification"
+
+
+def _exact(labels: list[str], values: np.ndarray) -> np.ndarray:
+    """The labels as they are where float64 would make one of several: large whole numbers, and such as 07 and 7."""
+    if not all(re.fullmatch(r"[+-]?\d+", label) for label in labels):
+        return values
+    if any(re.match(r"[+-]?0\d", label) for label in labels):
+        return np.array(labels)
+    try:
+        return np.array([int(label) for label in labels], dtype=np.int64)
+    except OverflowError:
+        return np.array(labels)
+
+
+def _check_target(source: str, lines: list, labels: list[str], has_names: bool) -> None:
+    """Whether every sample's target is like the others', and the first one no column's name."""
     counts = Counter(labels)
-    alone = not has_names and counts[labels[0]] == 1 and all(counts[label] > 1 for label in labels[1:])
-    if len(labels) > 1 and not is_number[0] and (all(is_number[1:]) or alone):
-        others = "a number" if all(is_number[1:]) else "one of several samples' classes"
-        raise InputError(
-            f"{source!r} line {line} has {labels[0]!r} where all others have {others}; if that line holds names, "
-            "expected none of them to be a number"
-        )
+    words = [label for label in counts if not _is_number(label)]
+    numbers = [float(label) for label in labels if _is_number(label)]
+    if 2 * len(numbers) >= len(labels):
+        others = "others have a number"
+        if infer_task(np.unique(numbers)) == "classification":  # a word that occurs again may be a class, too
+            words = [word for word in words if counts[word] == 1]
+    else:
+        others = "all others have one of several samples' classes"
+        once = [label for label, count in counts.items() if count == 1]
+        words = once if once == words[:1] == labels[:1] != labels and not has_names else []
+    if words:
+        place = labels.index(words[0])
+        remedy = "write it as a number or drop the line"
+        if place == 0 and not has_names:
+            remedy = "if that line holds names, expected none of them to be a number"
+        raise InputError(f"{source!r} line {lines[place][0]} has {words[0]!r} where {others}; {remedy}")
 
 
 def _csv_lines(source: str) -> tuple[list[tuple[int, list[str]]], list[str], bool]:
     """The samples as (line number, cells), the column names, and whether the file has these."""
+    lines: list[tuple[int, list[str]]] = []
+    start = 1  # line of a sample; one with line ends in quotes goes on after it
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
+            first = next((line for line in file if line.strip()), "")
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), skipinitialspace=True)
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), skipinitialspace=True, strict=True)
+            for cells in reader:
+                if len(cells) > 1 or any(map(str.strip, cells)):
+                    lines.append((start, [cell.strip() for cell in cells]))
+                start = reader.line_num + 1
     except UnicodeDecodeError:
         raise InputError(f"{source!r} is not UTF-8 text; save it as CSV (UTF-8)") from None
     except csv.Error as error:
-        raise InputError(f"{source!r} is not a readable CSV file: {error}") from None
+        raise InputError(
+            f"{source!r} line {start} is no readable CSV ({error}); close or double a quote that starts there"
+        ) from None
     if not lines:
         raise InputError(f"{source!r} is empty; expected one sample a line")
     header = lines[0][1]
@@ -160,8 +202,10 @@ def _is_number(cell: str) -> bool:
 
 
 def _label(source: str, line: int, cell: str, name: str) -> str:
-    if not cell:
-        raise InputError(f"column {name!r} of {source!r} is empty in line {line}; fill it in or drop the line")
+    if not cell or cell.lower().lstrip("+-") == "nan":
+        raise InputError(
+            f"column {name!r} of {source!r} is {cell or 'empty'} in line {line}; fill it in or drop the line"
+        )
     return cell
 
 
@@ -202,16 +246,17 @@ def _read_npz(source: str) -> Table:
         raise InputError(
             f"{source!r} is not a readable NPZ file of numbers and words; write it with numpy.savez"
         ) from None
-    if x.ndim < 2 or x.dtype.kind not in "fiub":
-        expected = "numbers of shape (samples, features)"
+    if x.ndim < 2 or not np.can_cast(x.dtype, np.float64):  # which integers can, by numpy's rules
+        expected = "numbers of at most 64 bits and of shape (samples, features)"
         raise InputError(f"array x of {source!r} is {x.dtype} {x.shape}; expected {expected}")
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.shape != x.shape[:1] or y.dtype.kind not in "fiubU":
-        expected = f"numbers or words of shape {x.shape[:1]}"
+    if y.shape != x.shape[:1] or not (y.dtype.kind == "U" or np.can_cast(y.dtype, np.float64)):
+        expected = f"numbers of at most 64 bits, or words, of shape {x.shape[:1]}"
         raise InputError(f"array y of {source!r} is {y.dtype} {y.shape}; expected {expected}")
     x = x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float64)
-    y = y if y.dtype.kind == "U" else y.astype(np.float64)
+    if y.dtype.kind in "bf":  # integers stay what they are, for float64 does not tell large ones apart
+        y = y.astype(np.float64)
     for name, array in (("x", x), ("y", y)):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             where = ", ".join(str(i) for i in np.argwhere(~np.isfinite(array))[0])
