@@ -4,16 +4,11 @@ import argparse
 import json
 
 from benchmarks import compare, environment, plot, report, run, scaling
-from gdbp._errors import InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message}; see {self.prog} --help")
+from gdbp._command import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m gdbp bench", description="gdbp beside its peers and the hardware's limit.")
+    parser = Parser(prog="python -m gdbp bench", description="gdbp beside its peers and the hardware's limit.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, execute, summary in (
         ("list", run.add_selection, run.show, "the cases and their goals"),

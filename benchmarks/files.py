@@ -1,6 +1,7 @@
 """Files of results: reading, writing, and where those of this repository lie."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -64,22 +65,23 @@ def place(report: Report, folder: Path = RESULTS) -> Path:
     return folder / machine(environment) / f"{environment['date'][:10]}-{commit[:12].rstrip('+')}{changed}.json"
 
 
-def committed(folder: Path = RESULTS) -> list[Report]:
-    """All reports of the CPU, by name, and the newest one of a GPU, if any."""
+def committed(folder: Path = RESULTS) -> dict[str, Report]:
+    """All reports of the CPU, by name, and the newest one of a GPU, if any, under their folders' and files' names."""
     # A folder of anything else has no GPU to show.
     others = [path for path in sorted(folder.glob("*/*.json")) if path.parent.name != "cpu"]
-    gpus = [load(path) for path in others if '"multiprocessors"' in path.read_text()]
-    newest = sorted(gpus, key=lambda report: report["environment"]["date"])[-1:]
-    return [*(load(path) for path in sorted(folder.glob("cpu/*.json"))), *newest]
+    gpus = {path: load(path) for path in others if '"multiprocessors"' in path.read_text()}
+    newest = sorted(gpus, key=lambda path: gpus[path]["environment"]["date"])[-1:]
+    chosen = [*sorted(folder.glob("cpu/*.json")), *newest]
+    return {f"{path.parent.name}-{path.stem}": gpus.get(path) or load(path) for path in chosen}
 
 
-def write_csv(path: Path, report: Report) -> None:
+def as_csv(report: Report) -> str:
     """A line for each contender of each row; empty where there is no figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(_lines(report))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows(_lines(report))
+    return text.getvalue()
 
 
 def _lines(report: Report) -> Iterable[list[Any]]:

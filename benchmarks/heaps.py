@@ -84,8 +84,8 @@ def measure(arguments: list[str], variables: dict[str, str], threads: int) -> di
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; of the default's time over that with the cache, and of the peaks the other way round, beyond what
-    the libraries take by themselves."""
+    """Markdown: the times, how many times as fast the cache is as the default heap, and what it takes at its peak, also
+    as a multiple of the default's. What the libraries take by themselves is not in the peaks."""
     names = list(rows[0]["heaps"])
     lines = [
         "| work | " + " | ".join(f"{name} ms" for name in names) + " | faster | peak MiB | peak |",

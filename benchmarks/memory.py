@@ -15,7 +15,7 @@ RESOLUTION = 2**20
 
 
 class CudaMeter:
-    """Of what torch's allocator hands out on the current GPU."""
+    """Counts the bytes that torch's allocator hands out on the current GPU."""
 
     def held(self) -> int:
         gc.collect()
@@ -31,7 +31,7 @@ class CudaMeter:
 
 
 class ProcessMeter:
-    """Of the whole process, as Linux counts its pages: it sees what any library takes, and nothing below 1 MB."""
+    """Counts the pages of the whole process, as Linux does: it sees what any library takes, and nothing below 1 MB."""
 
     def __init__(self):
         self._trim = ctypes.CDLL(None).malloc_trim
@@ -43,7 +43,7 @@ class ProcessMeter:
         return self._kilobytes("VmRSS") * 1024
 
     def growth(self, run: Callable[[], object]) -> int:
-        """Of what is in memory, at its highest, during one repetition."""
+        """Bytes that one repetition has in memory at its peak, beyond those before it."""
         before = self.held()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
         run()

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("files", metavar="FILE.json", type=Path, nargs="*", help="default: this repository's results")
     add("--out", metavar="FOLDER", type=Path, default=OUT,
-        help=f"gets report.html, and the pictures as PNG (default {OUT.relative_to(ROOT)})")  # fmt: skip
+        help=f"gets report.html, and pictures in place of those there (default {OUT.relative_to(ROOT)})")  # fmt: skip
 
 
 def _as_svg(figure) -> str:
@@ -41,15 +41,18 @@ def run(options: argparse.Namespace) -> int:
     reports = {path.stem: files.load(path) for path in options.files}
     if len(reports) < len(options.files):
         raise InputError("two of the files have the same name, and so would their pictures; rename one")
-    if not reports:
-        reports = {f"{files.machine(r['environment'])}-{i}": r for i, r in enumerate(files.committed(), 1)}
-    files.write(options.out / "report.html", "")
+    reports = reports or files.committed()
+    page = options.out / "report.html"
+    files.write(page, "")
+    for name in figures.FIGURES:  # those of an earlier page, whose files may not be among today's
+        for picture in options.out.glob(f"*-{name}.png"):
+            picture.unlink()
     try:
         require("matplotlib")
         drawn = {stem: draw(report, stem, options.out) for stem, report in reports.items()}
     except InputError:
         print("pictures need matplotlib, not installed here: pip install matplotlib; the report is without them")
         drawn = {stem: [] for stem in reports}
-    files.write(options.out / "report.html", html.page([(reports[stem], drawn[stem]) for stem in reports]))
-    print(f"written: {options.out / 'report.html'}")
+    files.write(page, html.page([(reports[stem], drawn[stem]) for stem in reports]))
+    print(f"written: {page}")
     return 0

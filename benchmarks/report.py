@@ -84,7 +84,7 @@ def _chosen(options: argparse.Namespace, document: str) -> tuple[list[Report], l
         reports = [files.load(path) for path in options.files]
         return reports, sorted({report["environment"]["device"] for report in reports})
     places = {match["device"] for match in PLACE.finditer(document)}
-    return files.committed(), sorted(places) or list(DEVICES[:1])
+    return list(files.committed().values()), sorted(places) or list(DEVICES[:1])
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from benchmarks import environment, files, optional, table
 from benchmarks.cases import select
 from benchmarks.measure import measure
 from benchmarks.work import Case, Setup
+from gdbp._command import integer, number, try_to_write
 from gdbp._errors import InputError
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
@@ -25,7 +26,7 @@ def _dtype_names(text: str) -> list[str]:
     names = [short.get(name, name) for name in text.split(",") if name]
     if not names or not set(names) <= set(DTYPES):
         raise argparse.ArgumentTypeError(f"{text!r}; expected some of {','.join(DTYPES)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _peer_names(text: str) -> frozenset[str]:
@@ -33,17 +34,6 @@ def _peer_names(text: str) -> frozenset[str]:
     if not names or not names <= {*PEERS, "all"}:
         raise argparse.ArgumentTypeError(f"{text!r}; expected some of {','.join(PEERS)}, or all")
     return frozenset(PEERS) if "all" in names else names
-
-
-def positive(kind):
-    def convert(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text}; expected a number > 0")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +53,10 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--peers", type=_peer_names, default=frozenset(), metavar="NAME,...",
         help=f"{', '.join(PEERS)} or all (default eager, which always takes part)")  # fmt: skip
-    add("--budget", type=positive(float), default=3.0, metavar="SECONDS", help="for each row (default 3)")
+    add("--budget", type=number(above=0), default=3.0, metavar="SECONDS", help="for each row (default 3)")
     add("--heap", choices=("default", "kept"), default="default", help="kept: freed memory is not returned")
-    add("--json", type=Path, metavar="FILE", help="write results and environment to FILE")
-    add("--csv", type=Path, metavar="FILE", help="write a line for each contender of each row to FILE")
+    add("--json", type=Path, metavar="FILE", help="write results and environment to FILE, making its folder")
+    add("--csv", type=Path, metavar="FILE", help="the same with a line for each contender of each row")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dtype", type=_dtype_names, default=["float32"], metavar="NAME,...",
         help=f"{', '.join(DTYPES)} (default float32; some cases have their own)")  # fmt: skip
-    add("--threads", type=positive(int), default=None, help="of the CPU (default torch's)")
+    add("--threads", type=integer(1), default=None, help="of the CPU (default torch's)")
     add("--save", action="store_true", help=f"write to {files.RESULTS.relative_to(environment.ROOT)}/MACHINE/ too")
 
 
@@ -127,7 +117,9 @@ def dtypes(case: Case, cases: list[Case], names: list[str]) -> list[torch.dtype]
 
 
 def begin(options: argparse.Namespace) -> dict[str, Any]:
-    """A report without rows yet; its environment is printed."""
+    """A report without rows yet; its environment is printed, and its files are known to be writable."""
+    for path in filter(None, (options.json, options.csv)):
+        try_to_write(path)
     env = environment.describe(options.device)
     print(table.caption(env))
     print("ratio: the best correct peer's time over ours; goal: what is to be reached, and whether it is;")
@@ -149,7 +141,7 @@ def finish(report: dict[str, Any], options: argparse.Namespace, started: float) 
     if options.json:
         files.write(options.json, files.dump(report))
     if options.csv:
-        files.write_csv(options.csv, report)
+        files.write(options.csv, files.as_csv(report))
     return int(not all(row["contenders"][0]["correct"] for row in rows))
 
 
@@ -162,6 +154,8 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     report = begin(options)
+    if options.save:
+        try_to_write(path := files.place(report))
     started = time.perf_counter()
     family = None
     for case in cases:
@@ -175,7 +169,6 @@ def run(options: argparse.Namespace) -> int:
             print(table.terminal(row), flush=True)
     status = finish(report, options, started)
     if options.save:
-        path = files.place(report)
         files.write(path, files.dump(report))
         print(f"written to {path}")
     return status

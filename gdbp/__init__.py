@@ -4,6 +4,12 @@ Change an import, keep the script: ``gdbp.optim`` for ``torch.optim``, ``gdbp.nn
 """
 
 import importlib
+import signal
+import sys
+
+# Until gdbp/__main__.py is ready for it, Ctrl-C ends `python -m gdbp` at once, and not with a traceback of imports.
+if sys.orig_argv[1:3] == ["-m", "gdbp"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from gdbp._load import build_info
 from gdbp._version import __version__

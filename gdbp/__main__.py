@@ -1,19 +1,14 @@
 """``python -m gdbp``: what was built, a first network from one command, checks and benchmarks."""
 
 import argparse
+import errno
+import os
+import signal
 import sys
 
-from gdbp import _bench, _load
+from gdbp import _load
+from gdbp._command import Parser
 from gdbp._errors import InputError
-from gdbp.testing import cli as testing_cli
-from gdbp.train import cli
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one sentence, as everything else here does."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def _info(_options: argparse.Namespace) -> int:
@@ -22,7 +17,12 @@ def _info(_options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m gdbp", description="Gradient descent and backpropagation, fused.")
+    # They take a while to import, and main() is ready for an interruption.
+    from gdbp import _bench
+    from gdbp.testing import cli as testing_cli
+    from gdbp.train import cli
+
+    parser = Parser(prog="python -m gdbp", description="Gradient descent and backpropagation, fused.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="show what was built, for which torch, CPU and GPU")
     info.set_defaults(run=_info)
@@ -34,17 +34,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 for a failed check, 2 for what the user can mend, 130 when
-    interrupted."""
+    interrupted, 141 when nobody reads the output any more."""
     try:
-        options = build_parser().parse_args(argv)
-        return options.run(options)
+        try:
+            options = build_parser().parse_args(argv)
+            return options.run(options)
+        finally:
+            print(end="", flush=True)  # here, where a full disk gets its sentence
     except InputError as error:
         print(f"gdbp: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gdbp: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # What waits in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return 128 + signal.SIGPIPE
+        print(f"gdbp: the output can't be written ({error.strerror}); free some space", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see gdbp/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -19,7 +19,7 @@ SMOKE = ("--size", "smoke", "--budget", "0.002")
 
 def test_run_writes_json_and_csv_that_report_reads(tmp_path, capsys):
     file, table = tmp_path / "results" / "cpu.json", tmp_path / "tables" / "cpu.csv"
-    assert bench("run", "-k", "loss.mse", *SMOKE, "--dtype", "f32,float64", "--json", file, "--csv", table) == 0
+    assert bench("run", "-k", "loss.mse", *SMOKE, "--dtype", "f32,float64,f32", "--json", file, "--csv", table) == 0
     printed = capsys.readouterr().out
     assert "best peer" in printed and "2 rows: " in printed
     written = json.loads(file.read_text())
@@ -74,8 +74,8 @@ def test_env(capsys):
     [
         (["run", "-k", "nothing of that name"], "no case has 'nothing of that name'"),
         (["run", "--dtype", "int8"], "'int8'; expected some of float32"),
-        (["run", "--budget", "0"], "expected a number > 0"),
-        (["run", "--threads", "-1"], "expected a number > 0"),
+        (["run", "--budget", "0"], "got '0'; expected a finite number above 0"),
+        (["run", "--threads", "-1"], "got '-1'; expected a whole number of at least 1"),
         (["run", "--peers", "numpy"], "'numpy'; expected some of eager"),
         (["scaling", "-k", "nothing"], "no series has 'nothing' in its title; there are linear.relu by batch"),
         (["compare", "a.json", "b.json", "--fail", "much"], "'much'; expected a percentage"),
@@ -90,6 +90,16 @@ def test_refusals_are_one_sentence(arguments, words, capsys):
     assert bench(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("gdbp: ") and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+@pytest.mark.parametrize("name", ["/proc/x.csv", "file/x.csv", "a\0.csv"])
+def test_files_are_tried_before_anything_is_measured(option, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert bench("run", "-k", "loss.mse", *SMOKE, option, name) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and f"{name} can't be written to (" in captured.err
 
 
 def test_help_is_that_of_the_benchmarks(capsys):

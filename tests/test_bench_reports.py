@@ -185,6 +185,7 @@ def plotted_rows():
 
 def test_plot_writes_one_page_and_pictures(save, tmp_path, capsys):
     file = save("all.json", example_report(*plotted_rows()))
+    save("out/earlier-growth.png", "a picture of an earlier page")
     assert bench("plot", file, "--out", tmp_path / "out") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.html", "all-ratios.png", "all-roofline.png", "all-growth.png"}
@@ -199,6 +200,15 @@ def test_plot_writes_one_page_and_pictures(save, tmp_path, capsys):
     assert "loss.lost 16 M f32</b>: torch takes 83% of our time" in lost
     assert "4x of torch wanted, 2.50x reached" in lost
     assert "33.6 MB / 67.1 MB" in text
+
+
+def test_pictures_of_committed_results_are_named_after_their_files(save, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "committed", lambda real=files.committed: real(tmp_path / "results"))
+    save("results/cpu/xeon-kept.json", example_report(example_row(limit=None)))
+    save("results/h200/2030.json", example_report(example_row(limit=None), gpu="NVIDIA H200"))
+    assert bench("plot", "--out", tmp_path / "out") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.html", "cpu-xeon-kept-ratios.png", "h200-2030-ratios.png"}
 
 
 def test_page_of_nothing_and_without_pictures(save, tmp_path, monkeypatch, capsys):
