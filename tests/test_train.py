@@ -14,7 +14,7 @@ import torch
 import gdbp
 from gdbp.__main__ import main
 from gdbp.train import InputError, load_data, load_run
-from gdbp.train.options import OPTIMIZERS
+from gdbp.train.rules import RULES
 from gdbp.train.schedule import SCHEDULES
 
 pytest.importorskip("sklearn")
@@ -147,7 +147,7 @@ def test_same_seed_same_metrics(tmp_path, flowers):
     assert figures(tmp_path / "a") == figures(tmp_path / "b") != figures(tmp_path / "c")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_optimizers_and_schedules(tmp_path, waves, optimizer, schedule):
     options = [
@@ -259,16 +259,20 @@ def test_info(capsys):
         (["train", "--hidden", "100000000,100000000"], "can't be made"),
         (["train", "--seed", str(2**64)], "expected a whole number from 0 to 4294967295"),
         (["train", "--epochs", "0"], "expected a whole number of at least 1"),
-        (["train", "--lr", "-1"], "expected a number above 0"),
-        (["train", "--lr", "nan"], "expected a number above 0"),
-        (["train", "--l1", "-1"], "expected a number of at least 0"),
+        (["train", "--epochs", "9" * 5000], f"got '{'9' * 50}...'; expected a whole number of at least 1"),
+        (["train", "--epochs", "--5"], "expected one argument"),
+        (["train", "--batch-size", "x"], "got 'x'; expected a whole number of at least 1"),
+        (["train", "--lr", "-1"], "expected a finite number above 0"),
+        (["train", "--lr", "nan"], "expected a finite number above 0"),
+        (["train", "--lr", "1e400"], "expected a finite number above 0"),
+        (["train", "--noise", "inf"], "expected a finite number of at least 0"),
+        (["train", "--l1", "-1"], "expected a finite number of at least 0"),
+        (["train", "--data", "diabetes", "--label-smoothing", "0.1"], "--label-smoothing is for classes"),
+        (["train", "--data", "a\0.csv"], "does not exist"),
+        (["train", "--out", "\0"], "can't be written to (embedded null byte)"),
         (["train", "--label-smoothing", "2"], "of at least 0 and at most 1"),
-        (["train", "--clip", "0"], "expected a number above 0"),
-        (
-            ["train", "--batch-size", "0"],
-            "batch size 0 is out of range; expected 1 to the 1169 training samples",
-        ),
-        (["train", "--batch-size", "5000"], "batch size 5000 is out of range"),
+        (["train", "--clip", "0"], "expected a finite number above 0"),
+        (["train", "--batch-size", "5000"], "batch size 5000 is out of range; expected 1 to the 1169 training samples"),
         (["train", "--method", "batch", "--batch-size", "8"], "goes with method minibatch, not batch"),
         (["train", "--device", "abacus"], "--device 'abacus' is unknown"),
         (["train", "--target", "age"], "target 'age' names a column of a .csv file"),
@@ -417,9 +421,33 @@ def test_diverging_loss(tmp_path, waves, capsys):
         "--activation",
         "relu",
     ]
-    message = sentence(capsys, "train", *options, "--out", str(tmp_path / "run"))
-    assert "in epoch 1; use a smaller learning rate" in message and "--lr 0.1 or --clip 1" in message
-    assert not (tmp_path / "run" / "config.json").exists()
+    message = sentence(capsys, "train", *options, "--out", str(tmp_path / "new" / "run"))
+    assert "in epoch 1; use --lr 0.1 or --clip 1" in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "options, remedy",
+    [(["--lr", "5"], "use --lr 0.05 or --clip 1"), (["--noise", "1e300"], "use a smaller --noise or --lr 0.005 or"),
+     (["--l2", "1e300"], "use a smaller --l2 or --lr 0.005 or")],
+)  # fmt: skip
+def test_a_loss_that_grew(tmp_path, waves, capsys, options, remedy):
+    common = ["--data", waves, "--optimizer", "momentum", "--schedule", "constant", "--epochs", "3"]
+    message = sentence(capsys, "train", *common, *options, "--out", str(tmp_path / "run"))
+    assert "loss" in message and remedy in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", RULES)
+@pytest.mark.parametrize("data, figure, least", [("breast-cancer", "accuracy", 0.95), ("diabetes", "r2", 0.35)])
+def test_stochastic_learns_with_every_optimizer(tmp_path, data, figure, least, optimizer):
+    options = ["--data", data, "--method", "stochastic", "--optimizer", optimizer, "--schedule", "constant"]
+    assert train(tmp_path, *options)["test"][figure] >= least
+
+
+@pytest.mark.parametrize("optimizer", RULES)
+def test_stochastic_learns_digits(tmp_path, optimizer):
+    options = ["--method", "stochastic", "--optimizer", optimizer, "--schedule", "constant", "--epochs", "5"]
+    assert train(tmp_path, *options)["test"]["accuracy"] >= 0.95
 
 
 def test_unwritable_folder(tmp_path, capsys):

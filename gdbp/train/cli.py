@@ -4,7 +4,6 @@ import argparse
 import math
 import platform
 import sys
-import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -12,25 +11,18 @@ from pathlib import Path
 import torch
 
 import gdbp
-from gdbp import nn, optim
+from gdbp import nn
+from gdbp._command import try_to_write
 from gdbp._errors import InputError, require
 from gdbp.memory import cpu_cache_unless_refused
 
 from . import loop
 from .data import Data, load_data
 from .options import add_options
+from .rules import RULES, make_optimizer
 from .run import build_network, save_run
 
 __all__ = ["add_command"]
-
-# name: class, extra arguments, default learning rate, default L2
-_RULES = {
-    "sgd": (optim.SGD, {}, 0.1, 1e-4),
-    "momentum": (optim.SGD, {"momentum": 0.9}, 0.05, 1e-4),
-    "rmsprop": (optim.RMSprop, {}, 2e-3, 1e-4),
-    "adam": (optim.Adam, {}, 5e-3, 1e-4),
-    "adamw": (optim.AdamW, {}, 5e-3, 1e-2),
-}
 
 
 def add_command(commands) -> None:
@@ -58,8 +50,13 @@ def train(options: argparse.Namespace) -> int:
     require("numpy", "matplotlib", "safetensors", *(["tqdm"] if _bar_shown(options) else []))
     device = _device(options.device)
     data = load_data(options.data, target=options.target, task=options.task, seed=options.seed).to(device)
+    smoothing = 0.1 if options.label_smoothing is None else options.label_smoothing
+    if options.label_smoothing is not None and not data.class_names:
+        raise InputError("--label-smoothing is for classes, and this is a regression; leave it out")
     batch_size = loop.step_size(len(data.train[0]), options.method, options.batch_size)
-    folder = _folder(options.out, data.name)
+    # Tried out now, for what can't be written should not wait for the end; made then, for a run may be stopped.
+    folder = Path(options.out or f"runs/{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try_to_write(folder / "config.json")
     hidden = options.hidden
     if hidden is None:  # a large network would learn a small set by heart
         hidden = [128, 64] if len(data.train[0]) >= 1000 else [32]
@@ -69,10 +66,12 @@ def train(options: argparse.Namespace) -> int:
         model = build_network(sizes, options.activation, options.init, generator).to(device)
     except RuntimeError as error:
         raise InputError(f"a network of {sizes} can't be made ({error}); use a smaller --hidden") from None
-    loss = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing) if data.class_names else nn.MSELoss()
-    optimizer = _optimizer(model, options)
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing) if data.class_names else nn.MSELoss()
+    optimizer = make_optimizer(model, options.optimizer, options.method, options.lr, options.l1, options.l2)
+    rate = optimizer.defaults["lr"]
     say = (lambda *_: None) if options.quiet else print
     _introduce(say, data, sizes, batch_size, optimizer, options)
+    before = loop.evaluate(model, loss, *data.train)["loss"]
     threads = torch.get_num_threads()
     torch.set_num_threads(_threads(options.threads, batch_size, sizes))
     try:
@@ -84,12 +83,16 @@ def train(options: argparse.Namespace) -> int:
                 keep=options.keep, progress=_bar_shown(options),
             )  # fmt: skip
     except FloatingPointError as error:
-        rate = min(optimizer.defaults["lr"] / 10, _RULES[options.optimizer][2])
-        raise InputError(f"{error}: --lr {rate:g} or --clip 1") from None
+        what, _, _ = str(error).partition(";")
+        raise InputError(f"{what}; {_remedies(options, rate)}") from None
     except torch.OutOfMemoryError:
         raise InputError(f"{options.device} is out of memory; use a smaller --batch-size or --hidden") from None
     finally:
         torch.set_num_threads(threads)
+    after = history[-1]["train_loss"]
+    if after > 2 * before:
+        grew = f"the training loss grew from {before:.3g} to {after:.3g}"
+        raise InputError(f"{grew}, so nothing was learned or written; {_remedies(options, rate)}")
 
     test = loop.evaluate(model, loss, *data.test)
     if not data.class_names:
@@ -99,7 +102,7 @@ def train(options: argparse.Namespace) -> int:
     config = {
         "options": {name: value for name, value in vars(options).items() if name not in ("run", "command")},
         "network": {"sizes": sizes, "activation": options.activation},
-        "optimizer": {"lr": optimizer.defaults["lr"], "l2": optimizer.param_groups[0]["weight_decay"]},
+        "optimizer": {"lr": rate, "l2": optimizer.param_groups[0]["weight_decay"]},
         "batch_size": batch_size,
         "seed": options.seed,
         "versions": {
@@ -114,6 +117,10 @@ def train(options: argparse.Namespace) -> int:
         "samples_per_second": speed,
     }
     try:
+        if options.out:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = _unused(folder)
         save_run(folder, model, data, history, config)
     except OSError as error:
         raise InputError(f"run folder '{folder}' can't be written to ({error.strerror or error})") from None
@@ -141,21 +148,6 @@ def _figures(test: dict[str, float], data: Data) -> str:
     return f"R2 {test['r2']:.3f}, RMSE {test['rmse']:.4g}, loss {test['loss']:.4f}"
 
 
-def _optimizer(model: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    make, extra, rate, decay = _RULES[options.optimizer]
-    # A bias shifts and can't overfit by its size, so only the weights are regularised.
-    weights = {"params": [p for p in model.parameters() if p.ndim > 1]}
-    biases = {"params": [p for p in model.parameters() if p.ndim <= 1], "l1": 0.0, "weight_decay": 0.0}
-    return make(
-        [weights, biases],
-        lr=options.lr or rate,
-        weight_decay=decay if options.l2 is None else options.l2,
-        l1=options.l1,
-        l1_mode="prox",
-        **extra,
-    )
-
-
 def _threads(asked: int | None, batch_size: int, sizes: list[int]) -> int:
     # Below some 10 million multiplications a step, threads cost more to start and join than they save.
     work = batch_size * sum(a * b for a, b in pairwise(sizes))
@@ -180,17 +172,20 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _folder(out: str | None, name: str) -> Path:
-    """The run folder, made and tried out now: what can't be written should not wait for the end."""
-    first = folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    taken = 1
-    while out is None and folder.exists():
-        taken += 1
-        folder = first.with_name(f"{first.name}-{taken}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"run folder '{folder}' can't be written to ({reason}); choose another with --out") from None
-    return folder
+def _unused(folder: Path) -> Path:
+    """The folder, new, or one with a number after its name where another run was faster."""
+    first, taken = folder, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            taken += 1
+            folder = first.with_name(f"{first.name}-{taken}")
+
+
+def _remedies(options: argparse.Namespace, rate: float) -> str:
+    """What helps against a loss that grew at this learning rate."""
+    large = [f"a smaller --{name}" for name in ("noise", "l1", "l2") if (getattr(options, name) or 0) > 1]
+    lower = min(rate / 10, RULES[options.optimizer].rate_of(options.method))
+    return "use " + " or ".join([*large, f"--lr {lower:g}", "--clip 1"])
