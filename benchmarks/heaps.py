@@ -20,6 +20,7 @@ import torch
 from benchmarks import environment
 from benchmarks.cases import memory
 from benchmarks.work import Setup
+from gdbp._command import integer
 
 COLD = "default"
 HEAPS = {COLD: {}, "gdbp": {"GDBP_CPU_CACHE": "1"}, "kept": environment.KEPT_HEAP}
@@ -103,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.heaps", description=__doc__)
     add = parser.add_argument
     add("-k", dest="pattern", metavar="NAME", default="", help="works with NAME in their name")
-    add("--rounds", type=int, default=3, help="of all heaps in turn; the medians are shown (default 3)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default torch's)")
+    add("--rounds", type=integer(1), default=3, help="of all heaps in turn; the medians are shown (default 3)")
+    add("--threads", type=integer(1), default=torch.get_num_threads(), help="of the CPU (default torch's)")
     add("--smoke", action="store_true", help="tiny works, to see that they run")
     add("--json", type=Path, metavar="FILE", help="write results and environment to FILE")
     add("--work", help=argparse.SUPPRESS)

@@ -17,6 +17,9 @@ parser.add_argument("--width", type=int, default=512, help="of the two hidden la
 parser.add_argument("--classes", type=int, default=10)
 parser.add_argument("--steps", type=int, default=200)
 options = parser.parse_args()
+for name, value in vars(options).items():
+    if name != "cold" and value < 1:
+        parser.error(f"--{name} is {value}; expected at least 1")
 
 if not options.cold:
     gdbp.memory.enable_cpu_cache()
@@ -32,8 +35,6 @@ model = nn.Sequential(
 optimizer = torch.optim.Adam(model.parameters())
 loss = nn.CrossEntropyLoss()
 seconds = []
-if options.steps < 1:
-    parser.error(f"--steps is {options.steps}; expected at least 1")
 while len(seconds) < options.steps:
     for x, y in batches:
         start = time.perf_counter()

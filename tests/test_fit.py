@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gdbp import nn, optim
-from gdbp.train import Data, History, evaluate, fit, load_data, make_schedule
+from gdbp.train import Data, History, InputError, evaluate, fit, load_data, make_schedule
 from gdbp.train.data import split
 from gdbp.train.schedule import SCHEDULES
 
@@ -133,7 +133,16 @@ def test_fit_keeps_the_best():
     [
         ({"epochs": 0}, "epochs is 0; expected a whole number of at least 1"),
         ({"epochs": 1.5}, "epochs is 1.5; expected a whole number of at least 1"),
-        ({"noise": -1.0}, "noise is -1.0; expected a number of at least 0"),
+        ({"noise": -1.0}, "noise is -1.0; expected a finite number of at least 0"),
+        ({"noise": "a"}, "noise is 'a'; expected a finite number of at least 0"),
+        ({"clip": "a"}, "clip is 'a'; expected a number above 0"),
+        ({"seed": "a"}, "seed is 'a'; expected a whole number"),
+        ({"seed": 2**64}, "expected a whole number of 64 bits"),
+        ({"callbacks": 3}, "callbacks is 3; expected a list of functions"),
+        ({"callbacks": [3]}, r"callbacks is \(3,\); expected a list of functions"),
+        ({"data": 3}, r"data is of type int; expected a Data, or a pair of two tensors \(x, y\)"),
+        ({"data": torch.zeros(2, 3)}, "data is of type Tensor; expected a Data"),
+        ({"data": (torch.zeros(2, 3), [0, 1])}, "data is of type tuple; expected a Data"),
         ({"batch_size": 2.0}, "batch size 2.0 is out of range"),
         ({"clip": 0.0}, "clip is 0.0; expected a number above 0"),
         ({"batch_size": 51}, "batch size 51 is out of range"),
@@ -144,8 +153,9 @@ def test_fit_keeps_the_best():
 )
 def test_fit_refuses(options, expected):
     model = nn.Linear(3, 1)
-    with pytest.raises(ValueError, match=expected):
-        fit(model, nn.MSELoss(), optim.SGD(model.parameters()), linear_problem(), **{"epochs": 1, **options})
+    optimizer = optim.SGD(model.parameters())
+    with pytest.raises(InputError, match=expected):
+        fit(model, nn.MSELoss(), optimizer, **{"data": linear_problem(), "epochs": 1, **options})
 
 
 @pytest.mark.parametrize("inputs, targets", [(0, 0), (4, 5)])

@@ -117,8 +117,14 @@ def test_run_can_be_used_again(tmp_path, flowers, waves):
     kinds = [data.class_names[i] for i in data.test[1]]
     right = sum(a == b for a, b in zip(run.predict(raw), kinds)) / len(kinds)
     assert right == pytest.approx(config["test"]["accuracy"])
-    with pytest.raises(InputError, match=r"x has shape \(1, 2\); expected \(samples, 3\)"):
-        run.predict([[1.0, 2.0]])
+    for x, expected in (
+        ([[1.0, 2.0]], r"x has shape \(1, 2\); expected \(samples, 3\)"),
+        ([[1.0, 2.0, math.nan]], r"x is nan at \[0, 2\], column 'height'; expected finite numbers"),
+        ([["a", "b", "c"]], "x can't be made a tensor of numbers: "),
+        ([[1.0], [1.0, 2.0]], "x can't be made a tensor of numbers: "),
+    ):
+        with pytest.raises(InputError, match=expected):
+            run.predict(x)
 
     config = train(tmp_path / "waves", "--data", waves, "--epochs", "20")
     run, data = load_run(tmp_path / "waves"), load_data(waves)
@@ -489,3 +495,11 @@ def test_warm_memory(capsys, monkeypatch):
         gdbp.memory.disable_cpu_cache()
     first, last = capsys.readouterr().out.splitlines()
     assert not first.endswith(" 0 MiB in the cache's hands") and last.endswith("ms a step")
+
+
+@pytest.mark.parametrize("option", ["batch", "width", "classes", "steps"])
+def test_warm_memory_refuses(capsys, monkeypatch, option):
+    monkeypatch.setattr(sys, "argv", ["warm_memory.py", f"--{option}", "0"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / "warm_memory.py"))
+    assert stop.value.code == 2 and f"--{option} is 0; expected at least 1\n" in capsys.readouterr().err

@@ -106,7 +106,9 @@ def weights_only(subject: Subject, rng: torch.Generator) -> str:
     for state in training.optimizer.state.values():
         for key, value in state.items():
             plain = isinstance(value, torch.Tensor | int | float | dict)
-            require(plain, f"state {key!r} is a {type(value).__name__}; flat checkpoints take tensors and numbers")
+            require(
+                plain, f"state {key!r} is of type {type(value).__name__}; flat checkpoints take tensors and numbers"
+            )
             scalar = not (key == "step" and isinstance(value, torch.Tensor)) or value.dim() == 0
             require(scalar, "state 'step' is no 0-dim tensor, and so would be moved to the parameter's device")
     buffer = io.BytesIO()

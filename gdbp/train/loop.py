@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 import torch
 
@@ -69,16 +70,23 @@ def fit(
         InputError: an argument is out of range (a ValueError).
         FloatingPointError: the loss was no longer finite after an epoch; names the epoch and what to change.
     """
-    x, y = data.train if isinstance(data, Data) else data
+    pair = data.train if isinstance(data, Data) else data
+    if not isinstance(pair, (tuple, list)) or [isinstance(part, torch.Tensor) for part in pair] != [True, True]:
+        raise InputError(f"data is of type {type(data).__name__}; expected a Data, or a pair of two tensors (x, y)")
+    x, y = pair
     if not len(x) or len(y) != len(x):
         raise InputError(f"data has {len(x)} inputs and {len(y)} targets; expected as many, and at least one")
     size = step_size(len(x), method, batch_size)
     if not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"epochs is {epochs}; expected a whole number of at least 1")
-    if not 0 <= noise < math.inf:
-        raise InputError(f"noise is {noise}; expected a number of at least 0")
-    if clip is not None and not clip > 0:
-        raise InputError(f"clip is {clip}; expected a number above 0, or None for no clipping")
+    if not isinstance(noise, Real) or not 0 <= noise < math.inf:
+        raise InputError(f"noise is {noise!r}; expected a finite number of at least 0")
+    if clip is not None and not (isinstance(clip, Real) and clip > 0):
+        raise InputError(f"clip is {clip!r}; expected a number above 0, or None for no clipping")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed is {seed!r}; expected a whole number of 64 bits")
+    if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
+        raise InputError(f"callbacks is {callbacks!r}; expected a list of functions")
     if keep not in ("last", "best") or (keep == "best" and not isinstance(data, Data)):
         raise InputError(f"keep is {keep!r}; expected 'last', or 'best' for data with a validation set")
     steps = -(-len(x) // size)
@@ -120,8 +128,9 @@ def fit(
                 "seconds": time.perf_counter() - start,
             }
             if not all(math.isfinite(value) for key, value in row.items() if key.endswith("loss")):
+                less = "less noise, " if noise > 1 else ""
                 raise FloatingPointError(
-                    f"the loss became {row['train_loss']} in epoch {epoch}; use a smaller learning rate "
+                    f"the loss became {row['train_loss']} in epoch {epoch}; use {less}a smaller learning rate "
                     "or clip the gradients"
                 )
             history.append(**row)

@@ -70,9 +70,16 @@ class Run:
     def predict(self, x) -> list[str] | list[float]:
         """Class names, or values in the unit of the target, for raw samples ``x`` (n, features)."""
         data = SimpleNamespace(**self.config["data"])
-        x = torch.as_tensor(x, dtype=torch.float64)
+        try:
+            x = torch.as_tensor(x, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"x can't be made a tensor of numbers: {error}") from None
         if x.ndim != 2 or x.shape[1] != len(data.x_mean):
             raise InputError(f"x has shape {tuple(x.shape)}; expected (samples, {len(data.x_mean)})")
+        if not x.isfinite().all():
+            row, column = (~x.isfinite()).nonzero()[0].tolist()
+            name = data.features[column]
+            raise InputError(f"x is {x[row, column]} at [{row}, {column}], column {name!r}; expected finite numbers")
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (data.x_mean, data.x_std))
         outputs = self.model(((x - mean) / std).float())
         if data.task == "classification":

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, StepLR
 
+from gdbp._errors import InputError
+
 __all__ = ["SCHEDULES", "make_schedule"]
 
 
@@ -40,8 +42,8 @@ def make_schedule(name: str, optimizer: torch.optim.Optimizer, steps: int) -> LR
 
     ``constant``: the optimizer's rate throughout; ``step``: a tenth of it after each third of the run;
     ``cosine``: down to 0 along half a cosine; ``onecycle``: up from 1/25 of it over the first 30 % of the
-    run, then down to nearly 0, with the momentum the other way round. Raises ValueError for another name.
+    run, then down to nearly 0, with the momentum the other way round. Raises InputError for another name.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}")
+        raise InputError(f"schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name](optimizer, max(1, steps))
