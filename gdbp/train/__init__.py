@@ -1,4 +1,10 @@
-"""Training as a learner meets it: data in, :func:`fit`, a :class:`History` and a run folder out."""
+"""Training as a learner meets it: data in, :func:`fit`, a :class:`History` and a run folder out.
+
+What ``python -m gdbp train --data flowers.csv --out run`` wrote is used again with::
+
+    run = gdbp.train.load_run("run")
+    run.predict([[5.1, 3.5, 1.4, 0.2]])  # rows of raw inputs, in the file's order: names of classes, or values
+"""
 
 from gdbp._errors import InputError
 

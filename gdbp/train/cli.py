@@ -32,6 +32,7 @@ def add_command(commands) -> None:
         help="train a first network and write its run folder",
         description="Trains a network on a table of numbers, shows how it learns, and writes a run folder "
         "with metrics.csv, loss.png, model.safetensors and config.json.",
+        epilog="Afterwards, from Python: gdbp.train.load_run(DIR).predict(x) for rows x of raw inputs.",
         formatter_class=_Help,
     )
     parser.set_defaults(run=train)
