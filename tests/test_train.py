@@ -443,6 +443,12 @@ def test_a_loss_that_grew(tmp_path, waves, capsys, options, remedy):
     assert "loss" in message and remedy in message and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("source", ["flowers", "waves"])
+def test_no_better_than_a_guess(tmp_path, request, capsys, source):
+    train(tmp_path, "--data", request.getfixturevalue(source), "--epochs", "1", "--hidden", "0", "--lr", "1e-9")
+    assert capsys.readouterr().err.startswith("gdbp: the network is no better than a guess (")
+
+
 @pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("data, figure, least", [("breast-cancer", "accuracy", 0.95), ("diabetes", "r2", 0.35)])
 def test_stochastic_learns_with_every_optimizer(tmp_path, data, figure, least, optimizer):

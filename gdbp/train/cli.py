@@ -18,6 +18,7 @@ from gdbp.memory import cpu_cache_unless_refused
 
 from . import loop
 from .data import Data, load_data
+from .history import History
 from .options import add_options
 from .rules import RULES, make_optimizer
 from .run import build_network, save_run
@@ -69,32 +70,9 @@ def train(options: argparse.Namespace) -> int:
         raise InputError(f"a network of {sizes} can't be made ({error}); use a smaller --hidden") from None
     loss = nn.CrossEntropyLoss(label_smoothing=smoothing) if data.class_names else nn.MSELoss()
     optimizer = make_optimizer(model, options.optimizer, options.method, options.lr, options.l1, options.l2)
-    rate = optimizer.defaults["lr"]
     say = (lambda *_: None) if options.quiet else print
     _introduce(say, data, sizes, batch_size, optimizer, options)
-    before = loop.evaluate(model, loss, *data.train)["loss"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(_threads(options.threads, batch_size, sizes))
-    try:
-        with cpu_cache_unless_refused():
-            history = loop.fit(
-                model, loss, optimizer, data,
-                epochs=options.epochs, batch_size=options.batch_size, method=options.method,
-                schedule=options.schedule, clip=options.clip, noise=options.noise, seed=options.seed,
-                keep=options.keep, progress=_bar_shown(options),
-            )  # fmt: skip
-    except FloatingPointError as error:
-        what, _, _ = str(error).partition(";")
-        raise InputError(f"{what}; {_remedies(options, rate)}") from None
-    except torch.OutOfMemoryError:
-        raise InputError(f"{options.device} is out of memory; use a smaller --batch-size or --hidden") from None
-    finally:
-        torch.set_num_threads(threads)
-    after = history[-1]["train_loss"]
-    if after > 2 * before:
-        grew = f"the training loss grew from {before:.3g} to {after:.3g}"
-        raise InputError(f"{grew}, so nothing was learned or written; {_remedies(options, rate)}")
-
+    history = _fit(model, loss, optimizer, data, options, _threads(options.threads, batch_size, sizes))
     test = loop.evaluate(model, loss, *data.test)
     if not data.class_names:
         test["rmse"] = math.sqrt(test["loss"]) * data.y_std
@@ -103,7 +81,7 @@ def train(options: argparse.Namespace) -> int:
     config = {
         "options": {name: value for name, value in vars(options).items() if name not in ("run", "command")},
         "network": {"sizes": sizes, "activation": options.activation},
-        "optimizer": {"lr": rate, "l2": optimizer.param_groups[0]["weight_decay"]},
+        "optimizer": {"lr": optimizer.defaults["lr"], "l2": optimizer.param_groups[0]["weight_decay"]},
         "batch_size": batch_size,
         "seed": options.seed,
         "versions": {
@@ -128,6 +106,9 @@ def train(options: argparse.Namespace) -> int:
     say(f"test      {_figures(test, data)}")
     say(f"time      {seconds:.2f} s, {speed:,.0f} samples/s")
     say(f"written   {folder}")
+    if _guesses(test, data):
+        remedy = "try another --lr or more --epochs"
+        print(f"gdbp: the network is no better than a guess ({_figures(test, data)}); {remedy}", file=sys.stderr)
     return 0
 
 
@@ -141,6 +122,39 @@ def _introduce(say, data: Data, sizes: list[int], batch_size: int, optimizer, op
     say(f"network   {shape}, {parameters:,} parameters, on {options.device}")
     rate = f"learning rate {optimizer.defaults['lr']:g} {options.schedule}"
     say(f"training  {options.optimizer}, {rate}, {options.epochs} epochs, {batch_size} samples a step")
+
+
+def _fit(model, loss, optimizer, data: Data, options: argparse.Namespace, threads: int) -> History:
+    """Trains on so many threads; a loss that grew, at once or in the end, is the user's to mend."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        start = loop.evaluate(model, loss, *data.train)["loss"]
+        with cpu_cache_unless_refused():
+            history = loop.fit(
+                model, loss, optimizer, data,
+                epochs=options.epochs, batch_size=options.batch_size, method=options.method,
+                schedule=options.schedule, clip=options.clip, noise=options.noise, seed=options.seed,
+                keep=options.keep, progress=_bar_shown(options),
+            )  # fmt: skip
+        end = history[-1]["train_loss"]
+        if end > 2 * start:
+            raise FloatingPointError(f"the training loss grew from {start:.3g} to {end:.3g}")
+        return history
+    except FloatingPointError as error:
+        what, _, _ = str(error).partition(";")
+        raise InputError(f"{what}; {_remedies(options, optimizer.defaults['lr'])}") from None
+    except torch.OutOfMemoryError:
+        raise InputError(f"{options.device} is out of memory; use a smaller --batch-size or --hidden") from None
+    finally:
+        torch.set_num_threads(before)
+
+
+def _guesses(test: dict[str, float], data: Data) -> bool:
+    """Whether always naming the most frequent class, or the mean, would do as well."""
+    if data.class_names:
+        return test["accuracy"] <= data.test[1].bincount().max().item() / len(data.test[1])
+    return test["r2"] <= 0
 
 
 def _figures(test: dict[str, float], data: Data) -> str:

@@ -35,8 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default="minibatch", help="a step takes all samples, one, or a batch")
     add("--batch-size", type=integer(1), metavar="N", help="samples a step of method minibatch (default: 32)")
     add("--optimizer", choices=RULES, default="adamw", help="update rule")
-    rates = ", ".join(f"{name} {rule.rate:g}, stochastic {rule.single:g}" for name, rule in RULES.items())
-    add("--lr", type=number(above=0), help=f"highest learning rate (default: {rates})")
+    many, one = (
+        ", ".join(f"{name} {rule.rate_of(method):g}" for name, rule in RULES.items())
+        for method in ("minibatch", "stochastic")
+    )
+    add("--lr", type=number(above=0), help=f"highest learning rate (default: {many}; of method stochastic {one})")
     add("--schedule", choices=SCHEDULES, default="onecycle", help="of the learning rate")
     add("--l1", type=number(least=0), default=0.0, help="L1 regularisation of the weights: exact zeros")
     add("--l2", type=number(least=0), help="weight decay (default: 0.01 for adamw, else 0.0001)")
