@@ -40,10 +40,10 @@ def test_standardised_by_the_training_set(source):
 
 def test_constant_input_and_header(tmp_path):
     path = tmp_path / "plain.csv"
-    path.write_text("".join(f"{i};5;{i % 2}\n" for i in range(40)))
+    path.write_text("".join(f"{i};5;0.1;{i % 2}\n" for i in range(60)))  # the mean of 39 times 0.1 is not 0.1
     data = load_data(str(path))
-    assert data.feature_names == ["column_1", "column_2"] and data.class_names == ["0", "1"]
-    assert data.x_std[1] == 1 and (data.train[0][:, 1] == 0).all()
+    assert data.feature_names == ["column_1", "column_2", "column_3"] and data.class_names == ["0", "1"]
+    assert (data.x_std[1:] == 1).all() and data.train[0][:, 1:].abs().max() < 1e-16
 
 
 @pytest.mark.parametrize(

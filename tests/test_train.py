@@ -321,7 +321,7 @@ def test_cuda_without_cuda(capsys):
         ("a,b,y\n1,2,0\n\n,,\n1,2,1\n", [], "is empty in line 4"),
         ("a,y\n1,0\n" + '"2,1\n' + "3,0\n" * 9, [], "line 3 is no readable CSV (unexpected end of data)"),
         ('a,y\n1,0\n"2,1\n3,0\n"4",1\n', [], "line 3 is no readable CSV"),
-        ('a,y\n"1\n",0\n2\n', [], "line 4 has 1 cells; expected 2"),
+        ('a,y\n"1\n",0\n2\n', [], "line 4 has 1 cell; expected 2"),
         ("a,y\n" + "".join(f"{i},{i / 7}e300\n" for i in range(200)), [], "target 'y' of 'table' is too large to be"),
         ("a,y\n" + "".join(f"{i},{i / 7}e-300\n" for i in range(60)), [], "target 'y' of 'table' differs too little"),
         ("a,y\n" + "".join(f"{i}e-300,{i % 2}\n" for i in range(60)), [], "column 'a' of 'table' differs too little"),

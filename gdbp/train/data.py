@@ -157,7 +157,8 @@ def _check_scale(x: torch.Tensor, names: list[str]) -> None:
 
 
 def _statistics(x: torch.Tensor, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    std = x.std(0, correction=0)
+    # Of a constant like 0.1 rounding makes a deviation of 1e-17, by which other values must not be divided.
+    std = torch.where(x.amax(0) > x.amin(0), x.std(0, correction=0), 0.0)
     if shared:  # a pixel that is almost always blank must not be blown up to the size of the others
         std = std.square().mean().sqrt().expand_as(std).clone()
     return x.mean(0), torch.where(std > 0, std, 1.0)

@@ -189,7 +189,8 @@ def _csv_lines(source: str) -> tuple[list[tuple[int, list[str]]], list[str], boo
         raise InputError(f"{source!r} has column names but no samples; expected one sample a line")
     for line, cells in lines:
         if len(cells) != len(names):
-            raise InputError(f"{source!r} line {line} has {len(cells)} cells; expected {len(names)}, as in the first")
+            found = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
+            raise InputError(f"{source!r} line {line} has {found}; expected {len(names)}, as in the first")
     return lines, names, has_names
 
 
