@@ -133,6 +133,18 @@ def test_run_can_be_used_again(tmp_path, flowers, waves):
     assert (values - truth).square().mean().sqrt().item() == pytest.approx(config["test"]["rmse"], rel=1e-4)
 
 
+def test_a_test_sample_far_off(tmp_path):
+    """Its loss is not finite, and config.json is JSON all the same."""
+    for outlier in range(60):
+        x = np.arange(60.0)[:, None]
+        x[outlier] = 1e60
+        np.savez(tmp_path / "far.npz", x=x, y=np.arange(60) % 2)
+        if load_data(tmp_path / "far.npz").test[0].isinf().any():
+            break
+    config = train(tmp_path / "run", "--data", str(tmp_path / "far.npz"), "--epochs", "1")
+    assert config["test"]["loss"] is None and config["last_epoch"]["train_loss"] > 0
+
+
 def test_load_run_without_a_run(tmp_path):
     with pytest.raises(InputError, match="holds no finished run"):
         load_run(tmp_path)

@@ -89,8 +89,8 @@ def train(options: argparse.Namespace) -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "last_epoch": history[-1],
-        "test": test,
+        "last_epoch": _as_json(history[-1]),
+        "test": _as_json(test),
         "summary": f"test {_figures(test, data)}",
         "seconds": seconds,
         "samples_per_second": speed,
@@ -148,6 +148,11 @@ def _fit(model, loss, optimizer, data: Data, options: argparse.Namespace, thread
         raise InputError(f"{options.device} is out of memory; use a smaller --batch-size or --hidden") from None
     finally:
         torch.set_num_threads(before)
+
+
+def _as_json(row: dict[str, float]) -> dict[str, float | None]:
+    """The row with None for infinity and NaN, which JSON does not know; a test sample may lie far off the others."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
 def _guesses(test: dict[str, float], data: Data) -> bool:

@@ -55,7 +55,7 @@ def save_run(folder: Path, model: torch.nn.Module, data: Data, history: History,
         "y_mean": data.y_mean,
         "y_std": data.y_std,
     }
-    text = json.dumps({**config, "data": described}, indent=2)
+    text = json.dumps({**config, "data": described}, indent=2, allow_nan=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
