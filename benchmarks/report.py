@@ -20,19 +20,20 @@ NOT_MEASURED = {
 
 
 # Where a document has the tables of a device: of the rows in whose titles one of the words occurs, or of all; measured
-# with the heap that a word like heap:default names, or with any; where a word is "newest", the last run of each heap.
-HEAP, NEWEST = "heap:", "newest"
+# with the heap that a word like heap:default names, or with any; where a word is "newest", the last run of each heap;
+# where one is "short", without spreads, ulp and notes.
+HEAP, NEWEST, SHORT = "heap:", "newest", "short"
 PLACE = re.compile(
     r"<!-- benchmarks:(?P<what>(?P<device>cpu|cuda)(?P<words>( [^ >]+)*)) -->\n.*?<!-- /benchmarks:(?P=what) -->", re.S
 )
 
 
-def tables(reports: list[Report], words: Sequence[str] = ()) -> str:
+def tables(reports: list[Report], words: Sequence[str] = (), short: bool = False) -> str:
     found = []
     for report in reports:
         rows = [row for row in report["rows"] if not words or any(word in title(row) for word in words)]
         if rows:
-            found.append(f"{caption(report['environment'])}\n\n{markdown(rows)}")
+            found.append(f"{caption(report['environment'])}\n\n{markdown(rows, short)}")
     return "\n\n".join(found)
 
 
@@ -63,8 +64,8 @@ def updated(document: str, reports: list[Report], devices: list[str]) -> str:
         if NEWEST in words:
             by_date = sorted(chosen, key=lambda report: report["environment"]["date"])
             chosen = list({report["environment"]["heap"]: report for report in by_date}.values())
-        titles = [word for word in words if not word.startswith(HEAP) and word != NEWEST]
-        text = tables(chosen, titles) or NOT_MEASURED[device]
+        titles = [word for word in words if not word.startswith(HEAP) and word not in (NEWEST, SHORT)]
+        text = tables(chosen, titles, SHORT in words) or NOT_MEASURED[device]
         return f"<!-- benchmarks:{what} -->\n{text}\n<!-- /benchmarks:{what} -->"
 
     return PLACE.sub(fill, document)

@@ -1,5 +1,6 @@
 """Rows of results as a table, on the terminal and in Markdown."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ COLUMNS = (
     ("ulp", 4, True),
 )
 NOTES = "notes"
+# What a short table leaves out, where all rows stand elsewhere; what is wrong or noise is said in any.
+LONG, WARNINGS = ("p20-p80", "ulp"), ("WRONG", "NOISY")
 DTYPES = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
@@ -176,13 +179,18 @@ def caption(environment: dict[str, Any]) -> str:
     )
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """A table with the terminal's columns and the notes as a last one."""
-    lines = [
-        f"| {' | '.join([*(name for name, _, _ in COLUMNS), NOTES])} |",
-        f"|{'|'.join([*('--:' if right else '---' for _, _, right in COLUMNS), '---'])}|",
-    ]
+def markdown(rows: Iterable[Row], short: bool = False) -> str:
+    """A table with the terminal's columns and the notes as a last one; a short one without LONG, and of the notes with
+    WARNINGS alone."""
+    kept = [not (short and name in LONG) for name, _, _ in COLUMNS]
+    body = []
     for row in rows:
         case, *rest = cells(row)
-        lines.append(f"| {' | '.join([row['family'] + '.' + case, *rest, '; '.join(notes(row))])} |")
-    return "\n".join(lines)
+        said = [note for note in notes(row) if not short or any(word in note for word in WARNINGS)]
+        body.append([*itertools.compress([f"{row['family']}.{case}", *rest], kept), "; ".join(said)])
+    columns = [*itertools.compress(COLUMNS, kept), (NOTES, 0, False)]
+    if short and not any(cells[-1] for cells in body):
+        columns, body = columns[:-1], [cells[:-1] for cells in body]
+    head = [[name for name, _, _ in columns], ["--:" if right else "---" for _, _, right in columns]]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head[0], *body)]
+    return "\n".join([lines[0], f"|{'|'.join(head[1])}|", *lines[1:]])

@@ -52,6 +52,20 @@ def test_a_document_may_show_one_heap(save):
     assert "loss.of_kept" in text and "loss.of_default" not in text
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_document_may_be_short(save, noisy):
+    """Fewer columns; but what is noise is said."""
+    content = example_report()
+    content["rows"][0]["contenders"][0]["noisy"] = noisy
+    document = save("README.md", "<!-- benchmarks:cpu short -->\n<!-- /benchmarks:cpu short -->\n")
+    assert bench("report", "--update", document, save("cpu.json", content)) == 0
+    text = document.read_text()
+    assert "p20-p80" not in text and " ulp" not in text and "2.00 ms" in text
+    assert ("| NOISY: gdbp |" in text) == ("notes" in text) == noisy
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
 def test_report_keeps_a_document_up_to_date(save, capsys):
     file = save("cpu.json", example_report())
     document = save("README.md", "before\n<!-- benchmarks:cpu -->\nold\n<!-- /benchmarks:cpu -->\nafter\n")
