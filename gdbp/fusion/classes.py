@@ -25,7 +25,7 @@ class Code(NamedTuple):
     objects: tuple[tuple[str, Any], ...]
     modules: tuple[tuple[str, str], ...]
     runs: tuple[str, ...]  # for people
-    tensors_only: bool  # whether it is the forward of tensors alone, and another one else
+    tensors_only: bool = False  # whether it is the forward of tensors alone, and for others the one before is
 
     @classmethod
     def of(cls, graph: fx.Graph, runs: tuple[str, ...], tensors_only: bool) -> "Code":
