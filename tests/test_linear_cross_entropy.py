@@ -132,6 +132,46 @@ def test_float16_under_a_loss_scale():
             assert (got.double() - wanted).abs().max() <= 0.004 * wanted.abs().max()
 
 
+def test_float16_is_formed_for_the_upstream_gradient(device):
+    """For a gradient of 1 the first would be 0, the second infinite."""
+    confident = torch.ones(1, 4), torch.tensor([[3.0] * 4, [-2.0] * 4]), torch.tensor([0]), {}, 2.0**15
+    heavy = torch.randn(3, 4), torch.randn(5, 4) * 10, torch.tensor([0, 1, 2]), {"weight": torch.full((5,), 2e4)}, 1.0
+    for x, w, target, options, scale in (confident, heavy):
+        half = [t.to(device, torch.float16).requires_grad_() for t in (x, w)]
+        wide = [t.detach().double().requires_grad_() for t in half]
+        for reduction in ("mean", "sum") if scale > 1 else ("mean",):
+            mine, exact = (
+                torch.autograd.grad(
+                    scale * f(*tensors, target.to(device), reduction=reduction,
+                              **{name: t.to(tensors[0]) for name, t in options.items()}).to(dtype),
+                    tensors,
+                )
+                for f, tensors, dtype in ((linear_cross_entropy, half, torch.float32), (plain, wide, torch.float64))
+            )  # fmt: skip
+            for got, wanted in zip(mine, exact):
+                assert (got.double() - wanted).abs().max() <= 0.004 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("of_weight", [None, *FLOAT_DTYPES])
+@pytest.mark.parametrize("of_target", FLOAT_DTYPES)
+@pytest.mark.parametrize("of_input", FLOAT_DTYPES)
+def test_probabilities_of_another_dtype(of_input, of_target, of_weight):
+    x, w = torch.randn(3, 4).to(of_input), torch.randn(5, 4).to(of_input)
+    p = torch.rand(3, 5).to(of_target)
+    weight = None if of_weight is None else torch.rand(5).to(of_weight)
+    for amp in (False, True):
+        with torch.autocast("cpu", enabled=amp):
+            wanted = gdbp.nn.functional.cross_entropy(F.linear(x, w), p, weight, reduction="none")
+            each = [
+                linear_cross_entropy(x, w, p, weight=weight, reduction="none"),
+                linear_cross_entropy(x, w, p.clone().requires_grad_(), weight=weight, reduction="none").detach(),
+                torch.stack([linear_cross_entropy(*row, weight=weight) for row in zip(x, (w,) * 3, p)]),
+                torch.vmap(lambda x, p: linear_cross_entropy(x, w, p, weight=weight))(x[:, None], p[:, None]),
+            ]
+        for mine in each:
+            torch.testing.assert_close(mine, wanted, rtol=0.03, atol=0.03)  # of the dtype, first
+
+
 def test_nothing_to_count():
     x, w, b = layer(6, 3, 4)
     ignored = torch.full((6,), -100)
@@ -212,6 +252,49 @@ def test_compile(case):
     tensors = layer(4, 2, 3)
     for eager, traced in zip(values_and_grads(mine, tensors), values_and_grads(compiled, tensors)):
         torch.testing.assert_close(eager, traced)
+
+
+@cases
+def test_compile_takes_any_number_of_rows(case):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def loss(x, w, b, target):
+        options = {"reduction": "none" if case == "none" else "mean", "memory_budget": 40}
+        return linear_cross_entropy(x, w, target, linear_bias=b, **options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
+    for rows in (4, 7, 9, 33):
+        tensors, target = layer(rows, 2, 3), torch.randint(3, (rows,))
+        eager, traced = (values_and_grads(lambda *t, f=f: f(*t, target), tensors) for f in (loss, compiled))  # noqa: B023
+        torch.testing.assert_close(eager, traced)
+    assert len(graphs) == 2  # for the first number of rows, and for any
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_export_takes_any_number_of_rows(strict, training):
+    module = gdbp.nn.LinearCrossEntropyLoss(4, 5, bias=True, memory_budget=40)
+    rows = torch.export.Dim("rows", min=2, max=100)
+    with torch.set_grad_enabled(training):
+        example = (torch.randn(6, 4), torch.randint(5, (6,)))
+        exported = torch.export.export(module, example, dynamic_shapes=({0: rows}, {0: rows}), strict=strict).module()
+        for count in (2, 33):
+            x, target = torch.randn(count, 4), torch.randint(5, (count,))
+            torch.testing.assert_close(exported(x, target), module(x, target))
+
+
+def test_operator():
+    x, w, b = (t.detach() for t in layer(7, 3, 5, torch.float32))
+    target = torch.randint(5, (7,))
+    for upstream in (None, torch.ones(()), torch.randn(7)):
+        mask = [upstream is not None] * 3
+        arguments = (upstream, x, w, b, target, None, None, None, 2, mask, -100, 0.1, 0.0, 0.0)
+        torch.library.opcheck(torch.ops.gdbp.linear_cross_entropy, arguments)
 
 
 def test_gradients_that_are_asked_for():

@@ -234,12 +234,13 @@ def linear_cross_entropy(
             is one row at least.
 
     The other arguments are those of :func:`cross_entropy`. Losses, and the sums for the gradients of weight and bias,
-    are in float32 for half types, the loss as it is returned in the input's dtype. Forward computes the gradients
-    along with the loss: together they take the three matrix products of the plain layer. ``reduction="none"``, and a
-    second backward through one graph, take one more.
+    are in float32 for half types. The result has the dtype of that of the plain functions. Forward computes the
+    gradients along with the loss: together they take the three matrix products of the plain layer. One more is taken
+    by ``reduction="none"``, a second backward through one graph, what is traced by torch.compile or torch.export,
+    and float16, whose gradients are formed for the upstream gradient itself, so that a scaled loss helps them.
 
-    Derivatives of higher order form the logits as a whole, as does a target of probabilities that requires gradients,
-    and ``torch.compile`` of torch before 2.13, which would lose the gradients.
+    Derivatives of higher order form the logits as a whole, as does a target of probabilities that requires gradients
+    or has more digits than the losses, and ``torch.compile`` of torch before 2.13, which would lose the gradients.
 
     Raises:
         IndexError: a label out of range. RuntimeError: shapes, dtypes or devices that do not fit. TypeError: a target
@@ -255,13 +256,21 @@ def linear_cross_entropy(
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
     if autocast_is_on(input):
-        (input, linear_weight, linear_bias), before = autocast(input, linear_weight, linear_bias), input.dtype
-        output = torch.promote_types(torch.float32, before)
+        output = torch.promote_types(torch.float32, input.dtype)
+        input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+        weight = weight if weight is None else weight.to(torch.promote_types(weight.dtype, torch.float32))
     else:
         output = input.dtype
+    whole_logits = linear_weight.dim() > 2 or input.dim() == 1
+    if soft:
+        for t in (target,) if weight is None else (target, weight):
+            output = torch.promote_types(output, t.dtype)
+        weight = None if weight is None else weight.to(output)
+        # Chunks have no more digits than the input, or float32.
+        whole_logits |= target.requires_grad or target.dim() != 2 or output.itemsize > max(4, input.itemsize)
     extras = {"z_loss": z_loss, "softcap": softcap, "normalizer": normalizer, "empty": empty}
     shared = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing, **extras}
-    if linear_weight.dim() > 2 or input.dim() == 1 or (soft and (target.requires_grad or target.dim() != 2)):
+    if whole_logits:
         flat = linear_weight.flatten(0, -2)
         logits = ops.linear(input, flat, None if linear_bias is None else linear_bias.flatten(), "none")
         return cross_entropy(logits.unflatten(-1, linear_weight.shape[:-1]), target, weight, **shared)
@@ -271,11 +280,10 @@ def linear_cross_entropy(
     _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty)
     classes, shape = linear_weight.shape[0], input.shape[:1]
     if weight is not None:
-        weight = _class_weight(weight, classes, input if output == input.dtype else input.to(output))
+        weight = _class_weight(weight, classes, output, input.device)
     if soft:
         if target.shape != (*shape, classes):
             raise RuntimeError(f"Expected target size {(*shape, classes)}, got {tuple(target.shape)}")
-        target = target.to(torch.promote_types(input.dtype, torch.float32))
     else:
         target = _labels(target, input, shape)
         if second is not None:
@@ -320,15 +328,15 @@ def _check_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
             )
 
 
-def _class_weight(weight: torch.Tensor, classes: int, logits: torch.Tensor) -> torch.Tensor:
+def _class_weight(weight: torch.Tensor, classes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if weight.shape != (classes,):
         raise RuntimeError(
             f"weight has shape {tuple(weight.shape)}; weight tensor should be defined either for all {classes} "
             f"classes or no classes; expected ({classes},)"
         )
-    if weight.dtype != logits.dtype or weight.device != logits.device:
+    if weight.dtype != dtype or weight.device != device:
         raise RuntimeError(
-            f"weight is {weight.dtype} on {weight.device} and the logits {logits.dtype} on {logits.device}; expected "
-            "the same; convert it with .to()"
+            f"weight is {weight.dtype} on {weight.device} and the logits {dtype} on {device}; expected the same; "
+            "convert it with .to()"
         )
     return weight

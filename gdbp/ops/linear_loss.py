@@ -27,21 +27,17 @@ class _Logits:
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight, self.bias = weight, bias
         classes, features = weight.shape
-        traced, half = _is_traced(), x.element_size() < 4
         # In which its products are formed, where the processor has no instructions for them in x's own.
         self.product = x.dtype
-        if half and x.is_cpu and not traced and not _C.has_products_of(str(x.dtype).removeprefix("torch.")):
+        if x.element_size() < 4 and x.is_cpu and not _C.has_products_of(str(x.dtype).removeprefix("torch.")):
             self.product = torch.float32
         shape = (min(rows, x.shape[0]), classes)
-        self.memory = None if traced else x.new_empty(shape, dtype=self.product)
+        self.memory = x.new_empty(shape, dtype=self.product)
         # Which a BLAS would copy into an order of its own as a whole, for each chunk.
         self.by_panels = x.is_cpu and self.product.itemsize >= 4 and features > 0 and classes >= _MANY_CLASSES
-        self.wide = x.new_empty(shape, dtype=torch.float32) if self.product.itemsize < 4 and not traced else None
+        self.wide = x.new_empty(shape, dtype=torch.float32) if self.product.itemsize < 4 else None
 
     def of(self, x: Tensor) -> Tensor:
-        if self.memory is None:
-            logits = torch.nn.functional.linear(x, self.weight, self.bias)
-            return logits.float() if logits.element_size() < 4 else logits
         logits = self.memory[: x.shape[0]]
         if self.by_panels:
             torch.ops.gdbp.linear_wide_(logits, x, self.weight, self.bias)
@@ -75,30 +71,30 @@ def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
         total.addmm_(grad.t(), x.to(total.dtype))
 
 
-def _run(
-    tensors: Sequence[Tensor | None],
-    rows: int,
-    options: tuple,
-    upstream: Tensor | None,
-    mask: Sequence[bool] = (False,) * 3,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The loss of every row, or with ``upstream`` their sum; the weights of all rows; and the gradients that are asked
-    for, where each row's loss has the gradient ``upstream``, one number or one for each row."""
-    x, weight, bias, target, second, share, class_weight = tensors
+# An operator, for torch.compile and torch.export: the loop over chunks would hold them to one number of rows.
+_SCHEMA = (
+    "(Tensor? upstream, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? second, Tensor? share,"
+    " Tensor? class_weight, SymInt rows, bool[3] mask, int ignore_index, float label_smoothing, float z_loss,"
+    " float softcap) -> (Tensor loss, Tensor divisor, Tensor[] gradients)"
+)
+
+
+@torch.no_grad()
+def _run(upstream, x, weight, bias, target, second, share, class_weight, rows, mask, *options):
+    """The loss of every row, or with an ``upstream`` of no dimensions their sum; the weights of all rows; and the
+    gradients that are asked for, where each row's loss has the gradient ``upstream``, one number or one for each."""
     wide = torch.promote_types(x.dtype, torch.float32)
     class_weight = None if class_weight is None else class_weight.to(wide)
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    dtypes = (x.dtype, wide, wide)
-    grads = [x.new_zeros(s, dtype=d) if m else None for s, d, m in zip(shapes, dtypes, mask)]
+    grads = _gradients(x, weight, mask)
     losses, divisor = [], x.new_zeros((), dtype=torch.float64)
-    ones = x.new_ones((), dtype=wide)
+    upstream = None if upstream is None else upstream.to(wide)
+    each = "none" if upstream is None or upstream.dim() else "sum"
     chunk = _Logits(x, weight, bias, rows)
     for first in range(0, x.shape[0], rows):
         at = slice(first, first + rows)
         logits = chunk.of(x[at])
         labels = [None if t is None else t[at].to(wide) if t is target and t.is_floating_point() else t[at]
                   for t in (target, second, share)]  # fmt: skip
-        each = "none" if upstream is None or upstream.dim() else "sum"
         try:
             loss, stats, part = torch.ops.gdbp.cross_entropy(logits, *labels, class_weight, None, each, *options, False)
         except IndexError:
@@ -108,7 +104,7 @@ def _run(
         divisor += part
         if not any(mask):
             continue
-        above = ones if upstream is None or not upstream.dim() else upstream[at].to(wide)
+        above = upstream if each == "sum" else upstream[at]
         torch.ops.gdbp.cross_entropy_backward_(above, logits, *labels, class_weight, stats, part, each, *options)
         if mask[0]:
             chunk.back(logits, grads[0][at])
@@ -117,7 +113,27 @@ def _run(
         if mask[2]:
             grads[2] += logits.sum(0)
     loss = torch.cat(losses) if losses else x.new_zeros(0, dtype=wide)
-    return loss if upstream is None or upstream.dim() else loss.double().sum(), divisor, grads
+    return loss.double().sum() if each == "sum" else loss, divisor, [g for g in grads if g is not None]
+
+
+def _gradients(x: Tensor, weight: Tensor, mask: Sequence[bool]) -> list[Tensor | None]:
+    """Zeros for those of x, weight and bias; these two are sums, which half types would lose."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shapes, dtypes = (x.shape, weight.shape, weight.shape[:1]), (x.dtype, wide, wide)
+    return [x.new_zeros(s, dtype=d) if m else None for s, d, m in zip(shapes, dtypes, mask)]
+
+
+def _shapes(upstream, x, weight, bias, target, second, share, class_weight, rows, mask, *options):
+    is_sum = upstream is not None and upstream.dim() == 0
+    dtype = torch.float64 if is_sum else torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty(() if is_sum else x.shape[:1], dtype=dtype)
+    return loss, x.new_empty((), dtype=torch.float64), [g for g in _gradients(x, weight, mask) if g is not None]
+
+
+if _load.available:
+    torch.library.define("gdbp::linear_cross_entropy", _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl("gdbp::linear_cross_entropy", ("cpu", "cuda"), _run)
+    torch.library.register_fake("gdbp::linear_cross_entropy", _shapes)
 
 
 def _raise_with_row(targets: Sequence[Tensor | None], ignore_index: int, classes: int) -> None:
@@ -135,33 +151,31 @@ def _raise_with_row(targets: Sequence[Tensor | None], ignore_index: int, classes
 
 
 class _LinearCrossEntropy(Function):
-    """Forward finds the gradients for an upstream gradient of 1 while it has the logits; the first backward hands them
-    over, scaled, and any later one computes them again."""
+    """Forward finds those gradients that ``mask`` names, for an upstream gradient of 1, while it has the logits; the
+    first backward hands them over, scaled. Any others are computed then, in which the logits are formed again."""
 
     @staticmethod
     def forward(
         x, weight, bias, target, second, share, class_weight, normalizer, rows, mask, empty, reduction, *options
     ):
+        one = None if reduction == "none" else x.new_ones((), dtype=torch.float64)
         tensors = (x, weight, bias, target, second, share, class_weight)
-        if reduction == "none":
-            loss, divisor, grads = _run(tensors, rows, options, None)
-        else:
-            loss, divisor, grads = _run(tensors, rows, options, x.new_ones((), dtype=torch.float64), mask)
+        loss, divisor, grads = torch.ops.gdbp.linear_cross_entropy(one, *tensors, rows, mask, *options)
         divisor = divisor if normalizer is None else normalizer.clone()
         if reduction == "mean":
             mean = loss / divisor
             loss = torch.where(divisor == 0, torch.zeros_like(mean), mean) if empty else mean
-        return loss.to(x.dtype), divisor, *(x.new_empty(0) if g is None else g for g in grads)
+        return loss.to(torch.promote_types(x.dtype, torch.float32)), divisor, *grads
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.rows, _, _, ctx.reduction, ignore_index, smoothing, z_loss, softcap = inputs
+        *tensors, ctx.rows, mask, _, ctx.reduction, ignore_index, smoothing, z_loss, softcap = inputs
         ctx.options = (ignore_index, smoothing, z_loss, softcap)
         _, divisor, *grads = output
         ctx.mark_non_differentiable(divisor, *grads)
         ctx.set_materialize_grads(False)
         # Beside the saved tensors: only a gradient that nobody else holds is taken over without a copy.
-        ctx.grads = grads if ctx.reduction != "none" and not _is_traced() else None
+        ctx.for_one, ctx.grads = bool(grads), _spread(grads, mask) if grads else None
         ctx.save_for_backward(*tensors, divisor)
 
     @staticmethod
@@ -172,18 +186,17 @@ class _LinearCrossEntropy(Function):
         *tensors, normalizer, divisor = ctx.saved_tensors
         if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
             return *_differentiable(ctx, grad_output, tensors, normalizer), *nothing
-        mask = ctx.needs_input_grad[:3]
-        scale = grad_output.to(divisor.dtype)
-        if ctx.reduction == "none":
-            _, _, grads = _run(tensors, ctx.rows, ctx.options, grad_output.contiguous(), mask)
-            return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors)), *nothing
+        mask, scale = ctx.needs_input_grad[:3], grad_output.to(divisor.dtype)
         if ctx.reduction == "mean":
             scale = torch.where(divisor == 0, torch.zeros_like(scale), scale / divisor)
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            _, _, grads = _run(tensors, ctx.rows, ctx.options, torch.ones_like(scale), mask)
-        results = [g.mul_(scale).to(t.dtype) if m else None for g, t, m in zip(grads, tensors, mask)]
-        return *results, *nothing
+            upstream = torch.ones_like(scale) if ctx.for_one else scale
+            _, _, grads = torch.ops.gdbp.linear_cross_entropy(upstream, *tensors, ctx.rows, mask, *ctx.options)
+            grads = _spread(grads, mask)
+        if ctx.for_one:
+            grads = [g.mul_(scale) if m else None for g, m in zip(grads, mask)]
+        return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors)), *nothing
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -194,11 +207,12 @@ class _LinearCrossEntropy(Function):
             return reference.cross_entropy(logits if bias is None else logits + bias, *others, empty, *options)
 
         loss = torch.vmap(whole, in_dims=in_dims[:8])(*tensors)
-        return (loss, *(loss.new_empty(()) for _ in range(4))), (0, None, None, None, None)
+        return (loss, loss.new_empty(())), (0, None)
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or is_transformed()
+def _spread(grads: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
+    rest = iter(grads)
+    return [next(rest) if m else None for m in mask]
 
 
 def _differentiable(ctx, grad_output, tensors, normalizer):
@@ -229,11 +243,12 @@ def linear_cross_entropy(
     if not (_load.available and is_fused(*tensors)) or (_TRACED_WHOLE and torch.compiler.is_compiling()):
         logits = torch.nn.functional.linear(x, weight, bias)
         return cross_entropy(logits, *tensors[3:], reduction, *options, empty_is_zero)
-    inputs = (x, weight, bias)
-    recorded = needs_autograd(*inputs)
-    if recorded:
-        # Whose tensors are wrapped by torch.func cannot be asked; then all gradients are computed.
-        mask = [t is not None and (t.requires_grad or _is_traced()) for t in inputs]
-        return _LinearCrossEntropy.apply(*tensors, rows, mask, empty_is_zero, reduction, *options)[0]
-    mask = [False] * 3
-    return _LinearCrossEntropy.forward(*tensors, rows, mask, empty_is_zero, reduction, *options)[0]
+    inputs, mask = (x, weight, bias), [False] * 3
+    if not needs_autograd(*inputs):
+        return _LinearCrossEntropy.forward(*tensors, rows, mask, empty_is_zero, reduction, *options)[0]
+    # Of float16 a gradient for 1 may be 0 or infinite where the one that is asked for is neither: that one is computed.
+    # What is traced has no gradients that backward could take over and forget.
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if reduction != "none" and x.dtype is not torch.float16 and not traced:
+        mask = [t is not None and t.requires_grad for t in inputs]
+    return _LinearCrossEntropy.apply(*tensors, rows, mask, empty_is_zero, reduction, *options)[0]
