@@ -307,6 +307,14 @@ def test_penalty(dtype, layout, device):
                 assert ulps(g, e, e.abs() + 1.7 * l1) <= (3 if dtype in FLOAT_DTYPES[:2] else 0.52)
 
 
+def test_penalty_of_nothing():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert utils.penalty([]).dtype is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_penalty_of_a_model():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     model[0].bias.requires_grad_(False)

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import gdbp
-from gdbp.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss
+from gdbp.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from tests.oracle import FLOAT_DTYPES, POINTWISE, REDUCTIONS, both_ce, both_pointwise, logits, pair, values_and_grads
 
 losses = pytest.mark.parametrize("loss", POINTWISE)
@@ -68,6 +75,30 @@ def test_torch_func(case):
         )
 
     torch.testing.assert_close(results(mine), results(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [*POINTWISE, "bce"])
+def test_half_types_are_differentiated_again_in_float32(loss, dtype):
+    """The upstream gradient times a difference is beyond float16, their mean is not."""
+    f = {"bce": binary_cross_entropy_with_logits}.get(loss) or both_pointwise(loss)[0]
+    x, y = (torch.randn(1000) * 3).to(dtype), torch.rand(1000).to(dtype)
+
+    def scaled(x, y):
+        return 30000 * f(x, y)
+
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    wanted = torch.autograd.grad(scaled(*leaves), leaves)
+    assert all(g.isfinite().all() for g in wanted)
+    again = torch.autograd.grad(scaled(*leaves), leaves, create_graph=True)
+    for found in (again, torch.func.grad(scaled, argnums=(0, 1))(x, y)):
+        torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_l1_at_nan_is_differentiated_twice():
+    x = torch.tensor([1.0, float("nan")], requires_grad=True)
+    (grad,) = torch.autograd.grad(l1_loss(x, torch.zeros(2), reduction="sum"), x, create_graph=True)
+    assert torch.equal(torch.autograd.grad(grad.sum(), x)[0], torch.zeros(2))
 
 
 def test_per_sample_gradients():

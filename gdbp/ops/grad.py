@@ -85,7 +85,7 @@ def _dtype_of(tensors: Sequence[torch.Tensor]) -> torch.dtype:
 
 def _plain_penalty(tensors: Sequence[torch.Tensor], l1: float, l2: float) -> torch.Tensor:
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     wide = [t.double() for t in tensors]
     total = sum((l1 * t.abs().sum() + l2 / 2 * t.square().sum()).to(wide[0].device) for t in wide)
     return total.to(_dtype_of(tensors))

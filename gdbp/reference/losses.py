@@ -11,9 +11,14 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
+def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Half types in float32, as the kernels compute."""
+    return [None if t is None else t if t.element_size() > 2 else t.float() for t in tensors]
+
+
 def _sign(d: Tensor) -> Tensor:
     """torch's sign of NaN is 0, which would hide a broken element."""
-    return torch.where(d.isnan(), d, d.sign())
+    return torch.where(d.isnan(), d.detach(), d.sign())
 
 
 def _clamped(d: Tensor, limit: float) -> Tensor:
@@ -36,25 +41,29 @@ POINTWISE_LOSSES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[T
 
 
 def pointwise_loss(input: Tensor, target: Tensor, kind: str, parameter: float, reduction: str) -> Tensor:
-    return _reduce(POINTWISE_LOSSES[kind][0](input - target, parameter), reduction)
+    x, y = _wide(input, target)
+    return _reduce(POINTWISE_LOSSES[kind][0](x - y, parameter), reduction).to(input.dtype)
 
 
 def pointwise_loss_backward(
     grad_output: Tensor, input: Tensor, target: Tensor, kind: str, parameter: float, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and target, as a graph that can be differentiated again."""
-    grad = POINTWISE_LOSSES[kind][1](input - target, parameter) * grad_output
+    scale, x, y = _wide(grad_output, input, target)
     if reduction == "mean":
-        grad = grad / input.numel()
+        scale = scale / input.numel()
+    grad = (POINTWISE_LOSSES[kind][1](x - y, parameter) * scale).to(input.dtype)
     return grad, -grad
 
 
 def bce_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
 ) -> Tensor:
+    dtype = input.dtype
+    input, target, weight, pos_weight = _wide(input, target, weight, pos_weight)
     q = 1 if pos_weight is None else pos_weight
     loss = q * target * -F.logsigmoid(input) + (1 - target) * -F.logsigmoid(-input)
-    return _reduce(loss if weight is None else loss * weight, reduction)
+    return _reduce(loss if weight is None else loss * weight, reduction).to(dtype)
 
 
 def bce_with_logits_backward(
@@ -66,12 +75,14 @@ def bce_with_logits_backward(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and target, as a graph that can be differentiated again."""
+    dtype = input.dtype
+    grad_output, input, target, weight, pos_weight = _wide(grad_output, input, target, weight, pos_weight)
     q = 1 if pos_weight is None else pos_weight
     scale = grad_output if weight is None else grad_output * weight
     if reduction == "mean":
         scale = scale / input.numel()
     grad_input = scale * ((1 - target) * torch.sigmoid(input) - q * target * torch.sigmoid(-input))
-    return grad_input, scale * ((1 - q) * F.logsigmoid(input) - input)
+    return grad_input.to(dtype), (scale * ((1 - q) * F.logsigmoid(input) - input)).to(dtype)
 
 
 def _targets(
@@ -103,11 +114,6 @@ def _targets(
         row_weight = row_weight + part * (w[label] if classes else 0)
         counts = kept | counts
     return a, row_weight, counts
-
-
-def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Half types in float32, as the kernels compute."""
-    return [None if t is None else t if t.element_size() > 2 else t.float() for t in tensors]
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:
