@@ -170,8 +170,10 @@ def test_inplace_where_others_need_the_logits():
     for view in (x[:3], x.view(6, 4)[:3].t().t()):
         with pytest.raises(RuntimeError, match="these are a leaf or a view of one"):
             cross_entropy(view, y[:3], **inplace)
-    with pytest.raises(RuntimeError, match=r"these are expanded \(strides \(0, 1\)\).*pass logits.contiguous"):
-        cross_entropy((x[:1] * 1).expand(3, 4), y[:3], **inplace)
+    row = x.flatten() * 1
+    for overlapping in (row[:4].expand(3, 4), row.unfold(0, 4, 1)[:3], row.as_strided((3, 4), (3, 1))):
+        with pytest.raises(RuntimeError, match=r"these are expanded or overlap \(strides \(.*pass logits.contiguous"):
+            cross_entropy(overlapping, y[:3], **inplace)
     soft = torch.rand(6, 4, dtype=x.dtype).softmax(1).requires_grad_()
     with pytest.raises(RuntimeError, match=r"target requires grad, which needs them.*pass target.detach"):
         cross_entropy(2 * x, soft, **inplace)
@@ -190,3 +192,10 @@ def test_inplace_where_others_need_the_logits():
         loss.backward()
     with pytest.raises(RuntimeError, match="cannot be differentiated again; leave out"):
         torch.autograd.grad(cross_entropy(2 * x, y, **inplace), x, create_graph=True)
+
+
+def test_inplace_changes_nothing_under_torch_func():
+    x, y = logits((6, 4)).detach(), torch.randint(4, (6,))
+    plain, inplace = (lambda x, i=i: cross_entropy(2 * x, y, inplace_backward=i) for i in (False, True))
+    torch.testing.assert_close(torch.func.grad(inplace)(x), torch.func.grad(plain)(x))
+    torch.testing.assert_close(torch.vmap(torch.func.grad(inplace))(x[None]), torch.func.grad(plain)(x)[None])

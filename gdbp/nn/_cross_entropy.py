@@ -4,6 +4,7 @@ import torch
 
 from gdbp import ops
 from gdbp.nn._arguments import autocast, autocast_is_on, no_number, reduction_name, whole, without_autocast
+from gdbp.ops._function import functorch_is_active
 
 Mixture = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
 
@@ -45,8 +46,8 @@ def cross_entropy(
             accumulated, say. A number or a 0-dim tensor.
         empty: the mean where there is nothing to divide by: "nan", as in torch, or "zero".
         inplace_backward: the gradient is written over the logits, which saves its memory and its pages. Wherever
-            autograd needs them afterwards it raises an error; do not read them yourself. Under torch.compile this
-            changes nothing.
+            autograd needs them afterwards it raises an error; do not read them yourself. Under torch.compile and
+            torch.func this changes nothing.
 
     The terms of the largest logit are kept apart, so the loss and the gradients are accurate for confident rows
     too, where ``1 - softmax`` has no digits left. Sums are in float64, so any number of rows will do.
@@ -75,8 +76,9 @@ def cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     if inplace_backward:
-        inplace_backward = input.requires_grad and torch.is_grad_enabled()
-        _check_inplace(input, target)
+        inplace_backward = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or functorch_is_active())
+        if inplace_backward:
+            _check_inplace(input, target)
     shape = input.shape[:1] + input.shape[2:] if dim > 1 else ()
     if soft:
         if target.dtype != input.dtype or (weight is not None and weight.dtype != input.dtype):
@@ -102,12 +104,12 @@ def cross_entropy(
 
 
 def _check_inplace(logits: torch.Tensor, target: torch.Tensor) -> None:
-    if target.requires_grad and torch.is_grad_enabled():
+    if target.requires_grad:
         raise RuntimeError(
             "inplace_backward=True writes the gradient over the logits, and target requires grad, which needs them; "
             "leave it out, or pass target.detach()"
         )
-    if not (logits.requires_grad and torch.is_grad_enabled()):
+    if not logits.requires_grad:
         return
     base = logits if logits._base is None else logits._base
     if base.is_leaf:
@@ -115,11 +117,14 @@ def _check_inplace(logits: torch.Tensor, target: torch.Tensor) -> None:
             "inplace_backward=True writes the gradient over the logits, and these are a leaf or a view of one, whose "
             "values are yours to keep; leave it out, or pass logits that were computed"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape)):
-        raise RuntimeError(
-            f"inplace_backward=True writes the gradient over the logits, and these are expanded (strides "
-            f"{logits.stride()}), several to one place; leave it out, or pass logits.contiguous()"
-        )
+    end = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape)):
+        if size > 1 and stride < end:
+            raise RuntimeError(
+                "inplace_backward=True writes the gradient over the logits, and these are expanded or overlap "
+                f"(strides {logits.stride()}), several to one place; leave it out, or pass logits.contiguous()"
+            )
+        end += (size - 1) * stride
 
 
 def _class_number(value: object) -> int:

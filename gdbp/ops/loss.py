@@ -161,6 +161,5 @@ def cross_entropy(
     if not (_load.available and is_fused(*tensors)):
         return reference.cross_entropy(*tensors, empty_is_zero, *options)
     if needs_autograd(logits, target):
-        inplace = inplace and not torch.compiler.is_compiling()
         return _CrossEntropy.apply(*tensors, inplace, empty_is_zero, *options)[0]
     return torch.ops.gdbp.cross_entropy(*tensors, *options, empty_is_zero)[0]
