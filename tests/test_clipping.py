@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,6 +110,16 @@ def test_groups_are_what_an_optimizer_has():
         torch.testing.assert_close(a.grad, b.grad)
     norms = utils.clip_grad_norm_by_group_(mine, 1e-3)  # each by itself
     assert norms.shape == (3,) and all(p.grad.norm() <= 1e-3 for p in mine)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_a_limit_for_each_group(kind):
+    mine = params([(3,), (2,)])
+    other = copies(mine)
+    utils.clip_grad_norm_by_group_(mine, kind([0.1, 0.2]))
+    for p, q, limit in zip(mine, other, (0.1, 0.2)):
+        utils.clip_grad_norm_(q, limit)
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_layers():
@@ -246,6 +257,39 @@ def test_refusals():
         with pytest.raises(ValueError, match=sentence):
             call()
         assert all(torch.equal(p.grad, g) for p, g in zip(mine, before))
+    sparse = torch.nn.Parameter(torch.zeros(4, 2))
+    sparse.grad = torch.eye(4, 2).to_sparse()
+    embedding = torch.nn.Embedding(4, 2)
+    embedding.weight.grad = sparse.grad
+    several = torch.ones(2)
+    for call, sentence in (
+        (lambda: utils.adaptive_clip_grad_(mine, several), r"clip_factor has shape \(2,\); expected one number"),
+        (lambda: utils.adaptive_clip_grad_(mine, eps=several), r"eps has shape \(2,\); expected one number"),
+        (lambda: utils.adaptive_clip_grad_(mine, norm_type="a"), "norm_type is 'a'; expected a number"),
+        (lambda: utils.penalty(mine, l1=several), r"l1 has shape \(2,\); expected one number"),
+        (lambda: utils.penalty(mine, l2=10**400), "l2 is larger than any float"),
+        (lambda: utils.penalty(None), "model is a NoneType; expected a tensor, or tensors"),
+        (
+            lambda: utils.clip_grad_norm_by_group_([{"p": mine}], 1.0),
+            r"group 0 is a dict of \['p'\]; expected its param",
+        ),
+        (lambda: utils.clip_grad_norm_by_group_({"params": mine}, 1.0), "groups is a dict; expected groups; put a"),
+        (lambda: utils.clip_grad_norm_by_group_(mine[0], 1.0), "groups is a Parameter; expected groups; put a single"),
+        (lambda: utils.clip_grad_norm_by_group_([mine, 1], 1.0), "group 1 is a int; expected a tensor, or tensors"),
+        (lambda: utils.clip_grad_norm_by_group_(mine, torch.ones(3)), "max_norm has 3 numbers for 2 groups"),
+        (lambda: utils.clip_grad_norm_by_layer_(torch.nn.Linear(1, 1), several), "max_norm has 2 numbers for 1 groups"),
+        (lambda: utils.clip_grad_norm_by_group_([mine, sparse], 0.1), r"shape \(4, 2\) is torch.sparse_coo; expected"),
+        (
+            lambda: utils.clip_grad_norm_by_layer_(embedding, 0.1),
+            "is torch.sparse_coo; expected dense gradients; leave",
+        ),
+        (lambda: utils.adaptive_clip_grad_([*mine, sparse]), "is torch.sparse_coo; expected dense gradients; leave it"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            call()
+        assert all(torch.equal(p.grad, g) for p, g in zip(mine, before))
+    with pytest.raises(RuntimeError, match=r"l1 requires grad, .*pass l1.detach\(\)"):
+        utils.penalty(mine, l1=torch.tensor(0.1, requires_grad=True))
     with pytest.raises(TypeError, match=r"penalty: tensor 1 has dtype torch.int64; expected floating point"):
         utils.penalty([torch.ones(2), torch.ones(2, dtype=torch.int64)], l1=1.0)
 

@@ -166,8 +166,47 @@ def test_refusals():
         with pytest.raises(ValueError, match=sentence):
             call()
         assert torch.equal(p.grad, before)
-    with pytest.raises(TypeError, match="max_norm is '1'; expected a number"):
-        utils.clip_grad_norm_([p], "1")
+    several, huge = torch.ones(2), 10**400
+    for call, sentence in (
+        (lambda: utils.clip_grad_norm_([p], "1"), "max_norm is '1'; expected a number"),
+        (lambda: utils.clip_grad_norm_([p], several), r"max_norm has shape \(2,\); expected one number"),
+        (lambda: utils.clip_grad_norm_([p], huge), "max_norm is larger than any float; expected a smaller number"),
+        (lambda: utils.clip_grad_value_([p], several.numpy()), r"clip_value has shape \(2,\); expected one number"),
+        *(
+            (lambda n=n: utils.clip_grad_norm_([p], 0.1, n), "norm_type is .*; expected a number")
+            for n in ("a", None, [1])
+        ),
+        *((lambda n=n: utils.get_total_norm([p], n), "norm_type is .*; expected a number") for n in ("a", None, [1])),
+        *(
+            (lambda f=f, x=x: f(x, 0.1), "(parameters|tensors) (is|holds) a .*; expected .*tensors")
+            for x in ("a", None, 1, [1, 2], [p, 1], {"params": [p]})
+            for f in (utils.clip_grad_norm_, utils.clip_grad_value_, utils.get_total_norm, utils.adaptive_clip_grad_)
+        ),
+        (lambda: utils.gradient_health([("a", "b")]), r"model holds \['str', 'str'\]; expected .* pairs of name and"),
+        (lambda: utils.gradient_health([("a", p, 1)]), r"model holds \['str', 'Parameter', 'int'\]; expected"),
+        (lambda: utils.gradient_health(None), "model is a NoneType; expected a module, or pairs"),
+        *((lambda lr=lr: utils.gradient_health([("a", p)], lr=lr), "lr is") for lr in ("a", math.nan, -1, 1j)),
+    ):
+        before = p.grad.clone()
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            call()
+        assert torch.equal(p.grad, before)
+
+
+def test_infinity_is_no_limit():
+    for call in (
+        lambda p: utils.clip_grad_norm_(p, math.inf),
+        lambda p: utils.clip_grads_with_norm_(p, math.inf, torch.tensor(math.inf)),
+        lambda p: utils.adaptive_clip_grad_(p, clip_factor=math.inf),
+        lambda p: utils.adaptive_clip_grad_(p, clip_factor=math.inf, eps=0.0),
+        lambda p: utils.adaptive_clip_grad_(p, clip_factor=0.0, eps=math.inf),
+        lambda p: utils.clip_grad_norm_by_group_([p], torch.tensor([math.inf])),
+    ):
+        p = torch.nn.Parameter(torch.zeros(2, 2))
+        p.grad = torch.tensor([[1.0, math.inf], [2.0, -3.0]])
+        before = p.grad.clone()
+        call(p)
+        assert torch.equal(p.grad, before)
 
 
 def test_what_torch_computes():
@@ -274,7 +313,7 @@ def test_health_and_penalty_say_what_they_want():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="model holds a Parameter; expected a module, or pairs of name and parameter"):
         utils.gradient_health(model.parameters())
-    with pytest.raises(TypeError, match="penalty: model holds a tuple; expected a module, or tensors"):
+    with pytest.raises(TypeError, match="model holds a tuple; expected tensors"):
         utils.penalty(model.named_parameters(), l1=1.0)
 
 

@@ -1,13 +1,14 @@
 """Clipping that torch does not have: by the norms of layers, of groups, and of rows of a weight."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdbp.nn._arguments import check_module
-from gdbp.nn._gradients import collect, listed, nonnegative, order_of, said_of
+from gdbp.nn._arguments import check_module, nonnegative
+from gdbp.nn._gradients import collect, listed, order_of, said_of
 from gdbp.ops._distributed import is_distributed, local
 
 Group = Tensor | Iterable[Tensor] | dict[str, Any]
@@ -16,7 +17,7 @@ Group = Tensor | Iterable[Tensor] | dict[str, Any]
 @torch.no_grad()
 def clip_grad_norm_by_group_(
     groups: Iterable[Group],
-    max_norm: float | Sequence[float],
+    max_norm: float | Sequence[float] | Tensor,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
@@ -29,7 +30,8 @@ def clip_grad_norm_by_group_(
     Args:
         groups: each a parameter, an iterable of them, or a dict that has them under "params":
             ``optimizer.param_groups`` will do. Parameters without a gradient are passed over.
-        max_norm: at least 0, one for all or one for each group; ``inf`` only measures.
+        max_norm: at least 0, one for all or one for each group (a sequence, a tensor or an array); ``inf`` only
+            measures.
         norm_type: above 0, or ``inf`` for the largest absolute value.
         error_if_nonfinite: raise, before any change, where a norm is NaN or infinite; on CUDA this waits for it.
 
@@ -40,7 +42,9 @@ def clip_grad_norm_by_group_(
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; says in which groups and gradients.
         ValueError: max_norm below 0, NaN, or not as many as groups; norm_type not above 0.
     """
-    members = [_members(group) for group in groups]
+    if isinstance(groups, Tensor | dict) or not isinstance(groups, Iterable):
+        raise TypeError(f"groups is a {type(groups).__name__}; expected groups; put a single one into a list")
+    members = [_members(group, f"group {i}") for i, group in enumerate(groups)]
     return _clip_groups(members, [f"group {i}" for i in range(len(members))], max_norm, norm_type, error_if_nonfinite)
 
 
@@ -90,8 +94,8 @@ def adaptive_clip_grad_(
 
     Args:
         parameters: those without a gradient are passed over.
-        clip_factor: at least 0; larger batches want smaller ones, down to 0.01.
-        eps: at least 0, the least norm of weights, so that units which begin at 0 can learn.
+        clip_factor: at least 0; larger batches want smaller ones, down to 0.01. ``inf`` clips nothing.
+        eps: at least 0, the least norm of weights, so that units which begin at 0 can learn. ``inf`` clips nothing.
         norm_type: above 0, or ``inf``.
 
     Raises:
@@ -100,11 +104,14 @@ def adaptive_clip_grad_(
     clip_factor, eps = nonnegative("clip_factor", clip_factor), nonnegative("eps", eps)
     order = _order(norm_type)
     parameters = _with_gradients(listed(parameters))
+    if math.inf in (clip_factor, eps):
+        return
     gradients, weights = collect(parameters, by_row=True), collect(parameters, True, by_row=True)
     if gradients is not None and weights is not None:
         limits = weights.unit_norms(order).clamp_(min=eps).mul_(clip_factor)
         if gradients.scale_units(_coefficients(limits, gradients.unit_norms(order))):
             return
+    _check_dense(parameters)
     for p in parameters:
         limits = _row_norms(p, order).clamp(min=eps) * clip_factor
         _multiply(p.grad, _coefficients(limits, _row_norms(p.grad, order)))
@@ -136,14 +143,29 @@ def _with_gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [p for p in parameters if p.grad is not None and p.grad.numel()]
 
 
-def _members(group: Group) -> list[Tensor]:
-    return listed(group["params"] if isinstance(group, dict) else group)
+def _check_dense(parameters: list[Tensor]) -> None:
+    for p in parameters:
+        if p.grad.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is {p.grad.layout}; expected dense gradients; "
+                "leave it out, or set p.grad = p.grad.to_dense()"
+            )
+
+
+def _members(group: Group, name: str) -> list[Tensor]:
+    if isinstance(group, dict):
+        if "params" not in group:
+            raise ValueError(f"{name} is a dict of {list(group)}; expected its parameters under 'params'")
+        group = group["params"]
+    return listed(group, name)
 
 
 def _clip_groups(
     groups: list[list[Tensor]], names: list[str], max_norm: float | Sequence[float], norm_type: float, check: bool
 ) -> Tensor:
-    limits = list(max_norm) if isinstance(max_norm, Sequence) else [max_norm] * len(groups)
+    if getattr(max_norm, "shape", ()):
+        max_norm = max_norm.tolist()
+    limits = max_norm if isinstance(max_norm, Sequence) else [max_norm] * len(groups)
     limits = [nonnegative("max_norm", limit) for limit in limits]
     if len(limits) != len(groups):
         raise ValueError(f"max_norm has {len(limits)} numbers for {len(groups)} groups; expected one for each")
@@ -153,6 +175,8 @@ def _clip_groups(
     if not flat:
         return torch.zeros(len(groups), dtype=torch.float64)
     gradients = collect(flat)
+    if gradients is None:
+        _check_dense(flat)
     each = _norms([p.grad for p in flat], order) if gradients is None else gradients.unit_norms(order)
     zero = each.new_zeros(1)
     # Every group ends with a 0, which changes no norm, and gives one to those that are empty.

@@ -1,5 +1,6 @@
 """What the functions that clip and inspect gradients share: lists of them, their checks, their errors."""
 
+import math
 import types
 import warnings
 from collections.abc import Iterable, Sequence
@@ -8,14 +9,19 @@ import torch
 from torch import Tensor
 
 from gdbp import _load
-from gdbp.nn._arguments import no_number
+from gdbp.nn._arguments import number
 from gdbp.nn.health import seen_in
 
 
-def listed(tensors: Tensor | Iterable[Tensor], warn: bool = False) -> list[Tensor]:
+def listed(tensors: Tensor | Iterable[Tensor], name: str = "parameters", warn: bool = False) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         return [tensors]
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} is a {type(tensors).__name__}; expected a tensor, or tensors")
     listed = list(tensors)
+    for kind in set(map(type, listed)):
+        if not issubclass(kind, Tensor):
+            raise TypeError(f"{name} holds a {kind.__name__}; expected tensors")
     if warn and not listed and isinstance(tensors, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
     return listed
@@ -31,17 +37,8 @@ def collect(tensors: list[Tensor], themselves: bool = False, by_row: bool = Fals
 
 def order_of(norm_type: float) -> float | None:
     """The order of a norm that is a norm; None for the others, which torch computes."""
-    order = float(norm_type)
+    order = math.inf if norm_type == "inf" else number("norm_type", norm_type)
     return order if order > 0 else None
-
-
-def nonnegative(name: str, value: float) -> float:
-    try:
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; expected a number of at least 0")
-    except TypeError:
-        raise no_number(**{name: value}) from None
-    return float(value)
 
 
 def check_finite(total: Tensor, gradients, norm_type: float, tensors: list[Tensor]) -> None:

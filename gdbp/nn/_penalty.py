@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gdbp import ops
-from gdbp.nn._gradients import listed, nonnegative
+from gdbp.nn._arguments import nonnegative
+from gdbp.nn._gradients import listed
 
 
 def penalty(
@@ -34,10 +35,8 @@ def penalty(
         TypeError: parameters that are not floating point.
     """
     l1, l2 = nonnegative("l1", l1), nonnegative("l2", l2)
-    tensors = listed(model.parameters() if isinstance(model, torch.nn.Module) else model)
+    tensors = listed(model.parameters() if isinstance(model, torch.nn.Module) else model, "model")
     for i, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"penalty: model holds a {type(t).__name__}; expected a module, or tensors")
         if not t.is_floating_point():
             raise TypeError(f"penalty: tensor {i} has dtype {t.dtype}; expected floating point; leave it out")
     return ops.penalty(tensors, l1, l2)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gdbp import _load
 from gdbp._table import format_table
+from gdbp.nn._arguments import nonnegative
 
 COLUMNS = ("norm", "largest", "mean", "nans", "infinities", "zeros")
 # Where a rule of thumb begins to worry: see GradientHealth.
@@ -103,16 +104,20 @@ def gradient_health(
 
     Args:
         model: a module, or pairs of name and parameter. Parameters without a gradient are left out.
-        lr: the learning rate; with it the weights are read too, for the size of a step of plain gradient descent
-            relative to that of the weights.
+        lr: the learning rate, at least 0; with it the weights are read too, for the size of a step of plain gradient
+            descent relative to that of the weights.
 
     ``print(gradient_health(model))`` shows a table that says which layers vanish, explode or are dead, and what
     helps. A DTensor's numbers are those of all ranks, each of which must call this.
     """
+    lr = None if lr is None else nonnegative("lr", lr)
+    if not isinstance(model, torch.nn.Module | Iterable):
+        raise TypeError(f"model is a {type(model).__name__}; expected a module, or pairs of name and parameter")
     named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
     for pair in named:
-        if not isinstance(pair, tuple):
-            raise TypeError(f"model holds a {type(pair).__name__}; expected a module, or pairs of name and parameter")
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], Tensor):
+            found = [type(x).__name__ for x in pair] if isinstance(pair, tuple) else f"a {type(pair).__name__}"
+            raise TypeError(f"model holds {found}; expected a module, or pairs of name and parameter")
     pairs = [(name, p) for name, p in named if p.grad is not None]
     numbers = _read([p.grad for _, p in pairs])
     ratio = None

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import utils as _torch
 
 from gdbp._rest import rest_of
+from gdbp.nn._arguments import nonnegative
 from gdbp.nn._clipping import adaptive_clip_grad_, clip_grad_norm_by_group_, clip_grad_norm_by_layer_
-from gdbp.nn._gradients import check_finite, collect, listed, nonnegative, order_of
+from gdbp.nn._gradients import check_finite, collect, listed, order_of
 from gdbp.nn._penalty import penalty
 from gdbp.nn.activity import ActivationCollector, ActivationStats, collect_activation_stats
 from gdbp.nn.health import GradientHealth, gradient_health
@@ -46,7 +47,7 @@ def get_total_norm(
         tensors: any shapes, floating point, of several dtypes if need be.
         norm_type: above 0, or ``inf`` for the largest absolute value. Others are torch's function's work.
         error_if_nonfinite: raise where the norm is NaN or infinite; on CUDA this waits for it.
-        foreach: for torch's function, which serves DTensors, complex and sparse tensors, and several devices.
+        foreach: for torch's function, which serves DTensors, complex tensors and several devices.
 
     Powers are summed in float64, which holds the squares of all other types: their 2-norm overflows only where its own
     value does. That of float64 tensors is infinite, as torch's, from a norm of some 1e154 on, where the squares
@@ -56,7 +57,7 @@ def get_total_norm(
     Raises:
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; names the tensors and what is in them.
     """
-    tensors = listed(tensors)
+    tensors = listed(tensors, "tensors")
     order = order_of(norm_type)
     gradients = collect(tensors, True) if order and tensors else None
     if gradients is None:
@@ -71,7 +72,8 @@ def get_total_norm(
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
-    """Multiply every gradient by ``min(1, max_norm / (total_norm + 1e-6))``; nothing is written where that is 1.
+    """Multiply every gradient by ``min(1, max_norm / (total_norm + 1e-6))``; nothing is written where that is 1, nor
+    for ``max_norm=inf``, whatever the norm.
 
     Args:
         total_norm: one number, as from :func:`get_total_norm`.
@@ -81,6 +83,8 @@ def clip_grads_with_norm_(
     """
     max_norm = nonnegative("max_norm", max_norm)
     parameters = listed(parameters)
+    if max_norm == math.inf:
+        return None
     gradients = collect(parameters) if isinstance(total_norm, Tensor) and type(total_norm) is Tensor else None
     if gradients is None or not gradients.positions:
         return _torch.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
