@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gdbp
 from gdbp.nn import CrossEntropyLoss
-from gdbp.nn.functional import cross_entropy
+from gdbp.nn.functional import cross_entropy, linear_cross_entropy
 from tests.oracle import (
     FLOAT_DTYPES,
     FULL_DTYPES,
@@ -301,6 +301,42 @@ def test_refusals(case):
         call()
 
 
+DERIVED, HUGE = torch.tensor(0.1, requires_grad=True), 10**400
+REFUSED_BY_BOTH = {
+    "z_loss's gradient": ({"z_loss": DERIVED}, RuntimeError, r"z_loss requires grad, .*pass z_loss.detach\(\)"),
+    "softcap's gradient": ({"softcap": DERIVED}, RuntimeError, "softcap requires grad"),
+    "smoothing's gradient": ({"label_smoothing": DERIVED}, RuntimeError, "label_smoothing requires grad"),
+    "several": ({"z_loss": X}, ValueError, r"z_loss has shape \(3, 4\); expected one number"),
+    "complex": ({"z_loss": 1j}, TypeError, "z_loss is 1j; expected a number"),
+    "huge": ({"z_loss": HUGE}, ValueError, "z_loss is larger than any float; expected"),
+    "smoothing": ({"label_smoothing": math.nan}, RuntimeError, "between 0.0 and 1.0. Got: nan"),
+    "truth": ({"ignore_index": True}, TypeError, "ignore_index is True; expected a whole number"),
+    "fraction": ({"ignore_index": torch.tensor(0.9)}, TypeError, "ignore_index is .*; expected a whole number"),
+    "label of text": ({"ignore_index": "a"}, TypeError, "ignore_index is 'a'; expected a whole number"),
+    "huge label": ({"ignore_index": 2**70}, ValueError, "ignore_index is beyond int64; expected a smaller number"),
+    "normalizer of text": ({"normalizer": "a"}, TypeError, "normalizer is 'a'; expected a number"),
+    "complex normalizer": ({"normalizer": 1j}, TypeError, "normalizer is 1j; expected a number"),
+    "complex normalizers": ({"normalizer": torch.tensor(1j)}, TypeError, "normalizer has dtype torch.complex64; exp"),
+    "huge normalizer": ({"normalizer": HUGE}, ValueError, "normalizer is larger than any float; expected"),
+    "meta normalizer": ({"normalizer": torch.ones((), device="meta")}, ValueError, "normalizer is on meta, without"),
+    "share": ({"target": (Y, Y, torch.tensor(5.0))}, ValueError, "share of a mixture is 5.0; expected numbers from 0"),
+    "shares": ({"target": (Y, Y, torch.tensor([0, math.nan, 1]))}, ValueError, "mixture is nan; expected numbers"),
+    "complex share": ({"target": (Y, Y, torch.tensor(1j))}, TypeError, "mixture has dtype torch.complex64; expected"),
+    "shape of shares": ({"target": (Y, Y, torch.ones(2))}, ValueError, r"shape \(2,\); .* broadcasts .*\(3,\)"),
+    "meta share": ({"target": (Y, Y, torch.ones(3, device="meta"))}, ValueError, "share of a mixture is on meta, wit"),
+    "weight": ({"weight": [1.0] * 4}, TypeError, "weight is a list; expected a tensor; convert it with"),
+    "input": ({"input": None}, TypeError, "input is a NoneType; expected a tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_BOTH)
+def test_refusals_of_both(case):
+    options, error, sentence = REFUSED_BY_BOTH[case]
+    for f, layer in ((cross_entropy, {}), (linear_cross_entropy, {"linear_weight": torch.zeros(4, 4)})):
+        with pytest.raises(error, match=sentence):
+            f(**{"input": X, "target": Y, **layer, **options})
+
+
 def test_module():
     x, y = logits((6, 4), torch.float32), torch.randint(4, (6,))
     loss = CrossEntropyLoss(torch.rand(4), label_smoothing=0.1, z_loss=0.1, softcap=5.0, empty="zero")
@@ -311,6 +347,8 @@ def test_module():
     (grad,) = torch.autograd.grad(inplace(1 * x, y), x)
     torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(x, y), x)[0])
     assert isinstance(gdbp.nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss)
+    assert repr(gdbp.nn.CrossEntropyLoss()) == "CrossEntropyLoss()"
+    assert repr(inplace) == "CrossEntropyLoss(inplace_backward=True)"
 
 
 @pytest.mark.parametrize("name", ["CrossEntropyLoss", "BCEWithLogitsLoss", "LinearCrossEntropyLoss"])

@@ -375,12 +375,18 @@ def test_module():
         torchs = torch.nn.LinearCrossEntropyLoss(5, 4, bias=True, weight=torch.rand(4), label_smoothing=0.1)
         torch.testing.assert_close(mine(x, target), torchs(x, target))
         torchs.load_state_dict(mine.state_dict())
-    for options, sentence in (
-        ({"weight": torch.ones(3)}, r"weight shape to be \(4,\)"),
-        ({"label_smoothing": -0.1}, "in range"),
+    assert "(\n  in_features=5, num_classes=4, label_smoothing=0.1\n  (linear)" in repr(mine)
+    shown = repr(gdbp.nn.LinearCrossEntropyLoss(5, 4, out_features=(3,), z_loss=0.1, empty="zero"))
+    assert "num_classes=4, out_features=(3,), z_loss=0.1, empty='zero'\n" in shown
+    for options, error, sentence in (
+        ({"weight": torch.ones(3)}, RuntimeError, r"weight shape to be \(4,\)"),
+        ({"weight": [1.0] * 4}, TypeError, "weight is a list; expected a tensor"),
+        ({"label_smoothing": -0.1}, RuntimeError, "in range"),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing is 'a'; expected a number"),
+        ({"num_classes": 0}, ValueError, "num_classes is 0; expected a whole number, 1 or more"),
     ):
-        with pytest.raises(RuntimeError, match=sentence):
-            gdbp.nn.LinearCrossEntropyLoss(5, 4, **options)
+        with pytest.raises(error, match=sentence):
+            gdbp.nn.LinearCrossEntropyLoss(5, **{"num_classes": 4, **options})
 
 
 X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
@@ -389,6 +395,8 @@ REFUSED = {
     "fraction": (lambda: linear_cross_entropy(X, W, Y, memory_budget=1e6), ValueError, "is 1000000.0; expected"),
     "truth": (lambda: linear_cross_entropy(X, W, Y, memory_budget=True), ValueError, "is True; expected a whole"),
     "no z_loss": (lambda: linear_cross_entropy(X, W, Y, z_loss=None), TypeError, "z_loss is None; expected a number"),
+    "no tensor": (lambda: linear_cross_entropy(X, W.numpy(), Y), TypeError, "linear_weight is a ndarray; expected"),
+    "no bias": (lambda: linear_cross_entropy(X, W, Y, linear_bias=[0] * 5), TypeError, "linear_bias is a list; exp"),
     "list": (lambda: linear_cross_entropy(X, W, [0, 1, 2]), TypeError, "target is or holds a list; expected"),
     "dtype": (lambda: linear_cross_entropy(X, W.double(), Y), RuntimeError, "linear_weight is torch.float64 on cpu"),
     "weight": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(4)), RuntimeError, "all 5 classes or no"),

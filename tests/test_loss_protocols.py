@@ -1,6 +1,7 @@
 """The losses under everything that torch does to a function, their modules, and what they refuse."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -280,6 +281,22 @@ REFUSED = {
         RuntimeError,
         "does not support negative values for beta. Got: -0.5; expected",
     ),
+    "huber nan": (
+        lambda: huber_loss(X, X, delta=float("nan")),
+        RuntimeError,
+        "non-positive values .* Got: nan; expected",
+    ),
+    "huber huge": (lambda: huber_loss(X, X, delta=10**400), ValueError, "delta is larger than any float; expected"),
+    "huber gradient": (
+        lambda: huber_loss(X, X, delta=torch.ones((), requires_grad=True)),
+        RuntimeError,
+        r"delta requires grad, .*pass delta.detach\(\)",
+    ),
+    "smooth_l1 nan": (
+        lambda: smooth_l1_loss(X, X, beta=float("nan")),
+        RuntimeError,
+        "negative values for beta. Got: nan; expected",
+    ),
     "smooth_l1 nothing": (lambda: smooth_l1_loss(X, X, beta=None), TypeError, "beta is None; expected a number"),
     "smooth_l1 reduction": (
         lambda: smooth_l1_loss(X, X, reduction="avg"),
@@ -353,6 +370,21 @@ def test_refusals(case):
     call, error, sentence = REFUSED[case]
     with pytest.raises(error, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("f", [mse_loss, l1_loss, huber_loss, smooth_l1_loss, binary_cross_entropy_with_logits])
+def test_what_is_no_tensor(f):
+    for input, target, name in ((None, X, "input"), (X, X.numpy(), "target"), ([1.0], X, "input")):
+        with pytest.raises(TypeError, match=f"{name} is a .*; expected a tensor; convert it with torch.as_tensor"):
+            f(input, target)
+    for name in {"weight", "pos_weight"} & set(inspect.signature(f).parameters):
+        with pytest.raises(TypeError, match=f"{name} is a list; expected a tensor"):
+            f(X, X, **{name: [1.0]})
+
+
+def test_elementwise_mean():
+    with pytest.warns(UserWarning, match="'elementwise_mean' is deprecated"):
+        assert torch.equal(mse_loss(X + 1, X, reduction="elementwise_mean"), torch.tensor(1.0))
 
 
 def test_meta():

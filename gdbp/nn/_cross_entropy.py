@@ -3,8 +3,17 @@
 import torch
 
 from gdbp import ops
-from gdbp.nn._arguments import autocast, autocast_is_on, no_number, reduction_name, whole, without_autocast
-from gdbp.ops._function import functorch_is_active
+from gdbp.nn._arguments import (
+    autocast,
+    autocast_is_on,
+    check_tensors,
+    nonnegative,
+    number,
+    reduction_name,
+    whole,
+    without_autocast,
+)
+from gdbp.ops._function import functorch_is_active, is_direct
 
 Mixture = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
 
@@ -44,7 +53,8 @@ def cross_entropy(
         softcap: logits become ``softcap * tanh(logits / softcap)`` first (Gemma 2 takes 30).
         normalizer: what "mean" divides by instead: the number of labels in all batches whose gradients are
             accumulated, say. A number or a 0-dim tensor.
-        empty: the mean where there is nothing to divide by: "nan", as in torch, or "zero".
+        empty: the mean where there is nothing to divide by, all labels being ignored, say: "nan", as in torch, or
+            "zero". Its gradient is 0 in both cases.
         inplace_backward: the gradient is written over the logits, which saves its memory and its pages. Wherever
             autograd needs them afterwards it raises an error; do not read them yourself. Under torch.compile and
             torch.func this changes nothing.
@@ -54,19 +64,20 @@ def cross_entropy(
 
     Raises:
         IndexError: a label outside [0, C); names label and row. On CUDA its loss is NaN, and a later call raises.
-        TypeError: a target that is no tensor, a number that is none.
-        RuntimeError: shapes, dtypes or devices that do not fit; inplace_backward over a leaf or a view of one, or
-            with a target that requires gradients.
+        TypeError: an argument that is no tensor, a number that is none.
+        RuntimeError: shapes, dtypes or devices that do not fit; numbers that require gradients; inplace_backward over
+            a leaf, a view of one, or logits that share memory, or with a target that requires gradients.
         ValueError: an unknown reduction or ``empty``, numbers out of range, batches of different size.
     """
     reduction = reduction_name(size_average, reduce, reduction)
+    if type(input) is not torch.Tensor or weight is not None:
+        check_tensors(input=input, weight=weight)
     second = share = None
     if isinstance(target, tuple):
         target, second, share = _mixture(target)
     input, weight = without_autocast(input, weight)
     _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty)
-    if type(ignore_index) is not int:
-        ignore_index = _class_number(ignore_index)
+    ignore_index = _class_number(ignore_index)
     dim, is_labels = input.dim(), not target.is_floating_point()
     same_shape = dim == target.dim() and input.shape == target.shape
     soft = not is_labels and dim > 0 and same_shape and ignore_index < 0
@@ -91,11 +102,11 @@ def cross_entropy(
         target = _labels(target, input, shape)
         if second is not None:
             second = _labels(second, input, shape)
-            share = torch.as_tensor(share, dtype=torch.float64, device=input.device).expand(shape)
+            share = _share(share, shape, input.device)
     if dim == 1:
         input, target, second, share = (None if t is None else t.unsqueeze(0) for t in (input, target, second, share))
     if normalizer is not None:
-        normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach().reshape(())
+        normalizer = _float64("normalizer", normalizer, input.device).detach().reshape(())
     loss = ops.cross_entropy(
         input, target, second, share, weight, normalizer, reduction, ignore_index, max(0.0, label_smoothing),
         z_loss, _cap(softcap), empty == "zero", inplace_backward,
@@ -128,9 +139,12 @@ def _check_inplace(logits: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _class_number(value: object) -> int:
-    if (number := whole(value)) is None:
+    found = value if type(value) is int else whole(value)
+    if found is None:
         raise TypeError(f"ignore_index is {value!r}; expected a whole number")
-    return number
+    if not -(2**63) <= found < 2**63:
+        raise ValueError("ignore_index is beyond int64; expected a smaller number")
+    return found
 
 
 def _cap(softcap: float | None) -> float:
@@ -145,16 +159,35 @@ def _mixture(target: tuple) -> Mixture:
     if isinstance(share, torch.Tensor):
         if share.requires_grad:
             raise RuntimeError("the share of a mixture requires grad; it has no derivative here; pass share.detach()")
-    else:
-        try:
-            if not 0 <= share <= 1:
-                raise ValueError(f"the share of a mixture is {share}; expected a number from 0 to 1")
-        except TypeError:
-            raise no_number(share=share) from None
+        if share.is_complex():
+            raise TypeError(f"the share of a mixture has dtype {share.dtype}; expected numbers from 0 to 1")
+        # Of those on other devices, or of somebody who traces, nobody waits for the values.
+        outside = ~((share >= 0) & (share <= 1)) if share.is_cpu and is_direct(share) else None
+        if outside is not None and outside.any():
+            raise ValueError(f"the share of a mixture is {share[outside][0]}; expected numbers from 0 to 1")
+    elif not 0 <= number("share", share) <= 1:
+        raise ValueError(f"the share of a mixture is {share}; expected a number from 0 to 1")
     for labels in target[:2]:
         if isinstance(labels, torch.Tensor) and labels.is_floating_point():
             raise ValueError("a mixture is of labels; got floating-point targets; mix probabilities yourself")
     return target
+
+
+def _share(share: float | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    share = _float64("the share of a mixture", share, device)
+    try:
+        return share.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the share of a mixture has shape {tuple(share.shape)}; expected one that broadcasts to the labels' "
+            f"{tuple(shape)}"
+        ) from None
+
+
+def _float64(name: str, value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(value, torch.Tensor) and value.is_meta and device.type != "meta":
+        raise ValueError(f"{name} is on meta, without a value; expected a number, or a tensor on {device}")
+    return torch.as_tensor(value, dtype=torch.float64, device=device)
 
 
 def _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_loss, softcap, normalizer, empty):
@@ -164,24 +197,25 @@ def _check_cross_entropy(target, second, weight, reduction, label_smoothing, z_l
                 f"target is or holds a {type(labels).__name__}; expected a tensor of labels or probabilities, or a "
                 "tuple of two tensors of labels and the share of the first"
             )
-    try:
-        if label_smoothing > 1:
-            raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-        if not z_loss >= 0:
-            raise ValueError(f"z_loss is {z_loss}; expected a number of at least 0")
-        if softcap is not None and not softcap >= torch.finfo(torch.float32).tiny:
-            least = "a number above 0" if not softcap > 0 else "a number that float32 tells from 0"
-            raise ValueError(f"softcap is {softcap}; expected {least}, or None")
-    except TypeError:
-        raise no_number(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or 0.0) from None
+    if not number("label_smoothing", label_smoothing) <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    nonnegative("z_loss", z_loss)
+    if softcap is not None and not number("softcap", softcap) >= torch.finfo(torch.float32).tiny:
+        least = "a number above 0" if not softcap > 0 else "a number that float32 tells from 0"
+        raise ValueError(f"softcap is {softcap}; expected {least}, or None")
     if empty not in ("nan", "zero"):
         raise ValueError(f"empty is {empty!r}; expected 'nan' or 'zero'")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides the mean, and reduction is {reduction!r}; leave one of them out")
-    if isinstance(normalizer, torch.Tensor) and normalizer.numel() != 1:
-        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; expected one number")
-    if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("normalizer requires grad; the loss has no derivative in it; pass normalizer.detach()")
+    if isinstance(normalizer, torch.Tensor):  # whose value nobody waits for
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; expected one number")
+        if normalizer.is_complex():
+            raise TypeError(f"normalizer has dtype {normalizer.dtype}; expected a number")
+        if normalizer.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("normalizer requires grad; the loss has no derivative in it; pass normalizer.detach()")
+    elif normalizer is not None:
+        number("normalizer", normalizer)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("weight requires grad; cross_entropy is not differentiable in it; pass weight.detach()")
     if second is not None and second.shape != target.shape:
@@ -248,9 +282,11 @@ def linear_cross_entropy(
     or has more digits than the losses, and ``torch.compile`` of torch before 2.13, which would lose the gradients.
 
     Raises:
-        IndexError: a label out of range. RuntimeError: shapes, dtypes or devices that do not fit. TypeError: a target
-        that is no tensor, a number that is none. ValueError: an unknown name, a number out of range.
+        IndexError: a label out of range. RuntimeError: shapes, dtypes or devices that do not fit, numbers that require
+        gradients. TypeError: an argument that is no tensor, a number that is none. ValueError: an unknown name, a
+        number out of range.
     """
+    check_tensors(input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
     _check_linear(input, linear_weight, linear_bias)
     reduction = reduction_name(None, None, reduction)
     budget = None if memory_budget is None else whole(memory_budget) or 0
@@ -259,7 +295,7 @@ def linear_cross_entropy(
     soft = isinstance(target, torch.Tensor) and target.is_floating_point()
     if soft and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
-    ignore_index = -100 if ignore_index is None else ignore_index
+    ignore_index = -100 if ignore_index is None else _class_number(ignore_index)
     if autocast_is_on(input):
         output = torch.promote_types(torch.float32, input.dtype)
         input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
@@ -293,9 +329,9 @@ def linear_cross_entropy(
         target = _labels(target, input, shape)
         if second is not None:
             second = _labels(second, input, shape)
-            share = torch.as_tensor(share, dtype=torch.float64, device=input.device).expand(shape)
+            share = _share(share, shape, input.device)
     if normalizer is not None:
-        normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=input.device).detach().reshape(())
+        normalizer = _float64("normalizer", normalizer, input.device).detach().reshape(())
     chunk = getattr(options, "batch_chunk_size", None)
     if not isinstance(chunk, int) or chunk < 1:
         budget = budget or _CHUNK_BYTES.get(input.device.type, _CHUNK_BYTES["cpu"])

@@ -10,8 +10,10 @@ from gdbp.nn._arguments import (
     autocast,
     autocast_is_on,
     check_activation,
+    check_loss,
     check_tensor,
-    no_number,
+    check_tensors,
+    number,
     reduction_name,
     without_autocast,
 )
@@ -92,6 +94,7 @@ def mse_loss(
         ValueError: an unknown reduction.
     """
     reduction = reduction_name(size_average, reduce, reduction)
+    check_loss(input, target, weight)
     if weight is not None:
         return torch.nn.functional.mse_loss(input, target, reduction=reduction, weight=weight)
     return _pointwise("mse_loss", input, target, reduction)
@@ -111,6 +114,7 @@ def l1_loss(
     Everything else is as in :func:`mse_loss`.
     """
     reduction = reduction_name(size_average, reduce, reduction)
+    check_loss(input, target, weight)
     if weight is not None or input.is_complex() or target.is_complex():
         return torch.nn.functional.l1_loss(input, target, reduction=reduction, weight=weight)
     return _pointwise("l1_loss", input, target, reduction)
@@ -132,13 +136,11 @@ def huber_loss(
         ValueError: an unknown reduction.
     """
     reduction = reduction_name(None, None, reduction)
-    try:
-        if delta <= 0:
-            raise RuntimeError(
-                f"huber_loss does not support non-positive values for delta. Got: {delta}; expected a number above 0"
-            )
-    except TypeError:
-        raise no_number(delta=delta) from None
+    check_loss(input, target, weight)
+    if not number("delta", delta) > 0:
+        raise RuntimeError(
+            f"huber_loss does not support non-positive values for delta. Got: {delta}; expected a number above 0"
+        )
     if weight is not None:
         return torch.nn.functional.huber_loss(input, target, reduction=reduction, delta=delta, weight=weight)
     return _pointwise("huber_loss", input, target, reduction, delta)
@@ -163,13 +165,9 @@ def smooth_l1_loss(
         ValueError: an unknown reduction.
     """
     reduction = reduction_name(size_average, reduce, reduction)
-    try:
-        if beta < 0:
-            raise RuntimeError(
-                f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more"
-            )
-    except TypeError:
-        raise no_number(beta=beta) from None
+    check_loss(input, target)
+    if not number("beta", beta) >= 0:
+        raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more")
     is_sharp = beta < torch.finfo(torch.float64 if input.dtype is torch.float64 else torch.float32).tiny
     return _pointwise("l1_loss" if is_sharp else "smooth_l1_loss", input, target, reduction, beta)
 
@@ -198,6 +196,7 @@ def binary_cross_entropy_with_logits(
         ValueError: an unknown reduction, a target of another shape.
     """
     reduction = reduction_name(size_average, reduce, reduction)
+    check_loss(input, target, weight, pos_weight)
     if target.shape != input.shape:
         raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
     input, target, weight, pos_weight = without_autocast(input, target, weight, pos_weight)

@@ -5,6 +5,12 @@ import math
 import torch
 
 from gdbp.nn import functional as F
+from gdbp.nn._arguments import check_tensors, number, whole
+
+
+def _extras(module: torch.nn.Module, **usual: object) -> str:
+    """Those of the module's options that are not what they usually are."""
+    return ", ".join(f"{name}={getattr(module, name)!r}" for name in usual if getattr(module, name) != usual[name])
 
 
 class MSELoss(torch.nn.MSELoss):
@@ -91,6 +97,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             inplace_backward=self.inplace_backward,
         )
 
+    def extra_repr(self) -> str:
+        return _extras(self, z_loss=0.0, softcap=None, empty="nan", inplace_backward=False)
+
 
 class LinearCrossEntropyLoss(torch.nn.Module):
     """The last layer of a classifier and its loss in one module, which never holds all logits: torch 2.13's, with its
@@ -100,7 +109,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     :func:`gdbp.nn.functional.linear_cross_entropy`; ``normalizer`` is given with each call.
 
     Raises:
-        RuntimeError: a class weight of another size, label_smoothing outside [0, 1].
+        RuntimeError: a class weight of another size, label_smoothing outside [0, 1]. ValueError: no classes.
+        TypeError: a class weight that is no tensor, label_smoothing that is no number.
     """
 
     def __init__(
@@ -122,9 +132,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         empty: str = "nan",
         memory_budget: int | None = None,
     ) -> None:
+        if (whole(num_classes) or 0) < 1:
+            raise ValueError(f"num_classes is {num_classes!r}; expected a whole number, 1 or more")
+        check_tensors(weight=weight)
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
-        if not 0 <= label_smoothing <= 1:
+        if not 0 <= number("label_smoothing", label_smoothing) <= 1:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
         super().__init__()
         self.register_buffer("weight", weight)
@@ -155,3 +168,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             empty=self.empty,
             memory_budget=self.memory_budget,
         )
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.linear.in_features}, num_classes={self.num_classes}"
+        usual = {"out_features": (), "reduction": "mean", "ignore_index": None, "label_smoothing": 0.0, "options": None}
+        extras = _extras(self, **usual, z_loss=0.0, softcap=None, empty="nan", memory_budget=None)
+        return f"{shape}, {extras}" if extras else shape
