@@ -193,6 +193,28 @@ def test_refusals():
         assert torch.equal(p.grad, before)
 
 
+def test_inference_tensors_are_changed_in_inference_mode_only():
+    mine = params([(3,), (2, 2)])
+    with torch.inference_mode():
+        mine[1].grad = torch.ones(2, 2)
+    before = [p.grad.clone() for p in mine]
+    calls = (
+        lambda: utils.clip_grad_norm_(mine, 0.1),
+        lambda: utils.clip_grads_with_norm_(mine, 0.1, torch.tensor(3.0)),
+        lambda: utils.clip_grad_value_(mine, 0.01),
+        lambda: utils.clip_grad_norm_by_group_(mine, 0.1),
+        lambda: utils.adaptive_clip_grad_(mine, 1e-3),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"gradient 1 is an inference tensor, .*; clip there, or clone"):
+            call()
+        assert all(torch.equal(p.grad, g) for p, g in zip(mine, before))
+    with torch.inference_mode():
+        for call in calls:
+            call()
+    assert not any(torch.equal(p.grad, g) for p, g in zip(mine, before))
+
+
 def test_infinity_is_no_limit():
     for call in (
         lambda p: utils.clip_grad_norm_(p, math.inf),

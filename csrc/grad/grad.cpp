@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
+#include <c10/core/InferenceMode.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -138,6 +139,8 @@ template <class OnDense, class OnOther>
 bool Gradients::write(std::vector<Source> sources, const OnDense& on_dense, const OnOther& on_other) const {
   std::vector<const void*> starts;
   for (size_t i = 0; i < tensors_.size(); ++i) {
+    TORCH_CHECK(!tensors_[i].is_inference() || c10::InferenceMode::is_enabled(), "clip_grad: gradient ", positions_[i],
+                " is an inference tensor, which only torch.inference_mode() may change; clip there, or clone it");
     if (!dense_[i]) sources[i].numel = 0;
     if (sources[i].numel > 0) starts.push_back(sources[i].data);
   }

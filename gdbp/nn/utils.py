@@ -47,7 +47,8 @@ def get_total_norm(
         tensors: any shapes, floating point, of several dtypes if need be.
         norm_type: above 0, or ``inf`` for the largest absolute value. Others are torch's function's work.
         error_if_nonfinite: raise where the norm is NaN or infinite; on CUDA this waits for it.
-        foreach: for torch's function, which serves DTensors, complex tensors and several devices.
+        foreach: for torch's function, which serves DTensors, complex tensors, several devices, and from torch 2.15 on
+            sparse tensors.
 
     Powers are summed in float64, which holds the squares of all other types: their 2-norm overflows only where its own
     value does. That of float64 tensors is infinite, as torch's, from a norm of some 1e154 on, where the squares
