@@ -382,6 +382,13 @@ def test_what_is_no_tensor(f):
             f(X, X, **{name: [1.0]})
 
 
+def test_compile_of_a_number_that_changes():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda delta: huber_loss(X + 3, X, delta=delta), fullgraph=True, backend="aot_eager")
+    for delta in (1, 2, 3, 1.5):
+        torch.testing.assert_close(compiled(delta), huber_loss(X + 3, X, delta=delta))
+
+
 def test_elementwise_mean():
     with pytest.warns(UserWarning, match="'elementwise_mean' is deprecated"):
         assert torch.equal(mse_loss(X + 1, X, reduction="elementwise_mean"), torch.tensor(1.0))

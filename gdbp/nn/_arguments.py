@@ -74,7 +74,7 @@ def number(name: str, value: object) -> float:
     """As a float, which anything is refused that cannot become one, or has a derivative that would be lost."""
     if type(value) is float:
         return value
-    shape = getattr(value, "shape", ())
+    shape = () if isinstance(value, int) else getattr(value, "shape", ())
     if math.prod(shape) != 1:
         raise ValueError(f"{name} has shape {tuple(shape)}; expected one number")
     if isinstance(value, torch.Tensor):
