@@ -71,7 +71,7 @@ def as_leaf(module: torch.nn.Module, input: torch.fx.Proxy) -> torch.fx.Proxy:
 
 
 def number(name: str, value: object) -> float:
-    """As a float, which anything is refused that cannot become one, or has a derivative that would be lost."""
+    """The value as a float, unless it cannot become one, or has a derivative that would be lost."""
     if type(value) is float:
         return value
     shape = () if isinstance(value, int) else getattr(value, "shape", ())

@@ -18,7 +18,9 @@ from gdbp.nn._arguments import (
     without_autocast,
 )
 from gdbp.nn._batch_norm import batch_norm, linear_batch_norm  # noqa: F401
-from gdbp.nn._cross_entropy import Mixture, cross_entropy, linear_cross_entropy  # noqa: F401
+from gdbp.nn._cross_entropy import cross_entropy  # noqa: F401
+from gdbp.nn._linear_cross_entropy import linear_cross_entropy  # noqa: F401
+from gdbp.nn._targets import Mixture  # noqa: F401
 
 
 def linear(
