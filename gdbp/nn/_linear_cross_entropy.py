@@ -45,7 +45,8 @@ def linear_cross_entropy(
     are in float32 for half types. The result has the dtype of that of the plain functions. Forward computes the
     gradients along with the loss: together they take the three matrix products of the plain layer. One more is taken
     by ``reduction="none"``, a second backward through one graph, what is traced by torch.compile or torch.export,
-    and float16, whose gradients are formed for the upstream gradient itself, so that a scaled loss helps them.
+    and float16, whose gradients are formed for the upstream gradient itself: a scaled loss helps them, as it does
+    those of the plain functions.
 
     Derivatives of higher order form the logits as a whole, as does a target of probabilities that requires gradients
     or has more digits than the losses, and ``torch.compile`` of torch before 2.13, which would lose the gradients.
