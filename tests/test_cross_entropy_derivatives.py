@@ -194,6 +194,13 @@ def test_inplace_where_others_need_the_logits():
         torch.autograd.grad(cross_entropy(2 * x, y, **inplace), x, create_graph=True)
 
 
+def test_inplace_of_many_gradients_at_once():
+    x, y = logits((6, 4)), torch.randint(4, (6,))
+    loss = cross_entropy(2 * x, y, inplace_backward=True, reduction="none")
+    with pytest.raises(RuntimeError, match=r"inplace_backward=True writes one gradient .* leave out one of them"):
+        torch.autograd.grad(loss, x, torch.eye(6, dtype=x.dtype), is_grads_batched=True)
+
+
 def test_inplace_changes_nothing_under_torch_func():
     x, y = logits((6, 4)).detach(), torch.randint(4, (6,))
     plain, inplace = (lambda x, i=i: cross_entropy(2 * x, y, inplace_backward=i) for i in (False, True))

@@ -251,6 +251,12 @@ void backward_(const Tensor& grad_output, Tensor logits, const Tensor& target, c
   mark_changed(logits);
 }
 
+void refuse_many(const c10::OperatorHandle&, c10::DispatchKeySet, std::vector<c10::IValue>*) {
+  TORCH_CHECK(false,
+              "cross_entropy: inplace_backward=True writes one gradient over the logits, and is_grads_batched asks "
+              "for many at once; leave out one of them");
+}
+
 }  // namespace
 
 #define GDBP_ARGUMENTS " Tensor target, Tensor? second, Tensor? share, Tensor? weight,"
@@ -284,5 +290,8 @@ TORCH_LIBRARY_FRAGMENT(gdbp, m) {
   }
 GDBP_LOSS_IMPL(CPU)
 GDBP_LOSS_IMPL(CUDA)
+TORCH_LIBRARY_IMPL(gdbp, Batched, m) {
+  m.impl("cross_entropy_backward_", torch::CppFunction::makeFromBoxedFunction<&refuse_many>());
+}
 
 }  // namespace gdbp::loss
