@@ -13,26 +13,37 @@ from gdbp.nn._arguments import number
 from gdbp.nn.health import seen_in
 
 
-def listed(tensors: Tensor | Iterable[Tensor], name: str = "parameters", warn: bool = False) -> list[Tensor]:
+def listed(
+    tensors: Tensor | Iterable[Tensor], name: str = "parameters", warn: bool = False, collected: bool = False
+) -> list[Tensor]:
+    """``collected``: whether collect() is what looks at them next, which finds by itself what is no tensor."""
     if isinstance(tensors, Tensor):
         return [tensors]
     if not isinstance(tensors, Iterable):
         raise TypeError(f"{name} is a {type(tensors).__name__}; expected a tensor, or tensors")
     listed = list(tensors)
-    for kind in set(map(type, listed)):
-        if not issubclass(kind, Tensor):
-            raise TypeError(f"{name} holds a {kind.__name__}; expected tensors")
+    if not collected:
+        _check_kinds(listed, name)
     if warn and not listed and isinstance(tensors, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
     return listed
 
 
-def collect(tensors: list[Tensor], themselves: bool = False, by_row: bool = False):
+def collect(tensors: list[Tensor], themselves: bool = False, by_row: bool = False, name: str = "parameters"):
     """All gradients for one pass over them, or None where torch's functions are to do it: under torch.compile,
     which fuses those, and for tensors without kernels."""
     if not _load.available or torch.compiler.is_compiling():
         return None
-    return _load._C.Gradients.of(tensors, themselves, by_row)
+    found = _load._C.Gradients.of(tensors, themselves, by_row)
+    if found is None:
+        _check_kinds(tensors, name)
+    return found
+
+
+def _check_kinds(tensors: list[Tensor], name: str) -> None:
+    for kind in set(map(type, tensors)):
+        if not issubclass(kind, Tensor):
+            raise TypeError(f"{name} holds a {kind.__name__}; expected tensors")
 
 
 def order_of(norm_type: float) -> float | None:

@@ -12,7 +12,6 @@ from gdbp.nn._arguments import (
     check_activation,
     check_loss,
     check_tensor,
-    check_tensors,
     number,
     reduction_name,
     without_autocast,

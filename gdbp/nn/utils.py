@@ -58,9 +58,9 @@ def get_total_norm(
     Raises:
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; names the tensors and what is in them.
     """
-    tensors = listed(tensors, "tensors")
+    tensors = listed(tensors, "tensors", collected=True)
     order = order_of(norm_type)
-    gradients = collect(tensors, True) if order and tensors else None
+    gradients = collect(tensors, True, name="tensors") if order and tensors else None
     if gradients is None:
         return _torch.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     norm = gradients.norm(order, math.inf)
@@ -83,7 +83,7 @@ def clip_grads_with_norm_(
         ValueError: max_norm below 0 or NaN, with which torch turns the gradients around; more than one total norm.
     """
     max_norm = nonnegative("max_norm", max_norm)
-    parameters = listed(parameters)
+    parameters = listed(parameters, collected=True)
     if max_norm == math.inf:
         return None
     gradients = collect(parameters) if isinstance(total_norm, Tensor) and type(total_norm) is Tensor else None
@@ -124,7 +124,7 @@ def clip_grad_norm_(
         ValueError: max_norm below 0 or NaN.
     """
     max_norm = nonnegative("max_norm", max_norm)
-    parameters = listed(parameters, warn=True)
+    parameters = listed(parameters, warn=True, collected=True)
     order = order_of(norm_type)
     gradients = collect(parameters) if order else None
     if gradients is None or not gradients.positions:
@@ -145,7 +145,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         ValueError: clip_value below 0 or NaN.
     """
     clip_value = nonnegative("clip_value", clip_value)
-    parameters = listed(parameters)
+    parameters = listed(parameters, collected=True)
     gradients = collect(parameters)
     if gradients is None or not gradients.clamp(clip_value):
         _torch.clip_grad_value_(parameters, clip_value, foreach)

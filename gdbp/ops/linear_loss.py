@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_batched, is_fused, is_transformed, needs_autograd
+from gdbp.ops._function import Function, is_batched, is_differentiated, is_fused, is_transformed, needs_autograd
 from gdbp.ops.loss import cross_entropy
 
 if _load.available:
@@ -184,7 +184,7 @@ class _LinearCrossEntropy(Function):
         if grad_output is None:
             return None, None, None, *nothing
         *tensors, normalizer, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_transformed() or is_batched(grad_output):
+        if is_differentiated() or is_transformed() or is_batched(grad_output):
             return *_differentiable(ctx, grad_output, tensors, normalizer), *nothing
         mask, scale = ctx.needs_input_grad[:3], grad_output.to(divisor.dtype)
         if ctx.reduction == "mean":
