@@ -185,7 +185,11 @@ def test_inplace_where_others_need_the_logits():
         cross_entropy(x.exp(), y, **inplace).backward()
     out = 2 * x
     with modified:  # another loss of the same logits
-        (cross_entropy(out, y) + cross_entropy(out, y, **inplace)).backward()
+        (2 * cross_entropy(out, y) + cross_entropy(out, y, **inplace)).backward()
+    # But not one that made its gradient along with its value.
+    out = 2 * x
+    (both,) = torch.autograd.grad(cross_entropy(out, y) + cross_entropy(out, y, **inplace), x)
+    torch.testing.assert_close(both, 2 * torch.autograd.grad(cross_entropy(2 * x, y), x)[0])
     loss = cross_entropy(2 * x, y, **inplace)
     loss.backward(retain_graph=True)
     with modified:
