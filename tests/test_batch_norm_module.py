@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,15 @@ def test_convert_sync_batchnorm():
     assert again[1].activation == "relu"
     with pytest.raises(RuntimeError, match="this SyncBatchNorm has activation='relu'"):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(again)
+
+
+def test_numbers_of_other_types():
+    x, out = torch.randn(5, 3), []
+    for kind in (float, np.float32, torch.tensor):
+        layer = gdbp.nn.BatchNorm1d(3, eps=kind(1e-5), momentum=kind(0.25))
+        out.append((layer(x), layer.running_mean))
+    for y, mean in out[1:]:
+        torch.testing.assert_close((y, mean), out[0])
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -273,7 +273,7 @@ REFUSED = {
     "no z_loss": (lambda: cross_entropy(X, Y, z_loss=None), TypeError, "z_loss is None; expected a number"),
     "text": (lambda: cross_entropy(X, Y, softcap="1"), TypeError, "softcap is '1'; expected a number"),
     "no smoothing": (lambda: cross_entropy(X, Y, label_smoothing=None), TypeError, "label_smoothing is None; expected"),
-    "share of text": (lambda: cross_entropy(X, (Y, Y, "a")), TypeError, "share is 'a'; expected a number"),
+    "share of text": (lambda: cross_entropy(X, (Y, Y, "a")), TypeError, "share of a mixture is 'a'; expected a num"),
     "list": (lambda: cross_entropy(X, [0, 1, 2]), TypeError, "target is or holds a list; expected a tensor of labels"),
     "nothing": (lambda: cross_entropy(X, None), TypeError, "target is or holds a NoneType; expected a tensor"),
     "lists": (lambda: cross_entropy(X, ([0], [1], 0.5)), TypeError, "target is or holds a list; expected a tensor"),

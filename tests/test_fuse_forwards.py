@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import math
 import threading
 
 import pytest
@@ -333,6 +334,36 @@ def test_arguments_of_another_kind_take_the_forward_from_before():
     x = torch.randn(3, 4)
     assert len(report.fused) == 1 and torch.equal(model({"x": x}), model(x))
 
+    class Mine(torch.Tensor):
+        pass
+
+    def of_kinds(self, x):
+        y = self.act(self.fc(x))
+        return 100 * y if isinstance(x, (Mine, nn.Parameter)) else y
+
+    model, report = fused(Odd(of_kinds))
+    assert len(report.fused) == 1
+    for other in (x.as_subclass(Mine), nn.Parameter(x)):
+        torch.testing.assert_close(model(other).as_subclass(torch.Tensor), 100 * model(x))
+
+
+def test_numbers_that_are_not_known_yet():
+    def scaled(self, x):
+        return self.act(self.fc(x)) / math.sqrt(x.size(-1))
+
+    original, seen = math.prod, []
+
+    def looks(self, x):
+        seen.append(math.prod)
+        return self.act(self.fc(x))
+
+    # Dynamo, where a traced forward makes it come, would take torch.fx's functions for math's own.
+    fused(Odd(looks))
+    assert seen and all(function is original for function in seen)
+    model, report = fused(Odd(scaled))
+    assert len(report.fused) == 1 and torch.equal(model(torch.ones(3, 4)), model.act(model.fc(torch.ones(3, 4))) / 2)
+    assert math.prod is original
+
 
 class Slice(nn.Module):
     def forward(self, x):
@@ -355,7 +386,7 @@ def test_layers_that_may_return_views(behind):
 
 def test_other_threads_go_on():
     """torch.fx shows a tracer the calls of all threads, and what stands in for torch's functions goes again."""
-    originals, errors, is_over = torch._C._set_grad_enabled, [], threading.Event()
+    originals, errors, counts, is_over = torch._C._set_grad_enabled, [], [], threading.Event()
 
     def work():
         layer, x = nn.Linear(4, 4), torch.randn(3, 4)
@@ -368,8 +399,7 @@ def test_other_threads_go_on():
                 return
 
     def fuse():
-        for _ in range(20):
-            assert len(fused(Odd(adds_behind_leaky_relu))[1].fused) == 1
+        counts.extend(len(fused(Odd(adds_behind_leaky_relu))[1].fused) for _ in range(20))
 
     workers, fusers = ([threading.Thread(target=target) for _ in range(2)] for target in (work, fuse))
     for thread in (*workers, *fusers):
@@ -379,7 +409,7 @@ def test_other_threads_go_on():
     is_over.set()
     for thread in workers:
         thread.join()
-    assert not errors and torch._C._set_grad_enabled is originals
+    assert not errors and counts == [1] * 40 and torch._C._set_grad_enabled is originals
 
 
 def test_torch_fx_sees_our_layers_as_it_sees_torchs():
@@ -388,6 +418,8 @@ def test_torch_fx_sees_our_layers_as_it_sees_torchs():
     called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     assert called == ["0", "1", "2.0", "2.1"]
     torch.testing.assert_close(traced(x), ours(x))
+    layer = gdbp.nn.Linear(4, 5, activation="relu")
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
     traced = torch.fx.symbolic_trace(gdbp.fuse(nn.Sequential(nn.Linear(4, 5), nn.ReLU())))
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
 

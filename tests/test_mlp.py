@@ -194,6 +194,8 @@ def test_flops_are_those_of_torchs_layers(x_grad):
     torchs = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     assert count(MLP([4, 8, 3])) == count(gdbp.fuse(copy.deepcopy(torchs))) == count(torchs) > 0
     assert count(gdbp.nn.Linear(4, 8, activation="gelu")) == count(torch.nn.Linear(4, 8))
+    ours, plain, labels = gdbp.nn.LinearCrossEntropyLoss(4, 5), torch.nn.Linear(4, 5), torch.arange(6) % 5
+    assert count(lambda x: ours(x, labels)) == count(lambda x: torch.nn.functional.cross_entropy(plain(x), labels))
 
 
 def test_learns_exclusive_or():

@@ -10,6 +10,7 @@ import gdbp
 MODULES = {
     "nn": (gdbp.nn, torch.nn),
     "nn.functional": (gdbp.nn.functional, torch.nn.functional),
+    "nn.init": (gdbp.nn.init, torch.nn.init),
     "nn.utils": (gdbp.nn.utils, torch.nn.utils),
     "optim": (gdbp.optim, torch.optim),
 }

@@ -141,9 +141,15 @@ class CrossEntropy final : public Objective {
                         weight_.scalar_type(), "; expected (", output.cols, ",), contiguous, of the output's dtype");
   }
   void check_labels(const int64_t* labels, const int64_t* index, int64_t count, int64_t classes) const override {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = index ? index[i] : i, label = labels[row];
-      check_label((label >= 0 && label < classes) || label == options_.ignore_index, label, row, classes);
+    const auto is_bad = [&](int64_t label) {
+      return int64_t(uint64_t(label) >= uint64_t(classes)) & int64_t(label != options_.ignore_index);
+    };
+    // Which one it was is asked only where there is one.
+    int64_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) bad |= is_bad(labels[index ? index[i] : i]);
+    for (int64_t i = 0; bad && i < count; ++i) {
+      const int64_t row = index ? index[i] : i;
+      check_label(!is_bad(labels[row]), labels[row], row, classes);
     }
   }
   void plan(const Output& output, Arena& arena, int time) override {

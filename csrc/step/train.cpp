@@ -210,12 +210,12 @@ py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& all_inputs, const at
     target.sizes[0] = rows;
     ready(inputs, rows, target);
   }
-  if (targets.scalar_type() == at::kLong)
-    network_.objective().check_labels(targets.const_data_ptr<int64_t>(),
-                                      index.defined() ? index.const_data_ptr<int64_t>() : nullptr, total,
-                                      network_.output().cols);
   {
     const py::gil_scoped_release no_gil;
+    if (targets.scalar_type() == at::kLong)
+      network_.objective().check_labels(targets.const_data_ptr<int64_t>(),
+                                        index.defined() ? index.const_data_ptr<int64_t>() : nullptr, total,
+                                        network_.output().cols);
     auto looked = std::chrono::steady_clock::now();
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t begin = step * size, rows = std::min(size, total - begin);

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from gdbp.fusion.run import match, run
 
@@ -25,31 +26,31 @@ class Code(NamedTuple):
     objects: tuple[tuple[str, Any], ...]
     modules: tuple[tuple[str, str], ...]
     runs: tuple[str, ...]  # for people
-    tensors_only: bool = False  # whether it is the forward of tensors alone, and for others the one before is
 
     @classmethod
-    def of(cls, graph: fx.Graph, runs: tuple[str, ...], tensors_only: bool) -> "Code":
+    def of(cls, graph: fx.Graph, runs: tuple[str, ...]) -> "Code":
         code = graph.python_code("self")
         # Of the names that fx provides, a NaN among them, only those in use: equal forwards are to be equal.
         words = set(re.findall(r"\w+", code.src))
         named = [(name, value) for name, value in code.globals.items() if name in words]
         modules = tuple((name, value.__name__) for name, value in named if isinstance(value, types.ModuleType))
         objects = tuple((name, value) for name, value in named if not isinstance(value, types.ModuleType))
-        return cls(code.src, objects, modules, runs, tensors_only)
+        return cls(code.src, objects, modules, runs)
 
     def compile(self, before: Callable) -> Callable:
-        """The forward, in the place of the one ``before``."""
+        """The forward, in the place of the one ``before``, for tensors: to all else that one may answer in another way,
+        and its tracing took tensors for granted."""
         names = dict(self.objects)
         names.update((name, importlib.import_module(module)) for name, module in self.modules)
         exec(compile(self.source, "<gdbp.fuse>", "exec"), names)
         fused = names["forward"]
-        if not self.tensors_only:
-            return fused
 
         @functools.wraps(fused)
         def forward(self, *args, **kwargs):
-            given = (*args, *kwargs.values())
-            return (fused if all(isinstance(a, torch.Tensor) for a in given) else before)(self, *args, **kwargs)
+            for given in (*args, *kwargs.values()):
+                if type(given) is not torch.Tensor and type(given) is not FakeTensor:
+                    return before(self, *args, **kwargs)
+            return fused(self, *args, **kwargs)
 
         return forward
 

@@ -1,6 +1,8 @@
 """torch.fx's tracing, made to notice what it would not record."""
 
 import contextlib
+import importlib
+import math
 import operator
 import sys
 import threading
@@ -20,14 +22,13 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 class _Proxy(fx.Proxy):
     @property
     def __class__(self) -> type:
-        """What isinstance goes by: a forward that asks is to hear that tensors are tensors. Of its arguments that is
+        """What isinstance goes by: a forward that asks is to hear that tensors are tensors. That its arguments are is
         taken for granted here, and looked at when it is called."""
         asker = sys._getframe(1).f_globals.get("__name__", "")
         if asker.startswith(("torch.", "gdbp.")):  # but not torch.is_tensor, which asks for somebody else
             return type(self)
         if self.node.op not in ("placeholder", "call_module"):
             raise NotImplementedError("it asks what kind of thing a result is, which is not known yet")
-        self.tracer.asks |= self.node.op == "placeholder"
         return torch.Tensor
 
     def __getattr__(self, name: str):
@@ -53,9 +54,8 @@ class Tracer(fx.Tracer):
     # Statistics that forward changes must be changed by the graph, not by the tracing.
     proxy_buffer_attributes = True
 
-    def __init__(self):
-        super().__init__()
-        self.asks = False  # whether forward asked if its arguments are tensors
+    def __init__(self, autowrap_modules: tuple = ()):
+        super().__init__(autowrap_modules)
         self._thread = threading.get_ident()
 
     def call_module(self, m, forward, args, kwargs):
@@ -90,6 +90,21 @@ class Tracer(fx.Tracer):
                 if name in vars(owner):
                     stack.enter_context(_refused(owner, name, what))
             return super().trace(*args, **kwargs)
+
+
+def trace(module: torch.nn.Module) -> fx.Graph:
+    """Of its forward.
+
+    Raises:
+        Whatever keeps torch.fx, or this, from following it.
+    """
+    try:
+        return Tracer().trace(module)
+    except TypeError:
+        # Numbers that are not known yet are no numbers for Python's math, unless torch.fx puts its own in the place of
+        # that module's functions: for all, so only then, and not while Dynamo takes down whose they are.
+        importlib.import_module("torch._dynamo")
+        return Tracer((math,)).trace(module)
 
 
 _ONE_AT_A_TIME = threading.RLock()

@@ -10,7 +10,7 @@ from torch import fx
 
 from gdbp.fusion import activations
 from gdbp.fusion.classes import Code, class_of, forward_of
-from gdbp.fusion.follow import Tracer, is_written_over, writes
+from gdbp.fusion.follow import is_written_over, trace, writes
 from gdbp.fusion.report import Fused, FuseReport, Left, cut_short, is_candidate, why_not
 from gdbp.fusion.run import LINEARS, NORMS, SAVED_BY_OUTPUT, Layer, Run, match, run
 
@@ -26,7 +26,7 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
     Raises:
         Untraceable: forward cannot be followed, or does more than its graph would.
     """
-    graph, asks = _trace(module)
+    graph = _trace(module)
     fused: list[Fused] = []
     left: list[Left] = []
     taken: set[fx.Node] = set()
@@ -55,14 +55,13 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
     graph.lint()
     prefix = names[module] + "." if names[module] else ""
     runs = tuple(" + ".join(name.removeprefix(prefix) for name in each.layers) for each in fused)
-    return Code.of(graph, runs, asks), report
+    return Code.of(graph, runs), report
 
 
 # ---- the graph ----
 
 
-def _trace(module: torch.nn.Module) -> tuple[fx.Graph, bool]:
-    """The graph of its forward, and whether that asks if its arguments are tensors."""
+def _trace(module: torch.nn.Module) -> fx.Graph:
     forward = forward_of(module)
     if "forward" in vars(module):
         raise Untraceable(f"{_of(module)} was replaced")
@@ -73,16 +72,16 @@ def _trace(module: torch.nn.Module) -> tuple[fx.Graph, bool]:
     ]
     if optional:
         raise Untraceable(f"{_of(module)} has arguments that may be left out ({', '.join(optional)})")
-    (graph, asks), (other, _) = (_trace_once(module, training) for training in (True, False))
+    graph, other = (_trace_once(module, training) for training in (True, False))
     if _source(graph) != _source(other):
         raise Untraceable(f"{_of(module)} is another in training than in evaluation")
     for node in graph.nodes:
         if node.op == "get_attr" and not _has(module, node.target):
             raise Untraceable(f"{_of(module)} makes a tensor ({node.target}), which would become a constant")
-    return graph, asks
+    return graph
 
 
-def _trace_once(module: torch.nn.Module, training: bool) -> tuple[fx.Graph, bool]:
+def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
     # What forward writes goes to a twin, of it and of all below it, which shares parameters and buffers alone.
     twins: dict[torch.nn.Module, torch.nn.Module] = {}
     try:
@@ -91,8 +90,7 @@ def _trace_once(module: torch.nn.Module, training: bool) -> tuple[fx.Graph, bool
             vars(each)["training"] = training
         before = [(each, {name: _kept(value) for name, value in vars(each).items()}) for each in twins.values()]
         with torch.random.fork_rng(devices=[]):
-            tracer = Tracer()
-            graph = tracer.trace(twin)
+            graph = trace(twin)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise Untraceable(f"torch.fx cannot follow {_of(module)}: {first or type(error).__name__}") from error
@@ -102,7 +100,7 @@ def _trace_once(module: torch.nn.Module, training: bool) -> tuple[fx.Graph, bool
             known = kept.get(name, (None, 0))
             if not name.startswith("_tensor_constant") and not _same(known, _kept(value)):
                 raise Untraceable(f"{_of(module)} changes {owner}.{name}")
-    return graph, tracer.asks
+    return graph
 
 
 def _twin(module: torch.nn.Module, twins: dict[torch.nn.Module, torch.nn.Module]) -> torch.nn.Module:

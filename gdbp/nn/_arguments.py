@@ -64,10 +64,11 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor; convert it with torch.as_tensor()")
 
 
-def as_leaf(module: torch.nn.Module, input: torch.fx.Proxy) -> torch.fx.Proxy:
+def as_leaf(module: torch.nn.Module, input: torch.fx.Proxy) -> torch.fx.Proxy | None:
     """A call of the module in the graph that torch.fx is making: as of torch's own layers, into which it does not
-    look."""
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
+    look. None where the graph is that of the module itself."""
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input,), {}) if path else None
 
 
 def number(name: str, value: object) -> float:

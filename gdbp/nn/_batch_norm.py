@@ -1,12 +1,11 @@
 """Batch normalisation as a function; public in :mod:`gdbp.nn.functional`."""
 
 import math
-from types import NoneType
 
 import torch
 
 from gdbp import ops, reference
-from gdbp.nn._arguments import check_activation, check_tensor, no_number
+from gdbp.nn._arguments import check_activation, check_tensor, number
 
 
 def batch_norm(
@@ -90,8 +89,8 @@ def normalize(
         check_activation(activation)
     if not isinstance(input, torch.Tensor):
         check_tensor("input", input)
-    if not (isinstance(momentum, (float, int, NoneType)) and isinstance(eps, (float, int))):
-        raise no_number(momentum=0.1 if momentum is None else momentum, eps=eps)
+    if type(eps) is not float or (momentum is not None and type(momentum) is not float):
+        eps, momentum = number("eps", eps), None if momentum is None else number("momentum", momentum)
     if input.dim() < 2:
         if input.dim() == 1 and not input.numel():
             # torch's function lets it pass.

@@ -66,10 +66,12 @@ def mixture_of(target: tuple) -> Mixture:
         if share.is_complex():
             raise TypeError(f"the share of a mixture has dtype {share.dtype}; expected numbers from 0 to 1")
         # Of those on other devices, or of somebody who traces, nobody waits for the values.
-        outside = ~((share >= 0) & (share <= 1)) if share.is_cpu and is_direct(share) else None
-        if outside is not None and outside.any():
-            raise ValueError(f"the share of a mixture is {share[outside][0]}; expected numbers from 0 to 1")
-    elif not 0 <= number("share", share) <= 1:
+        if share.is_cpu and share.numel() and is_direct(share):
+            least, most = (share, share) if share.numel() == 1 else torch.aminmax(share.detach())
+            if not 0 <= float(least) <= float(most) <= 1:
+                worst = float(most if least >= 0 else least)
+                raise ValueError(f"the share of a mixture is {worst}; expected numbers from 0 to 1")
+    elif not 0 <= number("the share of a mixture", share) <= 1:
         raise ValueError(f"the share of a mixture is {share}; expected a number from 0 to 1")
     for labels in target[:2]:
         if isinstance(labels, torch.Tensor) and labels.is_floating_point():

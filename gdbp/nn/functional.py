@@ -138,9 +138,10 @@ def huber_loss(
     """
     reduction = reduction_name(None, None, reduction)
     check_loss(input, target, weight)
-    if not number("delta", delta) > 0:
+    delta = number("delta", delta)
+    if not delta > 0:
         raise RuntimeError(
-            f"huber_loss does not support non-positive values for delta. Got: {delta}; expected a number above 0"
+            f"huber_loss does not support non-positive values for delta. Got: {delta:g}; expected a number above 0"
         )
     if weight is not None:
         return torch.nn.functional.huber_loss(input, target, reduction=reduction, delta=delta, weight=weight)
@@ -167,8 +168,11 @@ def smooth_l1_loss(
     """
     reduction = reduction_name(size_average, reduce, reduction)
     check_loss(input, target)
-    if not number("beta", beta) >= 0:
-        raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. Got: {beta}; expected 0 or more")
+    beta = number("beta", beta)
+    if not beta >= 0:
+        raise RuntimeError(
+            f"smooth_l1_loss does not support negative values for beta. Got: {beta:g}; expected 0 or more"
+        )
     is_sharp = beta < torch.finfo(torch.float64 if input.dtype is torch.float64 else torch.float32).tiny
     return _pointwise("l1_loss" if is_sharp else "smooth_l1_loss", input, target, reduction, beta)
 

@@ -38,6 +38,7 @@ from torch.nn.init import (
 )
 from torch.nn.parameter import UninitializedParameter
 
+from gdbp._rest import rest_of
 from gdbp.nn._arguments import check_module
 
 __all__ = [
@@ -173,3 +174,6 @@ def init_(
         if "bias" in name and not ("weight" in name and parameter.ndim >= 2):
             zeros_(parameter)
     return module
+
+
+__getattr__, __dir__ = rest_of(__name__, torch.nn.init)

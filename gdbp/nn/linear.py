@@ -4,6 +4,7 @@ import torch
 
 from gdbp.nn import functional as F
 from gdbp.nn._arguments import as_leaf, check_activation
+from gdbp.nn._batch_norm import activate
 from gdbp.nn._observe import observers, tell
 
 
@@ -43,7 +44,8 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if isinstance(input, torch.fx.Proxy):
-            return as_leaf(self, input)
+            call = as_leaf(self, input)
+            return activate(super().forward(input), self.activation) if call is None else call
         output = F.linear(input, self.weight, self.bias, activation=self.activation)
         if observers:
             tell((self,), self.activation, output)

@@ -86,7 +86,8 @@ class BatchNorm1d(_Activated, torch.nn.BatchNorm1d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if isinstance(input, torch.fx.Proxy):
-            return as_leaf(self, input)
+            call = as_leaf(self, input)
+            return activate(super().forward(input), self.activation) if call is None else call
         output = normalize_by(self, input, self.activation)
         if observers:
             tell((self,), self.activation, output)

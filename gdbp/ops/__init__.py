@@ -7,7 +7,7 @@ gets a fake kernel (shapes without data, for torch.compile) and a ``torch.autogr
 from gdbp import _load
 
 if _load.available:
-    from gdbp.ops import _fake, _flops  # noqa: F401
+    from gdbp.ops import _fake  # noqa: F401
 
 from gdbp.ops.dropout import dropout
 from gdbp.ops.grad import penalty
@@ -16,6 +16,9 @@ from gdbp.ops.linear_loss import linear_cross_entropy
 from gdbp.ops.loss import bce_with_logits, cross_entropy, pointwise_loss
 from gdbp.ops.norm import batch_norm
 from gdbp.ops.optim import step_
+
+if _load.available:
+    from gdbp.ops import _flops  # noqa: F401  (of the operators above, too)
 
 __all__ = [
     "batch_norm",

@@ -44,3 +44,8 @@ def _(grad_output, input, kept, output, weights, activations, mask, out_shape=No
 def _(grad_output, input, weights, biases, activation, factors, mask, out_shape=None) -> int:
     # The forward pass is made again.
     return _products(input, weights, [(True,)] * len(weights)) + _backward(input, weights, mask)
+
+
+@register_flop_formula(_ops.linear_cross_entropy)
+def _(upstream, x, weight, bias, target, second, share, class_weight, rows, mask, *options, out_shape=None) -> int:
+    return _products(x, [weight], [(True, *mask[:2])])

@@ -83,6 +83,11 @@ _SCHEMA = (
 def _run(upstream, x, weight, bias, target, second, share, class_weight, rows, mask, *options):
     """The loss of every row, or with an ``upstream`` of no dimensions their sum; the weights of all rows; and the
     gradients that are asked for, where each row's loss has the gradient ``upstream``, one number or one for each."""
+    if rows < 1 or (upstream is None and any(mask)):
+        raise ValueError(
+            f"linear_cross_entropy: rows is {rows} and upstream {upstream}; expected one row at least, and an "
+            "upstream gradient where gradients are asked for"
+        )
     wide = torch.promote_types(x.dtype, torch.float32)
     class_weight = None if class_weight is None else class_weight.to(wide)
     grads = _gradients(x, weight, mask)

@@ -84,8 +84,8 @@ class Fused(torch.optim.Optimizer):
             or fall together with those of its 127 neighbours. With ``stochastic_rounding`` it follows them on average,
             and a step takes 1.5 to 1.8 times as long on the CPU.
             A state that is not finite takes its neighbours along. Adadelta needs more digits and refuses them, centered
-            RMSprop all but float32 and float64; float16, in which squares of small gradients are 0, is refused by
-            all that keep squares.
+            RMSprop all but float32 and float64; float16, in which squares of small gradients are 0, is refused where
+            squares are kept. None is torch's choice, and so is what a checkpoint has.
         ema_decay: keep an exponential moving average of the parameters, ``ema = decay * ema + (1 - decay) * p``,
             started at the parameters as first stepped; see :meth:`ema_parameters`.
         copy_dtype: write every new parameter also into a copy of this dtype, for a forward pass in low precision;

@@ -76,7 +76,8 @@ class TrainStep:
     Raises:
         ValueError, TypeError: a model, loss, optimizer or input without a fused form, in one sentence; not with
             ``strict=False``.
-        IndexError: a label out of range, in :meth:`many` of any row that it would take. Nothing has been changed then.
+        IndexError: a label out of range, in :meth:`many` on the CPU of any row that the fused steps would take. Nothing
+            has been changed then.
     """
 
     def __init__(
