@@ -1,4 +1,5 @@
-"""What the functions do to their arguments first: autocast, older names of reductions, and what is no number."""
+"""What the functions do to their arguments first: autocast, older names of reductions, and a sentence for what is no
+tensor, number, module or activation."""
 
 import math
 import operator
@@ -64,13 +65,6 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor; convert it with torch.as_tensor()")
 
 
-def as_leaf(module: torch.nn.Module, input: torch.fx.Proxy) -> torch.fx.Proxy | None:
-    """A call of the module in the graph that torch.fx is making: as of torch's own layers, into which it does not
-    look. None where the graph is that of the module itself."""
-    path = input.tracer.path_of_module(module)
-    return input.tracer.create_proxy("call_module", path, (input,), {}) if path else None
-
-
 def number(name: str, value: object) -> float:
     """The value as a float, unless it cannot become one, or has a derivative that would be lost."""
     if type(value) is float:
@@ -97,6 +91,9 @@ def nonnegative(name: str, value: object) -> float:
     return found
 
 
+_MAY_BE_NONE = frozenset(("weight", "pos_weight", "linear_bias"))
+
+
 def check_tensors(**tensors: object) -> None:
     for name, t in tensors.items():
         if t is not None or name not in _MAY_BE_NONE:
@@ -107,9 +104,6 @@ def check_loss(input: object, target: object, weight: object = None, pos_weight:
     """check_tensors() at a tenth of its time in the usual case."""
     if not (type(input) is type(target) is torch.Tensor and weight is pos_weight is None):
         check_tensors(input=input, target=target, weight=weight, pos_weight=pos_weight)
-
-
-_MAY_BE_NONE = frozenset(("weight", "pos_weight", "linear_bias"))
 
 
 def check_module(name: str, value: object) -> None:

@@ -5,7 +5,7 @@ import torch
 from gdbp import ops
 from gdbp.nn._arguments import check_tensors, reduction_name, without_autocast
 from gdbp.nn._targets import Mixture, cap_of, check_options, class_number, in_float64, labels_of, mixture_of, share_of
-from gdbp.ops._function import functorch_is_active
+from gdbp.ops._function import is_transformed
 
 
 def cross_entropy(
@@ -77,7 +77,7 @@ def cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     if inplace_backward:
-        inplace_backward = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or functorch_is_active())
+        inplace_backward = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or is_transformed())
         if inplace_backward:
             _check_inplace(input, target)
     shape = input.shape[:1] + input.shape[2:] if dim > 1 else ()

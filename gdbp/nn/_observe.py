@@ -1,4 +1,5 @@
-"""Who wants to see what layers put out. Hooks would do, if a hook on a layer did not keep it out of a fused run."""
+"""Who wants to see what layers put out, or that they are called. Hooks would do, if one on a layer did not keep it out
+of a fused run."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -46,3 +47,10 @@ def is_watched() -> bool:
 def tell(layers: Sequence[torch.nn.Module | str], activation: str | None, output: torch.Tensor) -> None:
     for observer in tuple(observers):
         observer.see(layers, activation, output)
+
+
+def as_leaf(module: torch.nn.Module, input: torch.fx.Proxy) -> torch.fx.Proxy | None:
+    """A call of the module in the graph that torch.fx is making: as of torch's own layers, into which it does not
+    look. None where the graph is that of the module itself."""
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input,), {}) if path else None

@@ -10,7 +10,7 @@ from gdbp import _load, reference
 from gdbp._table import format_table
 from gdbp.nn._arguments import check_module
 from gdbp.nn._observe import observers
-from gdbp.ops._function import functorch_is_active, is_fused
+from gdbp.ops._function import is_fused, is_transformed
 
 # Where an activation's curve is flat: outputs up to the first number, and from the second on. There its slope is
 # 0 (relu), or about 1 % of what it can be (sigmoid and tanh: 4 %).
@@ -139,7 +139,7 @@ class ActivationCollector:
 
     def see(self, layers: Sequence[torch.nn.Module | str], activation: str | None, output: Tensor) -> None:
         """Takes in one output; for our layers to call."""
-        if layers[0] not in self._names or functorch_is_active():
+        if layers[0] not in self._names or is_transformed():
             return
         parts = (f"{layer}()" if isinstance(layer, str) else self._names[layer] for layer in layers)
         key = (" + ".join(parts) or "(itself)", activation)

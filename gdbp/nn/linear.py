@@ -3,9 +3,9 @@
 import torch
 
 from gdbp.nn import functional as F
-from gdbp.nn._arguments import as_leaf, check_activation
+from gdbp.nn._arguments import check_activation
 from gdbp.nn._batch_norm import activate
-from gdbp.nn._observe import observers, tell
+from gdbp.nn._observe import as_leaf, observers, tell
 
 
 class Linear(torch.nn.Linear):

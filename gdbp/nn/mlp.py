@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from gdbp.nn import init as init_
-from gdbp.nn._arguments import check_activation, no_number, whole
+from gdbp.nn._arguments import check_activation, number, whole
 from gdbp.nn._observe import is_watched, observers, obstacle
 from gdbp.nn.linear import Linear
 from gdbp.nn.norm import BatchNorm1d
@@ -64,11 +64,8 @@ class MLP(torch.nn.Sequential):
             raise ValueError(
                 f"sizes is {given}; expected two or more whole numbers above 0: inputs, hidden units, outputs"
             )
-        try:
-            if not 0 <= dropout < 1:
-                raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
-        except TypeError:
-            raise no_number(dropout=dropout) from None
+        if not 0 <= number("dropout", dropout) < 1:
+            raise ValueError(f"dropout is {dropout}; expected a probability from 0 up to, not including, 1")
         if not isinstance(batch_norm, bool):
             raise TypeError(f"batch_norm is {batch_norm!r}; expected True or False")
         check_activation(activation)

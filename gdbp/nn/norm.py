@@ -4,9 +4,9 @@ import sys
 
 import torch
 
-from gdbp.nn._arguments import as_leaf, check_activation
+from gdbp.nn._arguments import check_activation
 from gdbp.nn._batch_norm import activate, normalize_by
-from gdbp.nn._observe import observers, tell
+from gdbp.nn._observe import as_leaf, observers, tell
 
 
 class _Activated:

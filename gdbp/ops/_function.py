@@ -29,11 +29,6 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
-def functorch_is_active() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return _functorch_active is not None and bool(_functorch_active())
-
-
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Whether a graph must be recorded; where not, the operator is called directly, which is cheaper."""
     if is_transformed():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from gdbp import _load
-from gdbp.nn._arguments import check_module, no_number, whole
+from gdbp.nn._arguments import check_module, number, whole
 from gdbp.nn._observe import is_observed, observers
 from gdbp.optim._options import check_switches
 from gdbp.step import _loss, _optimizer, _ranks
@@ -372,11 +372,8 @@ def _check_arguments(model, loss, optimizer, seed) -> None:
 
 
 def _check_norm(limit: float | None) -> None:
-    try:
-        if limit is not None and not limit > 0:
-            raise ValueError(f"max_grad_norm is {limit}; expected a number above 0, or None")
-    except TypeError:
-        raise no_number(max_grad_norm=limit) from None
+    if limit is not None and not number("max_grad_norm", limit) > 0:
+        raise ValueError(f"max_grad_norm is {limit}; expected a number above 0, or None")
 
 
 def _is_on_device(model: torch.nn.Module) -> bool:
