@@ -64,6 +64,7 @@ std::vector<std::unique_ptr<Layer>> make_layers(const py::list& descriptions) {
 }
 
 Target describe(const at::Tensor& target, const void* data) {
+  TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
   return {data, target.scalar_type(), at::DimVector(target.sizes())};
 }
 
@@ -149,7 +150,6 @@ py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Ten
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_TYPE(input.defined() && target.defined(), "TrainStep: the ", input.defined() ? "target" : "input",
                    " is no tensor; expected two; make one with torch.as_tensor");
-  TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
   const Retraction unless_done(network_.updates);
   const at::Tensor x = input.resolve_neg().contiguous(), y = target.resolve_neg().contiguous();
   const Target described = describe(y, y.const_data_ptr());
@@ -172,7 +172,6 @@ std::pair<at::Tensor, at::Tensor> TrainPlan::backward(const at::Tensor& input, c
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_TYPE(input.defined() && target.defined(), "TrainStep: the ", input.defined() ? "target" : "input",
                    " is no tensor; expected two; make one with torch.as_tensor");
-  TORCH_CHECK_VALUE(target.is_cpu(), "TrainStep: target is on ", target.device(), "; expected cpu, as the input");
   const Retraction unless_done(network_.updates);
   const at::Tensor x = input.resolve_neg().contiguous(), y = target.resolve_neg().contiguous();
   const Target described = describe(y, y.const_data_ptr());
@@ -203,7 +202,6 @@ py::tuple TrainPlan::many(StepPlan& plan, const at::Tensor& all_inputs, const at
   std::vector<grad::Norm> norms(limit ? steps : 0);
   bool any = false;
   // What does not fit is better said before the first step: also that the last one has too few rows.
-  TORCH_CHECK_VALUE(targets.is_cpu(), "TrainStep: target is on ", targets.device(), "; expected cpu, as the input");
   for (const int64_t rows : {total % size, std::min(size, total)}) {
     if (rows == 0) continue;
     Target target = describe(targets, nullptr);

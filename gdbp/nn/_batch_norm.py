@@ -42,6 +42,7 @@ def batch_norm(
         TypeError: a dtype without a kernel.
         ValueError: one value for each channel in training, eps, an unknown activation.
     """
+    check_tensor("input", input)
     return normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, activation)
 
 
@@ -87,8 +88,6 @@ def normalize(
     """``batches``, where given, is counted up; without a momentum the running statistics are then the mean of all."""
     if activation is not None:
         check_activation(activation)
-    if not isinstance(input, torch.Tensor):
-        check_tensor("input", input)
     if type(eps) is not float or (momentum is not None and type(momentum) is not float):
         eps, momentum = number("eps", eps), None if momentum is None else number("momentum", momentum)
     if input.dim() < 2:

@@ -133,7 +133,7 @@ def init_(
             shape yet. Nothing is changed then.
         TypeError: module is none.
     """
-    if isinstance(scheme, str) and scheme in ("zero", "zeros", "constant", "ones"):
+    if scheme in ("zero", "zeros", "constant", "ones"):
         raise ValueError(
             f"scheme {scheme!r} is refused: with equal weights all units of a layer get the same gradient "
             f"and stay copies of one another, the symmetry is never broken; use one of {', '.join(SCHEMES)}"
