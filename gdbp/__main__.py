@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="show what was built, for which torch, CPU and GPU")
     info.set_defaults(run=_info)
-    cli.add_command(commands)
+    cli.add_commands(commands)
     testing_cli.add_command(commands)
     _bench.add_command(commands)
     return parser

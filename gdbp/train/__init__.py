@@ -11,6 +11,7 @@ from gdbp._errors import InputError
 from .data import Data, load_data
 from .history import History
 from .loop import evaluate, fit
+from .range_test import RangeTest, lr_find
 from .run import Run, build_network, load_run
 from .schedule import make_schedule
 
@@ -18,11 +19,13 @@ __all__ = [
     "Data",
     "History",
     "InputError",
+    "RangeTest",
     "Run",
     "build_network",
     "evaluate",
     "fit",
     "load_data",
     "load_run",
+    "lr_find",
     "make_schedule",
 ]

@@ -1,33 +1,32 @@
-"""``python -m gdbp train``: a first network from one command."""
+"""``python -m gdbp train``: a first network from one command. ``python -m gdbp lr-find``: at which rate it learns."""
 
 import argparse
 import math
 import platform
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 import gdbp
-from gdbp import nn
 from gdbp._command import try_to_write
 from gdbp._errors import InputError, require
-from gdbp.memory import cpu_cache_unless_refused
 
 from . import loop
-from .data import Data, load_data
+from .data import Data
 from .history import History
-from .options import add_options
-from .rules import RULES, make_optimizer
-from .run import build_network, save_run
+from .options import add_range_options, add_train_options
+from .range_test import lr_find
+from .rules import RULES
+from .run import save_run
+from .task import Task
 
-__all__ = ["add_command"]
+__all__ = ["add_commands"]
 
 
-def add_command(commands) -> None:
-    """Adds ``train`` to the subcommands of ``python -m gdbp``."""
+def add_commands(commands) -> None:
+    """Adds ``train`` and ``lr-find`` to the subcommands of ``python -m gdbp``."""
     parser = commands.add_parser(
         "train",
         help="train a first network and write its run folder",
@@ -37,7 +36,16 @@ def add_command(commands) -> None:
         formatter_class=_Help,
     )
     parser.set_defaults(run=train)
-    add_options(parser)
+    add_train_options(parser)
+    parser = commands.add_parser(
+        "lr-find",
+        help="find a learning rate for train, in a second or two",
+        description="Trains for some steps, each with a larger learning rate than the one before, and says which rate "
+        "to take: a range test. It takes the options of train that describe the same training.",
+        formatter_class=_Help,
+    )
+    parser.set_defaults(run=find)
+    add_range_options(parser)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -48,41 +56,31 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+def _say(options: argparse.Namespace):
+    return (lambda *_: None) if options.quiet else print
+
+
 def train(options: argparse.Namespace) -> int:
     require("numpy", "matplotlib", "safetensors", *(["tqdm"] if _bar_shown(options) else []))
-    device = _device(options.device)
-    data = load_data(options.data, target=options.target, task=options.task, seed=options.seed).to(device)
-    smoothing = 0.1 if options.label_smoothing is None else options.label_smoothing
-    if options.label_smoothing is not None and not data.class_names:
-        raise InputError("--label-smoothing is for classes, and this is a regression; leave it out")
-    batch_size = loop.step_size(len(data.train[0]), options.method, options.batch_size)
+    task, say = Task.of(options, options.lr), _say(options)
+    data, optimizer = task.data, task.optimizer
     # Tried out now, for what can't be written should not wait for the end; made then, for a run may be stopped.
     folder = Path(options.out or f"runs/{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try_to_write(folder / "config.json")
-    hidden = options.hidden
-    if hidden is None:  # a large network would learn a small set by heart
-        hidden = [128, 64] if len(data.train[0]) >= 1000 else [32]
-    sizes = [data.features, *hidden, data.outputs]
-    generator = torch.Generator().manual_seed(options.seed)
-    try:
-        model = build_network(sizes, options.activation, options.init, generator).to(device)
-    except RuntimeError as error:
-        raise InputError(f"a network of {sizes} can't be made ({error}); use a smaller --hidden") from None
-    loss = nn.CrossEntropyLoss(label_smoothing=smoothing) if data.class_names else nn.MSELoss()
-    optimizer = make_optimizer(model, options.optimizer, options.method, options.lr, options.l1, options.l2)
-    say = (lambda *_: None) if options.quiet else print
-    _introduce(say, data, sizes, batch_size, optimizer, options)
-    history = _fit(model, loss, optimizer, data, options, _threads(options.threads, batch_size, sizes))
-    test = loop.evaluate(model, loss, *data.test)
+    task.introduce(say, options)
+    rate = f"learning rate {optimizer.defaults['lr']:g} {options.schedule}"
+    say(f"training  {options.optimizer}, {rate}, {options.epochs} epochs, {task.batch_size} samples a step")
+    history = _fit(task, options)
+    test = loop.evaluate(task.model, task.loss, *data.test)
     if not data.class_names:
         test["rmse"] = math.sqrt(test["loss"]) * data.y_std
     seconds = history[-1]["seconds"]
     speed = options.epochs * len(data.train[0]) / seconds
     config = {
         "options": {name: value for name, value in vars(options).items() if name not in ("run", "command")},
-        "network": {"sizes": sizes, "activation": options.activation},
+        "network": {"sizes": task.sizes, "activation": options.activation},
         "optimizer": {"lr": optimizer.defaults["lr"], "l2": optimizer.param_groups[0]["weight_decay"]},
-        "batch_size": batch_size,
+        "batch_size": task.batch_size,
         "seed": options.seed,
         "versions": {
             "gdbp": gdbp.__version__,
@@ -100,39 +98,58 @@ def train(options: argparse.Namespace) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         else:
             folder = _unused(folder)
-        save_run(folder, model, data, history, config)
+        save_run(folder, task.model, data, history, config)
     except OSError as error:
         raise InputError(f"run folder '{folder}' can't be written to ({error.strerror or error})") from None
     say(f"test      {_figures(test, data)}")
     say(f"time      {seconds:.2f} s, {speed:,.0f} samples/s")
     say(f"written   {folder}")
     if _guesses(test, data):
-        remedy = "try another --lr or more --epochs"
+        remedy = "try another --lr (python -m gdbp lr-find) or more --epochs"
         print(f"gdbp: the network is no better than a guess ({_figures(test, data)}); {remedy}", file=sys.stderr)
     return 0
 
 
-def _introduce(say, data: Data, sizes: list[int], batch_size: int, optimizer, options) -> None:
-    counts = [len(pair[0]) for pair in (data.train, data.validation, data.test)]
-    learned = f"{len(data.class_names)} classes" if data.class_names else f"regression of {data.target_name}"
-    sets = f"{counts[0]} training, {counts[1]} validation, {counts[2]} test samples"
-    say(f"data      {data.name}: {learned}, {sets}")
-    parameters = sum(a * b + b for a, b in pairwise(sizes))
-    shape = f"{'-'.join(map(str, sizes))} {options.activation}"
-    say(f"network   {shape}, {parameters:,} parameters, on {options.device}")
-    rate = f"learning rate {optimizer.defaults['lr']:g} {options.schedule}"
-    say(f"training  {options.optimizer}, {rate}, {options.epochs} epochs, {batch_size} samples a step")
+def find(options: argparse.Namespace) -> int:
+    require("numpy", *(["matplotlib"] if options.out else []))
+    if options.out:
+        try_to_write(Path(options.out))
+    task = Task.of(options)
+    task.introduce(_say(options), options)
+    with task.resources(options):
+        try:
+            found = lr_find(
+                task.model, task.loss, task.optimizer, task.data,
+                lowest=options.lowest, highest=options.highest, steps=options.steps, batch_size=options.batch_size,
+                method=options.method, clip=options.clip, noise=options.noise, seed=options.seed,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise InputError(str(error)) from None
+    if options.out:
+        _draw(found, options.out)
+    if found.suggestion is None:
+        raise InputError(str(found))
+    print(f"{found.suggestion:.2g}" if options.quiet else f"found     {found}")
+    return 0
 
 
-def _fit(model, loss, optimizer, data: Data, options: argparse.Namespace, threads: int) -> History:
-    """Trains on so many threads; a loss that grew, at once or in the end, is the user's to mend."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def _draw(found, path: str) -> None:
     try:
-        start = loop.evaluate(model, loss, *data.train)["loss"]
-        with cpu_cache_unless_refused():
+        found.plot(path)
+    except ValueError as error:  # a suffix that matplotlib does not know
+        Path(path).unlink(missing_ok=True)
+        raise InputError(f"--out {path!r} can't be drawn ({error})") from None
+    except OSError as error:
+        raise InputError(f"--out {path!r} can't be written to ({error.strerror or error})") from None
+
+
+def _fit(task: Task, options: argparse.Namespace) -> History:
+    """A loss that grew, at once or in the end, is the user's to mend."""
+    try:
+        with task.resources(options):
+            start = loop.evaluate(task.model, task.loss, *task.data.train)["loss"]
             history = loop.fit(
-                model, loss, optimizer, data,
+                task.model, task.loss, task.optimizer, task.data,
                 epochs=options.epochs, batch_size=options.batch_size, method=options.method,
                 schedule=options.schedule, clip=options.clip, noise=options.noise, seed=options.seed,
                 keep=options.keep, progress=_bar_shown(options),
@@ -143,11 +160,7 @@ def _fit(model, loss, optimizer, data: Data, options: argparse.Namespace, thread
         return history
     except FloatingPointError as error:
         what, _, _ = str(error).partition(";")
-        raise InputError(f"{what}; {_remedies(options, optimizer.defaults['lr'])}") from None
-    except torch.OutOfMemoryError:
-        raise InputError(f"{options.device} is out of memory; use a smaller --batch-size or --hidden") from None
-    finally:
-        torch.set_num_threads(before)
+        raise InputError(f"{what}; {_remedies(options, task.optimizer.defaults['lr'])}") from None
 
 
 def _as_json(row: dict[str, float]) -> dict[str, float | None]:
@@ -168,28 +181,8 @@ def _figures(test: dict[str, float], data: Data) -> str:
     return f"R2 {test['r2']:.3f}, RMSE {test['rmse']:.4g}, loss {test['loss']:.4f}"
 
 
-def _threads(asked: int | None, batch_size: int, sizes: list[int]) -> int:
-    # Below some 10 million multiplications a step, threads cost more to start and join than they save.
-    work = batch_size * sum(a * b for a, b in pairwise(sizes))
-    return asked or (torch.get_num_threads() if work > 10_000_000 else 1)
-
-
 def _bar_shown(options: argparse.Namespace) -> bool:
     return not options.quiet and sys.stderr.isatty()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name!r} is unknown; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count() or "no"
-        seen = f"torch {torch.__version__} sees {found} CUDA device"
-        raise InputError(f"--device {name} can't be used: {seen}; use --device cpu")
-    return device
 
 
 def _unused(folder: Path) -> Path:

@@ -3,20 +3,19 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from numbers import Real
 
 import torch
 
 from gdbp._errors import InputError
 from gdbp.step import TrainStep
 
+from .batches import Batches, check_clip
 from .data import Data, Pair
 from .history import History
 from .schedule import make_schedule
 
-__all__ = ["METHODS", "evaluate", "fit", "step_size"]
+__all__ = ["evaluate", "fit"]
 
-METHODS = ("batch", "stochastic", "minibatch")
 _EVALUATION_ROWS = 8192  # bounds the memory of a pass over a whole set
 
 
@@ -70,54 +69,38 @@ def fit(
         InputError: an argument is out of range (a ValueError).
         FloatingPointError: the loss was no longer finite after an epoch; names the epoch and what to change.
     """
-    pair = data.train if isinstance(data, Data) else data
-    if not isinstance(pair, (tuple, list)) or [isinstance(part, torch.Tensor) for part in pair] != [True, True]:
-        raise InputError(f"data is of type {type(data).__name__}; expected a Data, or a pair of two tensors (x, y)")
-    x, y = pair
-    if not len(x) or len(y) != len(x):
-        raise InputError(f"data has {len(x)} inputs and {len(y)} targets; expected as many, and at least one")
-    size = step_size(len(x), method, batch_size)
+    batches = Batches(data, method, batch_size, noise=noise, seed=seed)
     if not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"epochs is {epochs}; expected a whole number of at least 1")
-    if not isinstance(noise, Real) or not 0 <= noise < math.inf:
-        raise InputError(f"noise is {noise!r}; expected a finite number of at least 0")
-    if clip is not None and not (isinstance(clip, Real) and clip > 0):
-        raise InputError(f"clip is {clip!r}; expected a number above 0, or None for no clipping")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed is {seed!r}; expected a whole number of 64 bits")
+    most = check_clip(clip)
     if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
         raise InputError(f"callbacks is {callbacks!r}; expected a list of functions")
     if keep not in ("last", "best") or (keep == "best" and not isinstance(data, Data)):
         raise InputError(f"keep is {keep!r}; expected 'last', or 'best' for data with a validation set")
-    steps = -(-len(x) // size)
     make = schedule if callable(schedule) else lambda *of: make_schedule(schedule or "constant", *of)
-    scheduler = make(optimizer, epochs * steps)
-    generator = torch.Generator().manual_seed(seed)
-    jitter = torch.Generator(x.device).manual_seed(seed)
-    step = TrainStep(model, loss, optimizer, strict=False, max_grad_norm=clip or math.inf, seed=seed)
+    scheduler = make(optimizer, epochs * len(batches))
+    step = TrainStep(model, loss, optimizer, strict=False, max_grad_norm=most, seed=seed)
     at_once = not noise and schedule in (None, "constant")  # nothing happens between two steps
     best, best_loss = None, math.inf
     history, start = History(), time.perf_counter()
 
-    with _Bar(epochs * steps, progress) as bar:
+    with _Bar(epochs * len(batches), progress) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
             rate = optimizer.param_groups[0]["lr"]
             norms = []
             if at_once:
-                step.many((x, y), size, generator=generator)
+                step.many((batches.x, batches.y), batches.size, generator=batches.generator)
                 norms.append(step.grad_norms)
-                bar.advance(steps)
-            for xb, yb in () if at_once else _batches(x, y, size, generator):
-                if noise:
-                    xb = xb + noise * torch.empty_like(xb).normal_(generator=jitter)
-                step(xb, yb)
+                bar.advance(len(batches))
+            for x, y in () if at_once else batches:
+                step(x, y)
                 norms.append(step.grad_norms)
                 rate = optimizer.param_groups[0]["lr"]
                 scheduler.step()
                 bar.advance()
             row = {"epoch": epoch}
-            measured = {"train": evaluate(model, loss, x, y)}
+            measured = {"train": evaluate(model, loss, batches.x, batches.y)}
             if isinstance(data, Data):
                 measured["val"] = evaluate(model, loss, *data.validation)
             for name in measured["train"]:
@@ -144,21 +127,6 @@ def fit(
     return history
 
 
-def step_size(samples: int, method: str = "minibatch", batch_size: int | None = None) -> int:
-    """How many samples a training step takes. Raises InputError where the arguments don't fit together."""
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
-    if method != "minibatch":
-        if batch_size is not None:
-            raise InputError(f"batch size {batch_size} goes with method minibatch, not {method}; leave it out")
-        return samples if method == "batch" else 1
-    if batch_size is None:
-        return min(32, samples)
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= samples:
-        raise InputError(f"batch size {batch_size} is out of range; expected 1 to the {samples} training samples")
-    return batch_size
-
-
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loss: Callable, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     """The loss over a whole set, and ``accuracy`` or ``r2`` where ``y`` has one. Ends in evaluation mode."""
@@ -173,15 +141,6 @@ def evaluate(model: torch.nn.Module, loss: Callable, x: torch.Tensor, y: torch.T
         # Of a constant nothing can be explained: as scikit-learn has it, 1 for a perfect prediction, and else 0.
         figures["r2"] = (1 - residual / spread).item() if spread > 0 else float(residual == 0)
     return figures
-
-
-def _batches(x: torch.Tensor, y: torch.Tensor, size: int, generator: torch.Generator):
-    if size == len(x):
-        yield x, y
-        return
-    # One shuffle an epoch and an index_select a step: no loader, no copies of single samples.
-    for index in torch.randperm(len(x), generator=generator, device="cpu").to(x.device).split(size):
-        yield x[index], y[index]
 
 
 class _Bar:
