@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gdbp
-from gdbp.testing.subject import ulps
+from gdbp.testing.compare import ulps
 from tests.optimizers import torch_optimizer
 
 CHUNKS, CASES = 40, 100

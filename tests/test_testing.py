@@ -8,7 +8,7 @@ import torch
 import gdbp
 from gdbp.__main__ import main
 from gdbp.testing import Check, Report, check_optimizer
-from gdbp.testing.registry import CHECKS, run_check
+from gdbp.testing.optimizers import SUITE
 from gdbp.testing.report import FAIL, NOT_APPLICABLE, PASS
 from tests import broken_optimizers as broken
 
@@ -26,7 +26,7 @@ OVERFLOWS = {"GradScaler, first step overflows", "GradScaler, later overflow"}
 
 def report(cls, **kwargs) -> Report:
     """All checks in this process, which saves the start of another."""
-    return Report(cls.__name__, tuple(run_check(name, cls, kwargs) for name in CHECKS))
+    return Report(cls.__name__, tuple(SUITE.run(name, cls, (kwargs,)) for name in SUITE.checks))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_crash_is_one_failed_check():
     found = check_optimizer(broken.Crashes)
     assert found.failed == ("zero-size and 0-dim",), str(found)
     assert "SIGSEGV" in found["zero-size and 0-dim"].evidence
-    assert [check.name for check in found.checks] == list(CHECKS)
+    assert [check.name for check in found.checks] == list(SUITE.checks)
 
 
 def test_a_class_that_another_process_cannot_import():
@@ -227,7 +227,7 @@ class TestCommandLine:
             (["torch.optim.Adam", "--kw", "lr"], "--kw got 'lr'; expected NAME=VALUE"),
             (["torch.optim.Adam", "--kw", "lr=-1"], "can't be checked: ValueError: Invalid learning rate: -1"),
             (["torch.optim.Adam", "--kw", "fused=True", "foreach=True"], "can't be checked: RuntimeError: "),
-            (["torch.nn.Linear"], "subclass of torch.optim.Optimizer itself"),
+            (["builtins.dict"], "MODULE.CLASS is 'builtins.dict'; expected a class of optimizers or of modules"),
         ],
     )
     def test_wrong_arguments(self, arguments, sentence, capsys):

@@ -11,21 +11,27 @@ import tempfile
 from collections.abc import Iterator
 
 from gdbp.testing.report import FAIL, Check, one_line
+from gdbp.testing.suite import Suite
 
 _SECONDS = 180.0  # for one check; the slowest takes a few
 
 
-def run_isolated(cls: type, kwargs: dict, names: list[str]) -> list[Check] | None:
-    """The checks in their order, or None where another process can't import the class."""
+def run_all(suite: Suite, cls: type, arguments: tuple) -> list[Check]:
+    """All checks of the suite, in another process where that can import the class."""
+    found = _run_isolated(suite, cls, arguments)
+    return [suite.run(name, cls, arguments) for name in suite.checks] if found is None else found
+
+
+def _run_isolated(suite: Suite, cls: type, arguments: tuple) -> list[Check] | None:
     if cls.__module__ == "__main__":
         return None
     try:
-        subject = pickle.dumps((cls, kwargs))
+        subject = pickle.dumps((cls, arguments))
     except Exception:
         return None
-    found: list[Check] = []
+    names, found = list(suite.checks), []
     while len(found) < len(names):
-        worker = _Worker(subject, names[len(found) :])
+        worker = _Worker(suite.module, subject, names[len(found) :])
         started = False
         for result in worker.results():
             started = True
@@ -41,7 +47,7 @@ def run_isolated(cls: type, kwargs: dict, names: list[str]) -> list[Check] | Non
 class _Worker:
     """A process that runs checks from one on; gdbp/testing/worker.py is what it runs."""
 
-    def __init__(self, subject: bytes, names: list[str]):
+    def __init__(self, suite: str, subject: bytes, names: list[str]):
         self._reader, writer = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (the process and death() need it)
         self._late = False
@@ -55,7 +61,7 @@ class _Worker:
         )
         os.close(writer)
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(pickle.dumps((subject, names)))
+            stdin.write(pickle.dumps((suite, subject, names)))
 
     def results(self) -> Iterator[Check | None]:
         """None once the class is imported, then every check as it ends, until the process does."""

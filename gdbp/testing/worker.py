@@ -1,11 +1,9 @@
 """The process in which checks run: reads what to check from its input, writes results to a pipe."""
 
+import importlib
 import os
 import pickle
 import sys
-
-from gdbp.testing import optimizer  # noqa: F401  (fills CHECKS)
-from gdbp.testing.registry import run_check
 
 
 def main() -> None:
@@ -14,11 +12,12 @@ def main() -> None:
     def send(result) -> None:
         os.write(pipe, pickle.dumps(result).hex().encode() + b"\n")
 
-    subject, names = pickle.loads(sys.stdin.buffer.read())
-    cls, kwargs = pickle.loads(subject)
+    module, subject, names = pickle.loads(sys.stdin.buffer.read())
+    suite = importlib.import_module(module).SUITE
+    cls, arguments = pickle.loads(subject)
     send(None)
     for name in names:
-        send(run_check(name, cls, kwargs))
+        send(suite.run(name, cls, arguments))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import warnings
 
 import torch
 
-from gdbp.testing.registry import check
+from gdbp.testing.compare import require
+from gdbp.testing.optimizers.subject import SUITE, Pair, Subject, randn
 from gdbp.testing.report import Failure
-from gdbp.testing.subject import Pair, Subject, randn, require
 
 
 def _one(subject: Subject, rng: torch.Generator) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
@@ -15,7 +15,7 @@ def _one(subject: Subject, rng: torch.Generator) -> tuple[torch.nn.Parameter, to
     return p, subject.make([p])
 
 
-@check("version counter")
+@SUITE.check("version counter")
 def version_counter(subject: Subject, rng: torch.Generator) -> str:
     """Forward, step, backward must raise: the saved values are gone, and the gradient would be wrong."""
     p, optimizer = _one(subject, rng)
@@ -32,7 +32,7 @@ def version_counter(subject: Subject, rng: torch.Generator) -> str:
     raise Failure(f"forward, step, backward gives a wrong gradient silently; _version is {p._version}")
 
 
-@check("closure")
+@SUITE.check("closure")
 def closure(subject: Subject, rng: torch.Generator) -> str:
     for how in ("step(closure)", "step(closure=closure)"):
         p, optimizer = _one(subject, rng)
@@ -60,7 +60,7 @@ def closure(subject: Subject, rng: torch.Generator) -> str:
     return "called once, with gradients on; its loss is returned"
 
 
-@check("hooks and profiler")
+@SUITE.check("hooks and profiler")
 def hooks(subject: Subject, rng: torch.Generator) -> str:
     # torch wraps the step of a class when an object is made; a step that calls its parent's fires twice after this.
     for parent in subject.cls.__mro__[1:]:
@@ -82,7 +82,7 @@ def hooks(subject: Subject, rng: torch.Generator) -> str:
     return "each fires once"
 
 
-@check("gradients that come and go")
+@SUITE.check("gradients that come and go")
 def missing_gradients(subject: Subject, rng: torch.Generator) -> str:
     """A parameter's first gradient is its first step, whatever the others did before."""
     pair = Pair(subject, [torch.randn(5, generator=rng) for _ in range(4)])
@@ -102,7 +102,7 @@ def missing_gradients(subject: Subject, rng: torch.Generator) -> str:
     return evidence
 
 
-@check("unfrozen later")
+@SUITE.check("unfrozen later")
 def unfrozen(subject: Subject, rng: torch.Generator) -> str:
     pair = Pair(subject, [torch.randn(5, generator=rng) for _ in range(2)])
     for p in (pair.params[1], pair.exact[1]):
@@ -113,7 +113,7 @@ def unfrozen(subject: Subject, rng: torch.Generator) -> str:
     return pair.run(2, rng).require_close()
 
 
-@check("add_param_group")
+@SUITE.check("add_param_group")
 def add_param_group(subject: Subject, rng: torch.Generator) -> str:
     values = [torch.randn(n, generator=rng) for n in (5, 3)]
     pair = Pair(subject, values)
@@ -126,7 +126,7 @@ def add_param_group(subject: Subject, rng: torch.Generator) -> str:
     return pair.run(3, rng).require_close()
 
 
-@check("named parameters")
+@SUITE.check("named parameters")
 def named_parameters(subject: Subject, rng: torch.Generator) -> str:
     p, optimizer = _one(subject, rng)
     q = p.detach().clone().requires_grad_()
@@ -140,7 +140,7 @@ def named_parameters(subject: Subject, rng: torch.Generator) -> str:
     return "param_names kept"
 
 
-@check("duplicates")
+@SUITE.check("duplicates")
 def duplicates(subject: Subject, rng: torch.Generator) -> str:
     p, _ = _one(subject, rng)
     try:

@@ -2,9 +2,9 @@
 
 import torch
 
-from gdbp.testing.registry import check
+from gdbp.testing.compare import require
+from gdbp.testing.optimizers.subject import SUITE, Pair, Subject, randn, snapshot
 from gdbp.testing.report import NotApplicable
-from gdbp.testing.subject import Pair, Subject, randn, require, snapshot
 
 
 def _scheduled(subject: Subject, rng: torch.Generator, make_scheduler, **options) -> str:
@@ -17,14 +17,14 @@ def _scheduled(subject: Subject, rng: torch.Generator, make_scheduler, **options
     return pair.require_close("6 steps: ")
 
 
-@check("OneCycleLR")
+@SUITE.check("OneCycleLR")
 def one_cycle(subject: Subject, rng: torch.Generator) -> str:
     if not subject.momentum:
         raise NotApplicable("neither momentum nor betas to cycle")
     return _scheduled(subject, rng, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.01, total_steps=8))
 
 
-@check("CyclicLR")
+@SUITE.check("CyclicLR")
 def cyclic(subject: Subject, rng: torch.Generator) -> str:
     """Turns on the momentum of an SGD that had none: its buffer must appear then."""
     if not subject.momentum:
@@ -32,12 +32,12 @@ def cyclic(subject: Subject, rng: torch.Generator) -> str:
     return _scheduled(subject, rng, lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.001, 0.01, step_size_up=2))
 
 
-@check("LambdaLR")
+@SUITE.check("LambdaLR")
 def lambda_lr(subject: Subject, rng: torch.Generator) -> str:
     return _scheduled(subject, rng, lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.5**epoch))
 
 
-@check("tensor lr")
+@SUITE.check("tensor lr")
 def tensor_lr(subject: Subject, rng: torch.Generator) -> str:
     """A tensor is changed in place by schedulers, and the next step must see it."""
     pair = Pair(subject, [torch.randn(6, generator=rng)])
@@ -86,17 +86,17 @@ def _require_untouched(before: list, after: list) -> None:
                 require(torch.equal(value, old), f"the overflow changes state {key!r}")
 
 
-@check("GradScaler, first step overflows")
+@SUITE.check("GradScaler, first step overflows")
 def overflow_first(subject: Subject, rng: torch.Generator) -> str:
     return _overflow(subject, rng, 0)
 
 
-@check("GradScaler, later overflow")
+@SUITE.check("GradScaler, later overflow")
 def overflow_later(subject: Subject, rng: torch.Generator) -> str:
     return _overflow(subject, rng, 3)
 
 
-@check("GradScaler, skip visible")
+@SUITE.check("GradScaler, skip visible")
 def skip_visible(subject: Subject, rng: torch.Generator) -> str:
     """Trainers learn of a skipped step from the call that did not come, and hold back the schedule."""
     p = torch.nn.Parameter(torch.randn(6, generator=rng))
@@ -111,7 +111,7 @@ def skip_visible(subject: Subject, rng: torch.Generator) -> str:
     return "the scaler does not call step"
 
 
-@check("compiled step")
+@SUITE.check("compiled step")
 def compiled(subject: Subject, rng: torch.Generator) -> str:
     from torch._dynamo.utils import counters
 

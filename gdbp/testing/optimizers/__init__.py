@@ -4,16 +4,12 @@ import copy
 
 import torch
 
-from gdbp.testing import (  # noqa: F401  (they fill CHECKS)
-    checks_memory,
-    checks_numerics,
-    checks_protocol,
-    checks_state,
-    checks_training,
-)
-from gdbp.testing.isolate import run_isolated
-from gdbp.testing.registry import CHECKS, run_check
+from gdbp.testing.isolate import run_all
+from gdbp.testing.optimizers import memory, numerics, protocol, state, training  # noqa: F401  (they fill the suite)
+from gdbp.testing.optimizers.subject import SUITE
 from gdbp.testing.report import Report
+
+__all__ = ["SUITE", "check_optimizer"]
 
 
 def check_optimizer(cls: type[torch.optim.Optimizer], /, **kwargs) -> Report:
@@ -44,7 +40,5 @@ def check_optimizer(cls: type[torch.optim.Optimizer], /, **kwargs) -> Report:
         raise TypeError(f"check_optimizer: cls is {cls!r}; expected a subclass of torch.optim.Optimizer itself")
     cls([torch.nn.Parameter(torch.zeros(1))], **copy.deepcopy(kwargs))  # wrong arguments are the caller's to mend
     arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
-    checks = run_isolated(cls, kwargs, list(CHECKS))
-    if checks is None:
-        checks = [run_check(name, cls, kwargs) for name in CHECKS]
+    checks = run_all(SUITE, cls, (kwargs,))
     return Report(f"{cls.__module__}.{cls.__qualname__}(params{arguments})", tuple(checks))

@@ -2,9 +2,9 @@
 
 import torch
 
-from gdbp.testing.registry import check
+from gdbp.testing.compare import require, same_bits
+from gdbp.testing.optimizers.subject import LIMIT_ULP, SUITE, Pair, Subject, randn
 from gdbp.testing.report import NotApplicable
-from gdbp.testing.subject import LIMIT_ULP, Pair, Subject, randn, require, same_bits
 
 # Around the vector widths of kernels, with a full vector and a tail.
 _SIZES = [(1,), (3, 5), (8,), (15,), (16,), (17,), (64, 3), (1025,)]
@@ -14,13 +14,13 @@ def _zeros(dtype: torch.dtype, sizes=_SIZES) -> list[torch.Tensor]:
     return [torch.zeros(size, dtype=dtype) for size in sizes]
 
 
-@check("accuracy float32")
+@SUITE.check("accuracy float32")
 def accuracy_float32(subject: Subject, rng: torch.Generator) -> str:
     values = [randn(v, rng) for v in _zeros(torch.float32)]
     return Pair(subject, values).run(10, rng).require_close("10 steps: ")
 
 
-@check("accuracy bfloat16")
+@SUITE.check("accuracy bfloat16")
 def accuracy_bfloat16(subject: Subject, rng: torch.Generator) -> str:
     """Starts at 0, where no step is too small to show; the median forgives updates by sign near a sign change."""
     pair = Pair(subject, _zeros(torch.bfloat16)).run(1, rng)
@@ -33,13 +33,13 @@ def accuracy_bfloat16(subject: Subject, rng: torch.Generator) -> str:
     return f"all elements move; median {median:.3g} ulp from float64 after 5 steps"
 
 
-@check("zero-size and 0-dim")
+@SUITE.check("zero-size and 0-dim")
 def small_shapes(subject: Subject, rng: torch.Generator) -> str:
     values = [torch.randn(shape, generator=rng) for shape in ((0,), (), (3, 0), (1,), (5,))]
     return Pair(subject, values).run(3, rng).require_close()
 
 
-@check("NaN and infinity visible")
+@SUITE.check("NaN and infinity visible")
 def nonfinite(subject: Subject, rng: torch.Generator) -> str:
     pair = Pair(subject, [torch.randn(40, generator=rng)]).run(1, rng)
     (p,), (q,) = pair.params, pair.exact
@@ -57,7 +57,7 @@ def nonfinite(subject: Subject, rng: torch.Generator) -> str:
     return f"{int((~p.isfinite()).sum())} of 40 elements not finite, the same as in float64"
 
 
-@check("any thread count, same bits")
+@SUITE.check("any thread count, same bits")
 def threads(subject: Subject, rng: torch.Generator) -> str:
     values = [torch.randn(n, generator=rng) for n in (100_003, 7, 8193)]
     grads = [[randn(v, rng) for v in values] for _ in range(2)]
@@ -77,7 +77,7 @@ def threads(subject: Subject, rng: torch.Generator) -> str:
     return "1, 2 and 3 threads"
 
 
-@check("gradient left as it is")
+@SUITE.check("gradient left as it is")
 def gradient_untouched(subject: Subject, rng: torch.Generator) -> str:
     params = [torch.randn(size, generator=rng).requires_grad_() for size in ((33,), (4, 5))]
     optimizer = subject.make(params)
@@ -91,7 +91,7 @@ def gradient_untouched(subject: Subject, rng: torch.Generator) -> str:
     return "3 steps"
 
 
-@check("gradient of another dtype")
+@SUITE.check("gradient of another dtype")
 def gradient_dtype(subject: Subject, rng: torch.Generator) -> str:
     if not hasattr(torch.Tensor, "grad_dtype"):
         raise NotApplicable(f"torch {torch.__version__} has no Tensor.grad_dtype")

@@ -2,12 +2,12 @@
 
 import copy
 import inspect
-import math
-from collections.abc import Callable
 
 import torch
 
+from gdbp.testing.compare import difference, number, same_bits, ulps
 from gdbp.testing.report import Failure, NotApplicable, one_line
+from gdbp.testing.suite import Suite
 
 # Ten steps round ten times; the rest is for intermediate roundings of classes built from tensor operations.
 LIMIT_ULP = 16.0
@@ -43,6 +43,9 @@ class Subject:
         except Exception as error:
             return one_line(f"{type(error).__name__}: {error}")
         return ""
+
+
+SUITE = Suite("gdbp.testing.optimizers", Subject)
 
 
 class Pair:
@@ -91,8 +94,8 @@ class Pair:
         worst = distances.max().item() if distances.numel() else 0.0
         if not worst <= limit:
             many = int((~(distances <= limit)).sum())
-            raise Failure(f"{what}{many} of {distances.numel()} elements wrong, by up to {_number(worst)} ulp")
-        return f"{what}{_number(worst)} ulp from float64"
+            raise Failure(f"{what}{many} of {distances.numel()} elements wrong, by up to {number(worst)} ulp")
+        return f"{what}{number(worst)} ulp from float64"
 
 
 def randn(like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -109,50 +112,14 @@ def require_equal(found, expected, what: str) -> None:
     """Failure where parameters or states of two snapshots differ in a bit."""
     for i, ((p, state), (q, other)) in enumerate(zip(found, expected, strict=True)):
         if not same_bits(p, q):
-            raise Failure(f"{what}: parameter {i} differs by up to {_difference(p, q)}")
+            raise Failure(f"{what}: parameter {i} differs by up to {difference(p, q)}")
         if state.keys() != other.keys():
             raise Failure(f"{what}: states of parameter {i} are {sorted(state)} instead of {sorted(other)}")
         for key, value in state.items():
             if not same_bits(value, other[key]):
-                difference = _difference(value, other[key])
-                raise Failure(f"{what}: state {key!r} of parameter {i} differs by up to {difference}")
-
-
-def same_bits(a, b) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return (
-            a.dtype == b.dtype
-            and torch.equal(a.nan_to_num(nan=1.5), b.nan_to_num(nan=1.5))
-            and bool(torch.equal(a.isnan(), b.isnan()))
-        )
-    return type(a) is type(b) and a == b
-
-
-def ulps(p: torch.Tensor, exact: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
-    """Distance of every element from its exact value, in units in the last place of p's dtype at peak."""
-    info = torch.finfo(p.dtype)
-    _, exponent = torch.frexp(peak.clamp_min(info.tiny).nan_to_num(posinf=info.max))
-    unit = torch.exp2(exponent.double() - 1) * info.eps
-    same = (p.detach() == exact.detach()) | (p.detach().isnan() & exact.detach().isnan())
-    return torch.where(same, 0.0, ((p.detach().double() - exact.detach()).abs() / unit).nan_to_num(nan=math.inf))
-
-
-def require(condition: bool, evidence: str | Callable[[], str]) -> None:
-    if not condition:
-        raise Failure(evidence if isinstance(evidence, str) else evidence())
+                apart = difference(value, other[key])
+                raise Failure(f"{what}: state {key!r} of parameter {i} differs by up to {apart}")
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-
-
-def _difference(a, b) -> str:
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return f"being {a!r} instead of {b!r}"
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return f"being {a.dtype} {tuple(a.shape)} instead of {b.dtype} {tuple(b.shape)}"
-    return _number((a.double() - b.double()).abs().max().item())
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from gdbp.testing.registry import check
+from gdbp.testing.compare import require
+from gdbp.testing.optimizers.subject import SUITE, Subject, randn, require_equal, snapshot
 from gdbp.testing.report import NotApplicable
-from gdbp.testing.subject import Subject, randn, require, require_equal, snapshot
 
 _SIZES = [(5, 3), (17,), ()]
 
@@ -52,12 +52,12 @@ def _resume(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> str:
     return "3 steps, load_state_dict, 3 steps == 6 steps, bit for bit"
 
 
-@check("checkpoint float32")
+@SUITE.check("checkpoint float32")
 def resume_float32(subject: Subject, rng: torch.Generator) -> str:
     return _resume(subject, rng, torch.float32)
 
 
-@check("checkpoint bfloat16")
+@SUITE.check("checkpoint bfloat16")
 def resume_bfloat16(subject: Subject, rng: torch.Generator) -> str:
     return _resume(subject, rng, torch.bfloat16)
 
@@ -68,7 +68,7 @@ def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
-@check("load keeps state dtypes")
+@SUITE.check("load keeps state dtypes")
 def state_dtypes(subject: Subject, rng: torch.Generator) -> str:
     training = _Training(subject, rng, torch.bfloat16)
     training.run(0, 1)
@@ -83,7 +83,7 @@ def state_dtypes(subject: Subject, rng: torch.Generator) -> str:
     return f"bfloat16 parameters, states {', '.join(sorted({str(dtype) for dtype in before.values()}))}"
 
 
-@check("load copies")
+@SUITE.check("load copies")
 def load_copies(subject: Subject, rng: torch.Generator) -> str:
     training = _Training(subject, rng)
     training.run(0, 1)
@@ -99,7 +99,7 @@ def load_copies(subject: Subject, rng: torch.Generator) -> str:
     return "loaded states have memory of their own"
 
 
-@check("weights_only")
+@SUITE.check("weights_only")
 def weights_only(subject: Subject, rng: torch.Generator) -> str:
     training = _Training(subject, rng)
     training.run(0, 1)
@@ -134,7 +134,7 @@ def _copied(subject: Subject, rng: torch.Generator, duplicate) -> tuple[torch.op
     return training.optimizer, twin.optimizer
 
 
-@check("deepcopy")
+@SUITE.check("deepcopy")
 def deepcopy(subject: Subject, rng: torch.Generator) -> str:
     original, twin = _copied(subject, rng, copy.deepcopy)
     lost = sorted(name for name in vars(original) if not name.startswith("_") and not hasattr(twin, name))
@@ -142,7 +142,7 @@ def deepcopy(subject: Subject, rng: torch.Generator) -> str:
     return "goes on bit for bit"
 
 
-@check("pickle")
+@SUITE.check("pickle")
 def pickles(subject: Subject, rng: torch.Generator) -> str:
     _copied(subject, rng, lambda optimizer: pickle.loads(pickle.dumps(optimizer)))
     return "goes on bit for bit"
@@ -156,7 +156,7 @@ def _train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: torch
     return snapshot(optimizer, list(model.parameters()))
 
 
-@check("distributed state_dict changes nothing")
+@SUITE.check("distributed state_dict changes nothing")
 def dcp_changes_nothing(subject: Subject, rng: torch.Generator) -> str:
     model = torch.nn.Linear(4, 3)
     twin = copy.deepcopy(model)
@@ -169,7 +169,7 @@ def dcp_changes_nothing(subject: Subject, rng: torch.Generator) -> str:
     return "get_optimizer_state_dict, 3 steps == 3 steps"
 
 
-@check("flat distributed state_dict")
+@SUITE.check("flat distributed state_dict")
 def dcp_flat(subject: Subject, rng: torch.Generator) -> str:
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     model = torch.nn.Linear(4, 3)
