@@ -198,5 +198,5 @@ def test_compiled():
 
 
 def test_refusal():
-    with pytest.raises(TypeError, match=r"model is a list; expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"model is of type list; expected a torch\.nn\.Module"):
         collect_activation_stats([])

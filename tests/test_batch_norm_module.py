@@ -171,7 +171,7 @@ REFUSED = {
     "integers": ((X.long(), C, C), TypeError, r"input has dtype Long; expected float64.*convert"),
     "weight dtype": ((X, C, C, C.double()), RuntimeError, r"weight has dtype Double and input has Float; .*convert"),
     "bias dtype": ((X, C, C, C, C.half()), RuntimeError, r"bias has dtype Half and input has Float; .*convert"),
-    "no tensor": (([1.0], C, C), TypeError, "input is a list; expected a tensor"),
+    "no tensor": (([1.0], C, C), TypeError, "input is of type list; expected a tensor"),
     "momentum": ((X, C, C, None, None, True, "a"), TypeError, "momentum is 'a'; expected a number"),
     "eps, no number": ((X, C, C, None, None, True, 0.1, None), TypeError, "eps is None; expected a number"),
     "meta": ((X, C, C, C.to("meta")), RuntimeError, r"weight is on meta and input on cpu; .*move one"),

@@ -324,8 +324,8 @@ REFUSED_BY_BOTH = {
     "complex share": ({"target": (Y, Y, torch.tensor(1j))}, TypeError, "mixture has dtype torch.complex64; expected"),
     "shape of shares": ({"target": (Y, Y, torch.ones(2))}, ValueError, r"shape \(2,\); .* broadcasts .*\(3,\)"),
     "meta share": ({"target": (Y, Y, torch.ones(3, device="meta"))}, ValueError, "share of a mixture is on meta, wit"),
-    "weight": ({"weight": [1.0] * 4}, TypeError, "weight is a list; expected a tensor; convert it with"),
-    "input": ({"input": None}, TypeError, "input is a NoneType; expected a tensor"),
+    "weight": ({"weight": [1.0] * 4}, TypeError, "weight is of type list; expected a tensor; convert it with"),
+    "input": ({"input": None}, TypeError, "input is of type NoneType; expected a tensor"),
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_prints_a_table():
 
 
 def test_refusal():
-    with pytest.raises(TypeError, match=r"module is a Tensor; expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"module is of type Tensor; expected a torch\.nn\.Module"):
         gdbp.explain(torch.zeros(1))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         gdbp.explain(nn.Linear(3, 4), torch.zeros(2, 2))

@@ -376,7 +376,7 @@ def test_refusals():
     with pytest.raises(TypeError, match="report is 3; expected a function, such as print"):
         gdbp.fuse(nn.Linear(2, 2), report=3)
     for call in (gdbp.fuse, gdbp.unfuse):
-        with pytest.raises(TypeError, match=r"model is a list; expected a torch\.nn\.Module"):
+        with pytest.raises(TypeError, match=r"model is of type list; expected a torch\.nn\.Module"):
             call([nn.Linear(2, 2)])
     model = gdbp.fuse(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2), nn.ReLU()))
     model[0].__class__ = type("Wrapped", (type(model[0]),), {})

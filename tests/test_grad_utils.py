@@ -178,13 +178,13 @@ def test_refusals():
         ),
         *((lambda n=n: utils.get_total_norm([p], n), "norm_type is .*; expected a number") for n in ("a", None, [1])),
         *(
-            (lambda f=f, x=x: f(x, 0.1), "(parameters|tensors) (is|holds) a .*; expected .*tensors")
+            (lambda f=f, x=x: f(x, 0.1), "(parameters|tensors) (is of type|holds a) .*; expected .*tensors")
             for x in ("a", None, 1, [1, 2], [p, 1], {"params": [p]})
             for f in (utils.clip_grad_norm_, utils.clip_grad_value_, utils.get_total_norm, utils.adaptive_clip_grad_)
         ),
         (lambda: utils.gradient_health([("a", "b")]), r"model holds \['str', 'str'\]; expected .* pairs of name and"),
         (lambda: utils.gradient_health([("a", p, 1)]), r"model holds \['str', 'Parameter', 'int'\]; expected"),
-        (lambda: utils.gradient_health(None), "model is a NoneType; expected a module, or pairs"),
+        (lambda: utils.gradient_health(None), "model is of type NoneType; expected a module, or pairs"),
         *((lambda lr=lr: utils.gradient_health([("a", p)], lr=lr), "lr is") for lr in ("a", math.nan, -1, 1j)),
     ):
         before = p.grad.clone()

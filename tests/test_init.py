@@ -139,7 +139,7 @@ def test_what_has_no_fan_stays():
         (lambda: torch.nn.LayerNorm(3), ValueError, "LayerNorm has no weight of two"),
         (lambda: torch.nn.Sequential(nn.Linear(2, 2), torch.nn.LazyLinear(3)), ValueError, "has no shape yet"),
         (lambda: torch.nn.Sequential(nn.Linear(2, 2), Integers()), ValueError, "is torch.int8; expected floating"),
-        (lambda: torch.ones(3), TypeError, "module is a Tensor; expected a torch.nn.Module"),
+        (lambda: torch.ones(3), TypeError, "module is of type Tensor; expected a torch.nn.Module"),
     ],
 )
 def test_a_refusal_changes_nothing(module, error, sentence):

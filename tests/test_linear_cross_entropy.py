@@ -380,7 +380,7 @@ def test_module():
     assert "num_classes=4, out_features=(3,), z_loss=0.1, empty='zero'\n" in shown
     for options, error, sentence in (
         ({"weight": torch.ones(3)}, RuntimeError, r"weight shape to be \(4,\)"),
-        ({"weight": [1.0] * 4}, TypeError, "weight is a list; expected a tensor"),
+        ({"weight": [1.0] * 4}, TypeError, "weight is of type list; expected a tensor"),
         ({"label_smoothing": -0.1}, RuntimeError, "in range"),
         ({"label_smoothing": "a"}, TypeError, "label_smoothing is 'a'; expected a number"),
         ({"num_classes": 0}, ValueError, "num_classes is 0; expected a whole number, 1 or more"),
@@ -395,8 +395,8 @@ REFUSED = {
     "fraction": (lambda: linear_cross_entropy(X, W, Y, memory_budget=1e6), ValueError, "is 1000000.0; expected"),
     "truth": (lambda: linear_cross_entropy(X, W, Y, memory_budget=True), ValueError, "is True; expected a whole"),
     "no z_loss": (lambda: linear_cross_entropy(X, W, Y, z_loss=None), TypeError, "z_loss is None; expected a number"),
-    "no tensor": (lambda: linear_cross_entropy(X, W.numpy(), Y), TypeError, "linear_weight is a ndarray; expected"),
-    "no bias": (lambda: linear_cross_entropy(X, W, Y, linear_bias=[0] * 5), TypeError, "linear_bias is a list; exp"),
+    "no tensor": (lambda: linear_cross_entropy(X, W.numpy(), Y), TypeError, "linear_weight is of type ndarray"),
+    "no bias": (lambda: linear_cross_entropy(X, W, Y, linear_bias=[0] * 5), TypeError, "linear_bias is of type list"),
     "list": (lambda: linear_cross_entropy(X, W, [0, 1, 2]), TypeError, "target is or holds a list; expected"),
     "dtype": (lambda: linear_cross_entropy(X, W.double(), Y), RuntimeError, "linear_weight is torch.float64 on cpu"),
     "weight": (lambda: linear_cross_entropy(X, W, Y, weight=torch.ones(4)), RuntimeError, "all 5 classes or no"),

@@ -55,9 +55,9 @@ def test_unknown_activation(name):
 
 @pytest.mark.parametrize("value", [None, [1.0], 3, X.detach().numpy()], ids=lambda v: type(v).__name__)
 def test_what_is_no_tensor(value):
-    with pytest.raises(TypeError, match=f"input is a {type(value).__name__}; expected a tensor"):
+    with pytest.raises(TypeError, match=f"input is of type {type(value).__name__}; expected a tensor"):
         linear(value, W, B)
-    with pytest.raises(TypeError, match=r"input is a .*; expected a tensor"):
+    with pytest.raises(TypeError, match=r"input is of type .*; expected a tensor"):
         gdbp.nn.Linear(4, 5, activation="relu")(value)
 
 
@@ -73,7 +73,7 @@ def test_nested_tensors_are_torchs():
 
 
 def test_no_weight():
-    with pytest.raises(TypeError, match="weight is a NoneType; expected a tensor"):
+    with pytest.raises(TypeError, match="weight is of type NoneType; expected a tensor"):
         linear(X, None)
 
 

@@ -375,10 +375,10 @@ def test_refusals(case):
 @pytest.mark.parametrize("f", [mse_loss, l1_loss, huber_loss, smooth_l1_loss, binary_cross_entropy_with_logits])
 def test_what_is_no_tensor(f):
     for input, target, name in ((None, X, "input"), (X, X.numpy(), "target"), ([1.0], X, "input")):
-        with pytest.raises(TypeError, match=f"{name} is a .*; expected a tensor; convert it with torch.as_tensor"):
+        with pytest.raises(TypeError, match=f"{name} is of type .*; expected a tensor; convert it with torch"):
             f(input, target)
     for name in {"weight", "pos_weight"} & set(inspect.signature(f).parameters):
-        with pytest.raises(TypeError, match=f"{name} is a list; expected a tensor"):
+        with pytest.raises(TypeError, match=f"{name} is of type list; expected a tensor"):
             f(X, X, **{name: [1.0]})
 
 

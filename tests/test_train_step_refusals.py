@@ -194,9 +194,9 @@ def test_many_refuses():
         pair.step.many((x, y), 2, -1)
     with pytest.raises(ValueError, match="tensors have no rows"):
         pair.step.many((x[:0], y[:0]))
-    with pytest.raises(TypeError, match=r"tensors is a Tensor; expected a tuple \(inputs, targets\)"):
+    with pytest.raises(TypeError, match=r"tensors is of type Tensor; expected a tuple \(inputs, targets\)"):
         pair.step.many(x)
-    with pytest.raises(TypeError, match="targets is a list; expected a tensor"):
+    with pytest.raises(TypeError, match="targets is of type list; expected a tensor"):
         pair.step.many((x, y.tolist()))
     with pytest.raises(TypeError, match=r"inputs is torch.sparse_coo; expected a dense tensor; use .to_dense\(\)"):
         pair.step.many((x.to_sparse(), y))
@@ -278,9 +278,9 @@ def test_eager_where_not_strict(norm):
 @pytest.mark.parametrize(
     "change, error, sentence",
     [
-        ({"model": None}, TypeError, "model is a NoneType; expected a torch.nn.Module"),
-        ({"loss": 3}, TypeError, "loss is a int; expected a loss module, or a function"),
-        ({"optimizer": "sgd"}, TypeError, "optimizer is a str; expected a torch.optim.Optimizer"),
+        ({"model": None}, TypeError, "model is of type NoneType; expected a torch.nn.Module"),
+        ({"loss": 3}, TypeError, "loss is of type int; expected a loss module, or a function"),
+        ({"optimizer": "sgd"}, TypeError, "optimizer is of type str; expected a torch.optim.Optimizer"),
         ({"seed": 1.5}, TypeError, "seed is 1.5; expected a whole number, or None"),
         ({"max_grad_norm": "1"}, TypeError, "max_grad_norm is '1'; expected a number"),
         ({"model": network(4)}, ValueError, "optimizer has none of the model's parameters"),

@@ -145,30 +145,9 @@ bool TrainPlan::finish(bool waits, const Limit& limit, grad::Norm* norm) {
   return decided.skip == 0;
 }
 
-py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const Limit& limit,
-                          uint64_t seed, uint64_t number) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  TORCH_CHECK_TYPE(input.defined() && target.defined(), "TrainStep: the ", input.defined() ? "target" : "input",
-                   " is no tensor; expected two; make one with torch.as_tensor");
-  const Retraction unless_done(network_.updates);
-  const at::Tensor x = input.resolve_neg().contiguous(), y = target.resolve_neg().contiguous();
-  const Target described = describe(y, y.const_data_ptr());
-  ready(x, x.dim() ? x.size(0) : 0, described);
-  const at::Tensor loss = at::empty({}, x.options());
-  std::vector<grad::Norm> norms(limit ? 1 : 0);
-  bool counts = false;
-  {
-    const py::gil_scoped_release no_gil;
-    network_.run(x.const_data_ptr(), described, combine_seed(seed, number), loss.mutable_data_ptr());
-    counts = finish(limit.has_value(), limit, norms.data());
-    plan.settle(counts);
-  }
-  ++completed_;
-  return py::make_tuple(wrap(loss), limit ? wrap(tensor_of(norms)) : py::none(), counts);
-}
-
-std::pair<at::Tensor, at::Tensor> TrainPlan::backward(const at::Tensor& input, const at::Tensor& target, uint64_t seed,
-                                                      uint64_t number) {
+template <class Then>
+at::Tensor TrainPlan::run(const at::Tensor& input, const at::Tensor& target, uint64_t seed, uint64_t number,
+                          const Then& then) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_TYPE(input.defined() && target.defined(), "TrainStep: the ", input.defined() ? "target" : "input",
                    " is no tensor; expected two; make one with torch.as_tensor");
@@ -179,6 +158,25 @@ std::pair<at::Tensor, at::Tensor> TrainPlan::backward(const at::Tensor& input, c
   const at::Tensor loss = at::empty({}, x.options());
   const py::gil_scoped_release no_gil;
   network_.run(x.const_data_ptr(), described, combine_seed(seed, number), loss.mutable_data_ptr());
+  then();
+  return loss;
+}
+
+py::tuple TrainPlan::step(StepPlan& plan, const at::Tensor& input, const at::Tensor& target, const Limit& limit,
+                          uint64_t seed, uint64_t number) {
+  std::vector<grad::Norm> norms(limit ? 1 : 0);
+  bool counts = false;
+  const at::Tensor loss = run(input, target, seed, number, [&] {
+    counts = finish(limit.has_value(), limit, norms.data());
+    plan.settle(counts);
+  });
+  ++completed_;
+  return py::make_tuple(wrap(loss), limit ? wrap(tensor_of(norms)) : py::none(), counts);
+}
+
+std::pair<at::Tensor, at::Tensor> TrainPlan::backward(const at::Tensor& input, const at::Tensor& target, uint64_t seed,
+                                                      uint64_t number) {
+  const at::Tensor loss = run(input, target, seed, number, [] {});
   return {loss, network_.updates.flat()};
 }
 

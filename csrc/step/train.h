@@ -51,6 +51,9 @@ class TrainPlan {
  private:
   // Checks what comes in, and lays out the memory if need be. rows: of the input, if not all of them.
   void ready(const at::Tensor& input, int64_t rows, const Target& target);
+  // The loss of one batch. Once its gradients are there, and while no Python runs, `then` is called.
+  template <class Then>
+  at::Tensor run(const at::Tensor& input, const at::Tensor& target, uint64_t seed, uint64_t number, const Then& then);
   // The updates that had to wait, if there are any; false where the step does not count.
   bool finish(bool waits, const Limit& limit, grad::Norm* norm);
 

@@ -62,7 +62,8 @@ def no_number(**values: object) -> TypeError:
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor; convert it with torch.as_tensor()")
+        kind = type(value).__name__
+        raise TypeError(f"{name} is of type {kind}; expected a tensor; convert it with torch.as_tensor()")
 
 
 def number(name: str, value: object) -> float:
@@ -108,7 +109,7 @@ def check_loss(input: object, target: object, weight: object = None, pos_weight:
 
 def check_module(name: str, value: object) -> None:
     if not isinstance(value, torch.nn.Module):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.nn.Module")
+        raise TypeError(f"{name} is of type {type(value).__name__}; expected a torch.nn.Module")
 
 
 def check_activation(activation: str | None) -> None:

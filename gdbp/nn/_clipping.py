@@ -43,7 +43,7 @@ def clip_grad_norm_by_group_(
         ValueError: max_norm below 0, NaN, or not as many as groups; norm_type not above 0.
     """
     if isinstance(groups, Tensor | dict) or not isinstance(groups, Iterable):
-        raise TypeError(f"groups is a {type(groups).__name__}; expected groups; put a single one into a list")
+        raise TypeError(f"groups is of type {type(groups).__name__}; expected groups; put a single one into a list")
     members = [_members(group, f"group {i}") for i, group in enumerate(groups)]
     return _clip_groups(members, [f"group {i}" for i in range(len(members))], max_norm, norm_type, error_if_nonfinite)
 

@@ -20,7 +20,7 @@ def listed(
     if isinstance(tensors, Tensor):
         return [tensors]
     if not isinstance(tensors, Iterable):
-        raise TypeError(f"{name} is a {type(tensors).__name__}; expected a tensor, or tensors")
+        raise TypeError(f"{name} is of type {type(tensors).__name__}; expected a tensor, or tensors")
     listed = list(tensors)
     if not collected:
         _check_kinds(listed, name)

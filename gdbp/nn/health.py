@@ -112,7 +112,7 @@ def gradient_health(
     """
     lr = None if lr is None else nonnegative("lr", lr)
     if not isinstance(model, torch.nn.Module | Iterable):
-        raise TypeError(f"model is a {type(model).__name__}; expected a module, or pairs of name and parameter")
+        raise TypeError(f"model is of type {type(model).__name__}; expected a module, or pairs of name and parameter")
     named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
     for pair in named:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], Tensor):

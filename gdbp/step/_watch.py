@@ -56,7 +56,7 @@ class Watch:
             value = kind[name]
             self.values.append((kind, name, value))
             if value is not None and type(value) not in (torch.Tensor, torch.nn.Parameter):
-                raise CannotFuse(f"{name} of {label} is a {type(value).__name__}; expected a plain tensor")
+                raise CannotFuse(f"{name} of {label} is of type {type(value).__name__}; expected a plain tensor")
             if value is not None:
                 self.no_hooks(value, _TENSOR_HOOKS, f"{name} of {label}")
             return value

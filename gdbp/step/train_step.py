@@ -159,11 +159,12 @@ class TrainStep:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is {generator!r}; expected a torch.Generator, or None")
         if not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
-            raise TypeError(f"tensors is a {type(tensors).__name__}; expected a tuple (inputs, targets)")
+            raise TypeError(f"tensors is of type {type(tensors).__name__}; expected a tuple (inputs, targets)")
         inputs, targets = tensors
         for name, tensor in (("inputs", inputs), ("targets", targets)):
             if not isinstance(tensor, torch.Tensor) or not tensor.dim():
-                raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor of one row for each sample")
+                kind = type(tensor).__name__
+                raise TypeError(f"{name} is of type {kind}; expected a tensor of one row for each sample")
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{name} is {tensor.layout}; expected a dense tensor; use .to_dense()")
         rows = len(inputs)
@@ -364,9 +365,9 @@ class TrainStep:
 def _check_arguments(model, loss, optimizer, seed) -> None:
     check_module("model", model)
     if not callable(loss):
-        raise TypeError(f"loss is a {type(loss).__name__}; expected a loss module, or a function")
+        raise TypeError(f"loss is of type {type(loss).__name__}; expected a loss module, or a function")
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+        raise TypeError(f"optimizer is of type {type(optimizer).__name__}; expected a torch.optim.Optimizer")
     if seed is not None and whole(seed) is None:
         raise TypeError(f"seed is {seed!r}; expected a whole number, or None")
 
