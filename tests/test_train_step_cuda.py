@@ -147,6 +147,17 @@ def test_ignored_labels():
     check(network(9), sgd, nn.CrossEntropyLoss(), [(x, y)] * 2)
 
 
+@pytest.mark.parametrize("width", [16, 200])
+def test_gradient_of_no_label_is_zero(width):
+    """In one kernel and in a graph."""
+    model, (x, y) = network(width).cuda(), on_cuda(*data(64))
+    before = [p.detach().clone() for p in model.parameters()]
+    step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), sgd(model))
+    with autocast(BF16):
+        assert all(step(x, torch.full_like(y, -100)).isnan() for _ in range(3))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
 def test_gradients_are_kept_where_asked_for():
     model, (x, y) = network(16).cuda(), on_cuda(*data(64))
     twin = copy.deepcopy(model).double()

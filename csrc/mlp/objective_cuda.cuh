@@ -42,7 +42,7 @@ __device__ void cross_entropy(const Train& a, T* logits, int stride, int64_t fir
   const int other_largest = __shfl_xor_sync(kAllLanes, largest, 1);
   // The first of several equal ones, for both lanes.
   if (other_m > m || (other_m == m && other_largest < largest)) m = other_m, largest = other_largest;
-  float others = 0;
+  float others = m - m;  // NaN where this lane knows of no finite largest logit
   for (int j = half; j < classes; j += 2)
     if (j != largest) others += math::exp(cuda::widen_fast(x[j]) - m);
   const float others_beside = __shfl_xor_sync(kAllLanes, others, 1);
@@ -119,7 +119,8 @@ __device__ void conclude(const Train& a, const Found& found) {
   const bool is_bad = sum.bad_row != INT64_MAX;
   const double value = a.mean ? sum.loss / sum.count : sum.loss;
   *a.loss = is_bad ? math::not_a_number<float> : float(value);
-  *a.decision = {a.mean ? 1 / sum.count : 1.0, is_bad ? 1.0 : 0.0};
+  // The gradient of a mean over nothing is 0, as in torch.
+  *a.decision = {!a.mean ? 1.0 : sum.count == 0 ? 0.0 : 1 / sum.count, is_bad ? 1.0 : 0.0};
   loss::tell_label(a.bad, is_bad ? sum.bad_row : -1, is_bad ? static_cast<const int64_t*>(a.target)[sum.bad_row] : 0);
   *a.finished = 0;
 }

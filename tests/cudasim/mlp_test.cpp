@@ -296,27 +296,76 @@ void frozen() {
   for (int layer : {0, 1}) check({.widths = {5, 12, 3}, .rows = 20, .frozen = layer});
 }
 
-void bad_labels() {
-  context = "bad_labels";
-  std::mt19937 generator(9);
-  const Setup s{.widths = {4, 3}, .rows = 200};
-  const Model m(s, generator);
-  const Array input(s.input, s.rows * 4, 0, generator, -1, 1);
-  std::vector<int64_t> labels(s.rows, 1);
-  labels[150] = -1;
-  labels[140] = 3;
-  std::vector<float> partials(2 * m.gradients);
-  std::vector<Finding> findings(kMaxBlocks);
-  unsigned finished = 0;
+// One layer, trained on these labels; bias: that of the last class, if it is not 0.
+struct Labelled {
+  std::mt19937 generator{9};
+  Model model;
+  std::vector<float> partials;
   float loss = 0;
   Decision decision{};
   int64_t bad[2] = {};
-  const Train args{
-      m.network, s.rows, Dtype::float32, Dtype::float32,  input.data(),    labels.data(), Objective::cross_entropy,
-      -100,      true,   m.gradients,    partials.data(), findings.data(), &finished,     &loss,
-      &decision, bad};
-  expect(train_cuda(args, nullptr) == 0, "the launch fails");
-  expect(bad[0] == 140 && bad[1] == 3 && decision.skip == 1 && loss != loss, "the label was not noticed");
+
+  Labelled(const Setup& s, const std::vector<int64_t>& labels, double bias = 0) : model(s, generator) {
+    if (bias != 0) model.biases[0].set(s.widths[1] - 1, bias);
+    const Array input(s.input, s.rows * s.widths[0], 0, generator, -1, 1);
+    partials.resize(2 * model.gradients);
+    std::vector<Finding> findings(kMaxBlocks);
+    unsigned finished = 0;
+    const Train args{model.network,
+                     s.rows,
+                     Dtype::float32,
+                     Dtype::float32,
+                     input.data(),
+                     labels.data(),
+                     Objective::cross_entropy,
+                     -100,
+                     s.mean,
+                     model.gradients,
+                     partials.data(),
+                     findings.data(),
+                     &finished,
+                     &loss,
+                     &decision,
+                     bad};
+    expect(train_cuda(args, nullptr) == 0, "the launch fails");
+  }
+};
+
+void bad_labels() {
+  context = "bad_labels";
+  std::vector<int64_t> labels(200, 1);
+  labels[150] = -1;
+  labels[140] = 3;
+  const Labelled got({.widths = {4, 3}, .rows = 200}, labels);
+  expect(got.bad[0] == 140 && got.bad[1] == 3 && got.decision.skip == 1 && got.loss != got.loss,
+         "the label was not noticed");
+}
+
+// The mean over nothing is not a number, and its gradient is 0.
+void all_ignored() {
+  context = "all_ignored";
+  for (const bool mean : {true, false}) {
+    const Labelled got({.widths = {4, 3}, .rows = 20, .mean = mean}, std::vector<int64_t>(20, -100));
+    expect(got.bad[0] == -1 && got.decision.skip == 0, "an ignored label is no bad one");
+    expect(mean ? got.loss != got.loss : got.loss == 0, "the loss of nothing");
+    for (const float gradient : got.partials)
+      expect(float(got.decision.coefficient) * gradient == 0, "the gradient of nothing is not 0");
+  }
+}
+
+// One logit that is no number leaves none of the row's gradients, wherever it is.
+void nan_logits() {
+  for (const int classes : {1, 2, 3, 4}) {
+    context = "nan_logits, " + std::to_string(classes) + " classes";
+    for (int64_t label = 0; label < classes; ++label) {
+      const Labelled got({.widths = {4, classes}, .rows = 1}, {label}, NAN);
+      expect(got.loss != got.loss, "the loss is a number");
+      for (int j = 0; j < classes; ++j) {
+        const float gradient = got.partials[got.model.network.layers[0].bias_at + j];
+        expect(gradient != gradient, "gradient " + std::to_string(j) + " is a number");
+      }
+    }
+  }
 }
 
 // The output, from arrays that begin so many elements behind a 16-byte boundary.
@@ -404,6 +453,8 @@ int main(int argc, char** argv) {
                                {"wide", wide},
                                {"frozen", frozen},
                                {"bad_labels", bad_labels},
+                               {"all_ignored", all_ignored},
+                               {"nan_logits", nan_logits},
                                {"inference", inference},
                                {"inference_types", inference_types},
                                {"inference_sizes", inference_sizes}};

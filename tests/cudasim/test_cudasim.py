@@ -48,6 +48,7 @@ FAMILIES = {
     "linear": ["forward", "backward"],
     "mlp": [
         *["cross_entropy", "mean_square", "upstream", "activations", "wide", "frozen", "bad_labels"],
+        *["all_ignored", "nan_logits"],
         *["inference", "inference_types", "inference_sizes"],
     ],
     "pointwise": ["forward", "backward"],
