@@ -174,6 +174,16 @@ def test_others_take_the_layers(name, kernels):
     assert kernels.calls == []
 
 
+def test_input_of_other_dtypes_under_autocast_takes_the_layers(kernels, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    weights, biases = [torch.randn(3, 7)], [None]
+    for dtype, taken in ((torch.float64, False), (torch.int64, False), (torch.float32, True), (torch.float16, True)):
+        output = mlp.forward(torch.ones(5, 7, dtype=dtype), weights, biases, "relu")
+        assert (output is not None and output.dtype is torch.bfloat16) is taken
+    assert kernels.calls == ["forward"] * 2
+
+
 def test_too_large_ones_take_the_layers(kernels):
     kernels.fits = False
     MLP(SIZES)(torch.randn(5, 7)).sum().backward()

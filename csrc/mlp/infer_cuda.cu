@@ -149,8 +149,7 @@ struct Inference {
   template <class X>
   __device__ __forceinline__ void read(const X* input, int rows, Fragments& x) const {
     const int cols = a.network.inputs();
-    // Eight of float64 are more than there are registers for.
-    if (sizeof(X) <= 4 && cols % 8 == 0 && cuda::aligned_for<8>(input)) {
+    if (cols % 8 == 0 && cuda::aligned_for<8>(input)) {
       x.for_eights([&](int row, int column, Pair(&pairs)[4]) {
         // From an address that always exists. What there is not becomes 0 afterwards, which also moves the registers of
         // a load to where products want them, once: the compiler would do so before each product.
@@ -186,19 +185,19 @@ struct Inference {
     return as_factor<Factor>(Pair::of(float(cuda::widen_fast(low)), float(cuda::widen_fast(high))));
   }
 
-  template <class Y>
-  __device__ __forceinline__ void write(Fragments& y, Y* output, int rows) const {
+  // The output has the type of the factors.
+  __device__ __forceinline__ void write(Fragments& y, T* output, int rows) const {
     const int cols = a.network.outputs();
-    const auto low = [](Pair pair) { return cuda::narrow_fast<Y>(Compute<Y>(pair.low())); };
-    const auto high = [](Pair pair) { return cuda::narrow_fast<Y>(Compute<Y>(pair.high())); };
-    if (sizeof(Y) <= 4 && cols % 8 == 0 && cuda::aligned_for<8>(output)) {
+    const auto low = [](Pair pair) { return cuda::narrow_fast<T>(pair.low()); };
+    const auto high = [](Pair pair) { return cuda::narrow_fast<T>(pair.high()); };
+    if (cols % 8 == 0 && cuda::aligned_for<8>(output)) {
       y.for_eights([&](int row, int column, Pair(&pairs)[4]) {
-        Y* const to = output + row * cols + column;
+        T* const to = output + row * cols + column;
         if (row >= rows || column >= cols) return;
-        if constexpr (sizeof(T) == 2 && std::is_same_v<Y, T>) {
+        if constexpr (sizeof(T) == 2) {
           __stwb(reinterpret_cast<uint4*>(to), uint4{pairs[0].bits, pairs[1].bits, pairs[2].bits, pairs[3].bits});
         } else {
-          cuda::Packed<Y, 8> packed;
+          cuda::Packed<T, 8> packed;
 #pragma unroll
           for (int j = 0; j < 4; ++j) packed.at[2 * j] = low(pairs[j]), packed.at[2 * j + 1] = high(pairs[j]);
 #pragma unroll
@@ -208,7 +207,7 @@ struct Inference {
       });
     } else {
       y.for_fours([&](int row, int column, Pair(&pairs)[2]) {
-        Y* const to = output + row * cols + column;
+        T* const to = output + row * cols + column;
         const int inside = row < rows ? cols - column : 0;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -315,18 +314,16 @@ __global__ void __launch_bounds__(kInferThreads<widest>, 1)
   // The first warp of every block, then the second of every block: few rows are spread over all blocks.
 #pragma unroll 1
   for (unsigned tile = warp_id() * gridDim.x + blockIdx.x; tile < tiles; tile += blockDim.x / kWarp * gridDim.x) {
-    const int64_t first = int64_t(tile) * Here::Fragments::count, left = a.rows - first;
-    const int rows = left < Here::Fragments::count ? int(left) : Here::Fragments::count;
+    constexpr int count = Here::Fragments::count;
+    const int64_t left = a.rows - int64_t(tile) * count;
+    const int rows = left < count ? int(left) : count;
     typename Here::Fragments x, y;
-    cuda::for_dtype(a.input_dtype, [&](auto type) {
+    for_narrow_dtype(a.input_dtype, [&](auto type) {
       using X = typename decltype(type)::type;
-      here.read(static_cast<const X*>(a.input) + first * a.network.inputs(), rows, x);
+      here.read(static_cast<const X*>(a.input) + tile * int64_t(count * a.network.inputs()), rows, x);
     });
     here.layers(x, y);
-    cuda::for_dtype(a.output_dtype, [&](auto type) {
-      using Y = typename decltype(type)::type;
-      here.write(y, static_cast<Y*>(a.output) + first * a.network.outputs(), rows);
-    });
+    here.write(y, static_cast<Element<Factor>*>(a.output) + tile * int64_t(count * a.network.outputs()), rows);
   }
 }
 

@@ -65,6 +65,12 @@ void check_input(const Tensor& input, const Tensor& weight, const Network& netwo
                     "; expected (*, ", network.inputs(), ")");
 }
 
+void check_narrow(const Tensor& tensor, const char* argument, const char* op) {
+  TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()) && tensor.scalar_type() != at::kDouble, op, ": ", argument,
+                   " has dtype ", tensor.scalar_type(),
+                   "; expected float32, bfloat16 or float16; convert it with .to()");
+}
+
 void check_fits(const Network& network, bool trains, at::Device device) {
   TORCH_CHECK_VALUE(fits(network, trains, shared_bytes()), "mlp: the weights do not fit into the shared memory of ",
                     device);
@@ -73,6 +79,8 @@ void check_fits(const Network& network, bool trains, at::Device device) {
 Tensor forward(const Tensor& input, at::TensorList weights, const Biases& biases, c10::string_view activation,
                c10::string_view factors) {
   const Network network = network_of(weights, biases, parse_activation(activation, "mlp"), factors);
+  check_narrow(input, "input", "mlp");
+  check_narrow(weights[0], "a weight", "mlp");
   check_input(input, weights[0], network);
   const c10::DeviceGuard guard(input.device());
   check_fits(network, false, input.device());
@@ -80,11 +88,7 @@ Tensor forward(const Tensor& input, at::TensorList weights, const Biases& biases
   at::DimVector sizes(input.sizes());
   sizes.back() = network.outputs();
   const Tensor output = at::empty(sizes, input.options().dtype(scalar_type_of(network.factors)));
-  const Infer args{network,
-                   input.numel() / network.inputs(),
-                   dtype_of(x, "mlp", "input"),
-                   kept_in(network.factors),
-                   x.const_data_ptr(),
+  const Infer args{network, input.numel() / network.inputs(), dtype_of(x, "mlp", "input"), x.const_data_ptr(),
                    output.mutable_data_ptr()};
   run_on(input.device(), "mlp", no_forward_on_cpu, GDBP_CUDA_LAUNCHER(infer_cuda), args);
   return output;
@@ -97,6 +101,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
                                     const Biases& biases, c10::string_view activation, c10::string_view factors,
                                     const c10::List<bool>& mask) {
   Network network = network_of(weights, biases, parse_activation(activation, "mlp"), factors);
+  check_narrow(input, "input", "mlp_backward");
+  check_narrow(weights[0], "a weight", "mlp_backward");
+  check_narrow(grad_output, "grad_output", "mlp_backward");
   check_input(input, weights[0], network);
   TORCH_CHECK_VALUE(mask.size() == 1 + 2 * weights.size(), "mlp_backward: mask has ", mask.size(),
                     " elements; expected one for the input and two for each layer");

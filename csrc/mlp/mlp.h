@@ -38,7 +38,7 @@ Factors parse_factors(std::string_view name);
 
 struct Network {
   int count;
-  Dtype parameters;  // of weights and biases
+  Dtype parameters;  // of weights and biases; on CUDA not float64
   Factors factors;
   Layer layers[kMaxLayers];
 
@@ -64,8 +64,8 @@ struct Finding {
 struct Train {
   Network network;
   int64_t rows;
-  Dtype input_dtype, target_dtype;
-  const void* input;   // (rows, inputs)
+  Dtype input_dtype, target_dtype;  // not float64, but for the values of mse
+  const void* input;                // (rows, inputs)
   const void* target;  // labels, int64 (rows); or (rows, outputs) of target_dtype: values, or the output's gradient
   Objective objective;
   int64_t ignore_index;
@@ -85,9 +85,9 @@ struct Train {
 struct Infer {
   Network network;
   int64_t rows;
-  Dtype input_dtype, output_dtype;
+  Dtype input_dtype;            // not float64
   const void* input;            // (rows, inputs)
-  void* output;                 // (rows, outputs)
+  void* output;                 // (rows, outputs), of kept_in(factors)
   int most_blocks = INT32_MAX;  // as many as there are multiprocessors are enough
 };
 

@@ -52,9 +52,10 @@ struct Block {
   }
 
   // Rows `first` and further of a matrix into this warp's, zeros behind the last; likewise in fours.
-  __device__ void load_rows(const void* matrix, Dtype dtype, int cols, int64_t rows, int64_t first, T* to,
-                            int stride) const {
-    cuda::for_dtype(dtype, [&](auto type) {
+  __device__ void load_rows(const void* matrix, Dtype dtype, int cols, int64_t rows, int64_t first, int place) const {
+    const int stride = stride_of(cols);
+    T* const to = own(place, stride);
+    for_narrow_dtype(dtype, [&](auto type) {
       using X = typename decltype(type)::type;
       const X* const from = static_cast<const X*>(matrix);
       const bool vectors = cols % 4 == 0 && cuda::aligned_for<4>(from);
@@ -72,10 +73,16 @@ struct Block {
     });
     __syncwarp();
   }
-
-  __device__ void load_input(const void* input, Dtype dtype, int64_t rows, int64_t first) const {
-    const int cols = net.inputs(), stride = stride_of(cols);
-    load_rows(input, dtype, cols, rows, first, own(at.input[0], stride), stride);
+  // The input's, and where there is no objective those of the output's gradient: by the same code, of which there is
+  // much.
+  __device__ __forceinline__ void load_tile(const Train& a, int64_t first) const {
+    const int matrices = a.objective == Objective::upstream ? 2 : 1;
+#pragma unroll 1
+    for (int i = 0; i < matrices; ++i) {
+      load_rows(i == 0 ? a.input : a.target, i == 0 ? a.input_dtype : a.target_dtype,
+                i == 0 ? net.inputs() : net.outputs(), a.rows, first,
+                i == 0 ? at.input[0] : at.gradient(net.count - 1));
+    }
   }
 
   // epilogue(column, c) for the warp's rows of x times w, kColumns columns at a time: w[k * stride + n], or of the
@@ -157,13 +164,15 @@ struct Block {
     }
   }
 
-  // The gradient of the pre-activation of layer l - 1, from that of layer l.
-  __device__ void backward(int l) const {
+  // From the gradient of the pre-activation of layer l that of layer l - 1, or of the input to rows `first_row` and
+  // further of `gradient`.
+  __device__ void backward(int l, void* gradient, Dtype dtype, int64_t rows, int64_t first_row) const {
     const Layer& layer = net.layers[l];
     const int stride = stride_of(layer.inputs), out_stride = stride_of(layer.outputs), width = padded(layer.inputs);
-    T* const saved = own(at.gradient(l - 1), stride);
+    T* const saved = l > 0 ? own(at.gradient(l - 1), stride) : nullptr;
     multiply<false>(own(at.gradient(l), out_stride), out_stride, slab(at.weight[l]), stride, padded(layer.outputs),
                     width, [&](int first, FragmentC(&c)[kParts]) {
+                      if (l == 0) return write_input_gradient(gradient, dtype, rows, first_row, first, c);
                       for_activation<T>(net.layers[l - 1].activation, [&](auto op) {
                         for_pairs(first, width, c, [&](int row, int column, float low, float high) {
                           Pair& pair = pair_at(saved + row * stride + column);
@@ -174,23 +183,19 @@ struct Block {
     __syncwarp();
   }
 
-  // The gradient of the input, from that of layer 0, to rows `first` and further.
-  __device__ void write_input_gradient(void* gradient, Dtype dtype, int64_t rows, int64_t first) const {
-    const Layer& layer = net.layers[0];
-    const int out_stride = stride_of(layer.outputs);
-    multiply<false>(own(at.gradient(0), out_stride), out_stride, slab(at.weight[0]), stride_of(layer.inputs),
-                    padded(layer.outputs), padded(layer.inputs), [&](int column, FragmentC(&c)[kParts]) {
-                      cuda::for_dtype(dtype, [&](auto type) {
-                        using X = typename decltype(type)::type;
-                        X* const to = static_cast<X*>(gradient);
-                        for_pairs(column, padded(layer.inputs), c, [&](int row, int k, float low, float high) {
-                          if (first + row >= rows) return;
-                          X* const pair = to + (first + row) * layer.inputs + k;
-                          if (k < layer.inputs) pair[0] = cuda::narrow_fast<X>(Compute<X>(low));
-                          if (k + 1 < layer.inputs) pair[1] = cuda::narrow_fast<X>(Compute<X>(high));
-                        });
-                      });
-                    });
+  __device__ void write_input_gradient(void* gradient, Dtype dtype, int64_t rows, int64_t first, int column,
+                                       FragmentC (&c)[kParts]) const {
+    const int inputs = net.inputs();
+    for_narrow_dtype(dtype, [&](auto type) {
+      using X = typename decltype(type)::type;
+      X* const to = static_cast<X*>(gradient);
+      for_pairs(column, padded(inputs), c, [&](int row, int k, float low, float high) {
+        if (first + row >= rows) return;
+        X* const pair = to + (first + row) * inputs + k;
+        if (k < inputs) pair[0] = cuda::narrow_fast<X>(low);
+        if (k + 1 < inputs) pair[1] = cuda::narrow_fast<X>(high);
+      });
+    });
   }
 
   // f(first output, first input) for the parts of a layer's weight that are this warp's, 16 x kColumns.
@@ -304,8 +309,7 @@ struct Block {
   }
 };
 
-// upstream: whether there is no objective; a kernel of its own, for what it takes in registers.
-template <class Factor, bool upstream>
+template <class Factor>
 __global__ void __launch_bounds__(kMaxThreads)
     train_kernel(GDBP_GRID_CONSTANT(Train) a, GDBP_GRID_CONSTANT(Layout) at, int64_t tiles) {
   GDBP_DYNAMIC_SHARED(unsigned char, shared);
@@ -314,18 +318,17 @@ __global__ void __launch_bounds__(kMaxThreads)
   float* const gradients = a.partials + blockIdx.x * a.gradients;
   block.load_parameters();
   __syncthreads();
+  const bool upstream = a.objective == Objective::upstream;
   Found found;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const bool first_tile = tile == blockIdx.x;
     const int64_t first = (tile * at.warps + warp_id()) * kWarpRows;
-    block.load_input(a.input, a.input_dtype, a.rows, first);
+    block.load_tile(a, first);
     block.forward(upstream ? last : last + 1);
     cuda::Element<Factor>* const output = block.own(at.gradient(last), stride);
-    if constexpr (upstream) {
-      block.load_rows(a.target, a.target_dtype, a.network.outputs(), a.rows, first, output, stride);
-    } else if (a.objective == Objective::cross_entropy) {
+    if (a.objective == Objective::cross_entropy) {
       cross_entropy(a, output, stride, first, found);
-    } else {
+    } else if (a.objective == Objective::mse) {
       cuda::for_dtype(a.target_dtype, [&](auto type) {
         using Y = typename decltype(type)::type;
         mean_square(a, static_cast<const Y*>(a.target), output, stride, first, found);
@@ -342,13 +345,11 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (layer.weight_at >= 0) block.add_weight(l, first_tile, gradients);
       // The next gradient, or the next tile's input, takes the place of what the others may still be reading.
       __syncthreads();
-      if (l > 0) block.backward(l);
+      if (l > 0 || a.input_gradient != nullptr) block.backward(l, a.input_gradient, a.input_dtype, a.rows, first);
     }
-    if (upstream && a.input_gradient != nullptr)
-      block.write_input_gradient(a.input_gradient, a.input_dtype, a.rows, first);
   }
   block.write_sums(gradients);
-  if constexpr (!upstream) conclude(a, found);
+  if (!upstream) conclude(a, found);
 }
 
 template <class Kernel>
@@ -376,8 +377,7 @@ int train_cuda(const Train& args, void* stream) {
   if (args.rows == 0) return 0;
   return with_factors(args.network, [&](auto factors) {
     using Factor = typename decltype(factors)::type;
-    return args.objective == Objective::upstream ? launch(train_kernel<Factor, true>, args, stream)
-                                                 : launch(train_kernel<Factor, false>, args, stream);
+    return launch(train_kernel<Factor>, args, stream);
   });
 }
 

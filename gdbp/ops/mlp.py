@@ -110,7 +110,10 @@ def forward(
         return None
     factors = factors_of(weights[0].dtype)
     tensors = (input, *(t for pair in zip(weights, biases, strict=True) for t in pair))
-    if factors is None or input.numel() > MOST_ROWS * input.shape[-1] or not is_fused(*tensors):
+    # Under autocast the input may be of any dtype.
+    if factors is None or input.dtype not in _FACTORS or not is_fused(*tensors):
+        return None
+    if input.numel() > MOST_ROWS * input.shape[-1]:
         return None
     recorded = needs_autograd(*tensors)
     if not torch.ops.gdbp.mlp_fits(input, weights, biases, activation, factors, recorded):
