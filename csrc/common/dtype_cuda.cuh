@@ -42,6 +42,15 @@ __device__ __forceinline__ void for_dtype(Dtype dtype, const F& f) {
     default: return f(Type<Float16>{});
   }
 }
+// The same where it is not float64.
+template <class F>
+__device__ __forceinline__ void for_narrow_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float32: return f(Type<float>{});
+    case Dtype::bfloat16: return f(Type<BFloat16>{});
+    default: return f(Type<Float16>{});
+  }
+}
 
 // The bit manipulations of dtype.h in one instruction, where there is one.
 template <class To>

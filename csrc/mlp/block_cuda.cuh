@@ -14,16 +14,6 @@ using cuda::kWarp;
 
 __device__ __forceinline__ int warp_id() { return int(threadIdx.x) / kWarp; }
 
-// As for_dtype() of dtype_cuda.cuh for what these kernels take: inputs and parameters of float64 are not.
-template <class F>
-__device__ __forceinline__ void for_narrow_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float32: return f(Type<float>{});
-    case Dtype::bfloat16: return f(Type<BFloat16>{});
-    default: return f(Type<Float16>{});
-  }
-}
-
 // As dispatch() of activations.h, on the device, for results of type T. All lanes take the same branch.
 template <class T, class F>
 __device__ __forceinline__ void for_activation(Activation activation, const F& f) {
@@ -72,7 +62,7 @@ __device__ __forceinline__ void load_weight(const Layer& layer, int rows, int co
 template <class Weight, class Bias>
 __device__ __forceinline__ void load_layer(const Layer& layer, Dtype parameters, int rows, int cols,
                                            const Weight& put_weight, const Bias& put_bias) {
-  for_narrow_dtype(parameters, [&](auto type) {
+  cuda::for_narrow_dtype(parameters, [&](auto type) {
     using P = typename decltype(type)::type;
     if (layer.inputs % 4 == 0 && cuda::aligned_for<4>(static_cast<const P*>(layer.weight))) {
       load_weight<true, P>(layer, rows, cols, put_weight);

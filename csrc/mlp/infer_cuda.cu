@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kInferThreads<widest>, 1)
     const int64_t left = a.rows - int64_t(tile) * count;
     const int rows = left < count ? int(left) : count;
     typename Here::Fragments x, y;
-    for_narrow_dtype(a.input_dtype, [&](auto type) {
+    cuda::for_narrow_dtype(a.input_dtype, [&](auto type) {
       using X = typename decltype(type)::type;
       here.read(static_cast<const X*>(a.input) + tile * int64_t(count * a.network.inputs()), rows, x);
     });

@@ -55,7 +55,7 @@ struct Block {
   __device__ void load_rows(const void* matrix, Dtype dtype, int cols, int64_t rows, int64_t first, int place) const {
     const int stride = stride_of(cols);
     T* const to = own(place, stride);
-    for_narrow_dtype(dtype, [&](auto type) {
+    cuda::for_narrow_dtype(dtype, [&](auto type) {
       using X = typename decltype(type)::type;
       const X* const from = static_cast<const X*>(matrix);
       const bool vectors = cols % 4 == 0 && cuda::aligned_for<4>(from);
@@ -186,7 +186,7 @@ struct Block {
   __device__ void write_input_gradient(void* gradient, Dtype dtype, int64_t rows, int64_t first, int column,
                                        FragmentC (&c)[kParts]) const {
     const int inputs = net.inputs();
-    for_narrow_dtype(dtype, [&](auto type) {
+    cuda::for_narrow_dtype(dtype, [&](auto type) {
       using X = typename decltype(type)::type;
       X* const to = static_cast<X*>(gradient);
       for_pairs(column, padded(inputs), c, [&](int row, int k, float low, float high) {

@@ -81,26 +81,31 @@ struct Batch {
   GDBP_HD const Common& constants(int i) const { return reinterpret_cast<const Common*>(constants_bytes)[i]; }
 };
 
-// The types of arrays are known at run time only. All threads of a block take the same branch.
-template <class T>
-__device__ __forceinline__ void read(const void* base, Dtype dtype, int64_t at, int count, bool vectors,
-                                     T (&to)[kWidth]) {
-  switch (dtype) {
-    case Dtype::float64: return cuda::load(static_cast<const double*>(base) + at, count, vectors, to);
-    case Dtype::float32: return cuda::load(static_cast<const float*>(base) + at, count, vectors, to);
-    case Dtype::bfloat16: return cuda::load(static_cast<const BFloat16*>(base) + at, count, vectors, to);
-    default: return cuda::load(static_cast<const Float16*>(base) + at, count, vectors, to);
+// The types of arrays are known at run time only. All threads of a block take the same branch. of_param: whether it is
+// the parameter, which is of float64 where T is double, and nowhere else.
+template <bool of_param, class T, class F>
+__device__ __forceinline__ void for_dtype(Dtype dtype, const F& f) {
+  if constexpr (!of_param) {
+    cuda::for_dtype(dtype, f);
+  } else if constexpr (sizeof(T) == 8) {
+    f(Type<double>{});
+  } else {
+    cuda::for_narrow_dtype(dtype, f);
   }
 }
-template <class T>
+template <bool of_param = false, class T>
+__device__ __forceinline__ void read(const void* base, Dtype dtype, int64_t at, int count, bool vectors,
+                                     T (&to)[kWidth]) {
+  for_dtype<of_param, T>(dtype, [&](auto type) {
+    cuda::load(static_cast<const typename decltype(type)::type*>(base) + at, count, vectors, to);
+  });
+}
+template <bool of_param = false, class T>
 __device__ __forceinline__ void write(void* base, Dtype dtype, int64_t at, int count, bool vectors,
                                       const T (&from)[kWidth]) {
-  switch (dtype) {
-    case Dtype::float64: return cuda::store(static_cast<double*>(base) + at, count, vectors, from);
-    case Dtype::float32: return cuda::store(static_cast<float*>(base) + at, count, vectors, from);
-    case Dtype::bfloat16: return cuda::store(static_cast<BFloat16*>(base) + at, count, vectors, from);
-    default: return cuda::store(static_cast<Float16*>(base) + at, count, vectors, from);
-  }
+  for_dtype<of_param, T>(dtype, [&](auto type) {
+    cuda::store(static_cast<typename decltype(type)::type*>(base) + at, count, vectors, from);
+  });
 }
 
 // A quantised block is what the lanes of a warp hold, so that they find its scale among themselves.
@@ -176,7 +181,7 @@ __device__ __forceinline__ void write_extra(const Entry& t, int64_t at, int coun
         static_cast<BFloat16*>(t.param)[at + k] = narrow_stochastic(float(p[k]), random_bits(t.seed, at + k));
     }
   } else {
-    write(t.param, t.param_dtype, at, count, vectors, p);
+    write<true>(t.param, t.param_dtype, at, count, vectors, p);
   }
   if (t.copy) write(t.copy, t.copy_dtype, at, count, vectors, p);
   if (!t.average) return;
@@ -210,7 +215,7 @@ template <class Rule, class Entry, class T>
 __device__ __forceinline__ void update(const Entry& t, int64_t at, int count, bool vectors,
                                        const Surroundings<T>& around, const Rule& rule, const T (&g)[kWidth]) {
   T p[kWidth], s[Rule::states + 1][kWidth];
-  read(t.param, t.param_dtype, at, count, vectors, p);
+  read<true>(t.param, t.param_dtype, at, count, vectors, p);
 #pragma unroll
   for (int i = 0; i < Rule::states; ++i) read_state(t, i, at, count, vectors, s[i]);
 #pragma unroll
@@ -230,7 +235,7 @@ __device__ __forceinline__ void update(const Entry& t, int64_t at, int count, bo
   if constexpr (Entry::has_extra) {
     write_extra(t, at, count, vectors, p);
   } else {
-    write(t.param, t.param_dtype, at, count, vectors, p);
+    write<true>(t.param, t.param_dtype, at, count, vectors, p);
   }
 }
 
