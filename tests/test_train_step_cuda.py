@@ -337,6 +337,23 @@ def test_schedules_and_sizes_of_graphs():
     assert distance(model, twin) < 1e-4
 
 
+@pytest.mark.parametrize("width", [16, 200])
+def test_every_device(width):
+    """Whichever is the current one; in one kernel and in a graph."""
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        model = network(width).to(device)
+        twin = copy.deepcopy(model).double()
+        optimizer, other = sgd(model), sgd(twin)
+        step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+        for i in range(5):
+            x, y = (t.to(device) for t in data(60, seed=i))
+            value = step(x, y)
+            wanted = eager(twin, nn.CrossEntropyLoss(), other, x.double(), y)
+            assert value.item() == pytest.approx(wanted.item(), rel=1e-4)
+        assert distance(model, twin) < 1e-4
+
+
 def test_refused_at_the_step():
     model, (x, y) = network(16).cuda(), on_cuda(*data(8))
     step = gdbp.TrainStep(model, nn.CrossEntropyLoss(), sgd(model))

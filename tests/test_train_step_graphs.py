@@ -2,6 +2,7 @@
 same memory. Most of what TrainStep promises is promised here, too."""
 
 import copy
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests import test_train_step, test_train_step_protocols
 from tests.training import CLASSES, FEATURES, LabelsOfADevice, Pair, close, data, eager, network
 
 BF16 = torch.bfloat16
+RECORD = _graphs.record
 
 
 class Recording:
@@ -63,6 +65,15 @@ test_gradients = test_train_step_protocols.test_gradients
 test_many = test_train_step_protocols.test_many
 test_dropout = test_train_step_protocols.test_dropout
 test_inputs_of_any_layout = test_train_step_protocols.test_inputs_of_any_layout
+
+
+def test_recorded_on_a_stream_of_its_device(monkeypatch):
+    cuda, device = MagicMock(), torch.device("cuda", 1)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    replay, _ = RECORD(lambda: "outputs", device)
+    cuda.Stream.assert_called_once_with(device)
+    assert cuda.graph.call_args.kwargs["stream"] is cuda.Stream.return_value
+    assert replay() == "outputs" and cuda.CUDAGraph.return_value.replay.call_count == 1
 
 
 def test_a_kind_of_batch_is_recorded_when_it_comes_again(recordings):

@@ -156,7 +156,8 @@ def record(run: Callable[[], tuple], device: torch.device) -> tuple[Callable[[],
         before = torch.cuda.memory_reserved()
         # Other threads, which pin batches or ask for events, are not to spoil it.
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # torch's own stream for it is one of the device that recorded first, on which nothing would be recorded.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
                 outputs = run()
         except BaseException:
             # Up to torch 2.14 a recording that fails is not left behind: its stream stays the current one ...
