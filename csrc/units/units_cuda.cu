@@ -6,26 +6,31 @@ namespace gdbp::units {
 namespace {
 
 constexpr int kColumns = cuda::kWarp, kRows = cuda::kThreads / kColumns;
+// blockIdx.y loops where the hardware's limit is below the need.
+constexpr int64_t kMaxGridY = 65535;
 
 template <class T>
 __global__ void __launch_bounds__(cuda::kThreads)
     tile_kernel(int64_t rows, int64_t units, const T* GDBP_RESTRICT output, double low, double high, Tally* tallies) {
   __shared__ Tally partial[kRows][kColumns];
-  const int64_t unit = int64_t(blockIdx.y) * kColumns + threadIdx.x;
   const int64_t tile = blockIdx.x, end = (tile + 1) * kRowTile < rows ? (tile + 1) * kRowTile : rows;
-  Tally tally{};
-  if (unit < units) {
-    for (int64_t row = tile * kRowTile + threadIdx.y; row < end; row += kRows) {
-      tally.add(double(widen(output[row * units + unit])), low, high);
+  for (int64_t first = int64_t(blockIdx.y) * kColumns; first < units; first += int64_t(gridDim.y) * kColumns) {
+    const int64_t unit = first + threadIdx.x;
+    Tally tally{};
+    if (unit < units) {
+      for (int64_t row = tile * kRowTile + threadIdx.y; row < end; row += kRows) {
+        tally.add(double(widen(output[row * units + unit])), low, high);
+      }
     }
-  }
-  partial[threadIdx.y][threadIdx.x] = tally;
-  for (int distance = kRows / 2; distance > 0; distance /= 2) {
+    partial[threadIdx.y][threadIdx.x] = tally;
+    for (int distance = kRows / 2; distance > 0; distance /= 2) {
+      __syncthreads();
+      if (int(threadIdx.y) < distance)
+        partial[threadIdx.y][threadIdx.x].add(partial[threadIdx.y + distance][threadIdx.x]);
+    }
+    if (threadIdx.y == 0 && unit < units) tallies[tile * units + unit] = partial[0][threadIdx.x];
     __syncthreads();
-    if (int(threadIdx.y) < distance)
-      partial[threadIdx.y][threadIdx.x].add(partial[threadIdx.y + distance][threadIdx.x]);
   }
-  if (threadIdx.y == 0 && unit < units) tallies[tile * units + unit] = partial[0][threadIdx.x];
 }
 
 __global__ void __launch_bounds__(cuda::kThreads)
@@ -47,7 +52,8 @@ int count_cuda(const Count& a, void* stream) {
   if (n > 0) {
     const int error = dispatch(a.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      return GDBP_LAUNCH(tile_kernel<T>, dim3(unsigned(n), unsigned(cuda::ceil_div(a.units, kColumns))),
+      const int64_t across = cuda::ceil_div(a.units, kColumns);
+      return GDBP_LAUNCH(tile_kernel<T>, dim3(unsigned(n), unsigned(across < kMaxGridY ? across : kMaxGridY)),
                          dim3(kColumns, kRows), 0, stream, a.rows, a.units, static_cast<const T*>(a.output), a.low,
                          a.high, a.workspace);
     });

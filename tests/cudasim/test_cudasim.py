@@ -54,7 +54,7 @@ FAMILIES = {
     "pointwise": ["forward", "backward"],
     "grad": ["sizes", "many", "extremes", "nonfinite", "limits", "health", "orders", "rewrites", "units", "penalties"],
     "bce": ["forward", "backward", "nothing"],
-    "units": ["count"],
+    "units": ["count", "wide"],
     "dropout": ["masks"],
 }
 

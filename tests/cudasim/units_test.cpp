@@ -44,7 +44,24 @@ void count() {
   }
 }
 
-constexpr Case kCases[] = {{"count", count}};
+// More columns than a grid has blocks for; in one schedule, for it takes seconds.
+void wide() {
+  if (std::string(schedule_name) != "random") return;
+  constexpr int64_t rows = 2, units = 65535 * 32 + 33;
+  Array output(Dtype::bfloat16, rows * units);
+  for (int64_t i = 0; i < rows * units; ++i) output.set(i, double(i % 251) / 256);
+  Array results[2] = {Array(Dtype::float64, 3 * units), Array(Dtype::float64, 3 * units)};
+  Array workspace(Dtype::float64, 3 * units);
+  for (int device : {0, 1}) {
+    auto* const result = static_cast<double*>(results[device].data());
+    const Count args{
+        Dtype::bfloat16, rows, units, output.data(), -0.5, 0.25, result, static_cast<Tally*>(workspace.data())};
+    expect((device ? count_cuda : count_cpu)(args, nullptr) == 0, "the launch fails");
+  }
+  expect_close(results[1], results[0], 64, double(rows), "result");
+}
+
+constexpr Case kCases[] = {{"count", count}, {"wide", wide}};
 
 }  // namespace
 
