@@ -123,8 +123,7 @@ def test_a_count_of_another_type(momentum, dtype):
     torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_export_and_trace():
+def test_export():
     x = torch.randn(6, 4)
     for training in (True, False):
         module = gdbp.nn.BatchNorm1d(4, activation="gelu").train(training)
@@ -134,8 +133,6 @@ def test_export_and_trace():
         for batch in (x, torch.randn(9, 4)):
             assert torch.equal(exported(batch), twin(batch))
         assert all(map(torch.equal, exported.buffers(), twin.buffers()))
-    with torch.no_grad():
-        assert torch.equal(torch.jit.trace(module, x)(x), module(x))
 
 
 def test_autocast():

@@ -2,6 +2,7 @@
 parametrizations, tied weights."""
 
 import copy
+import io
 import math
 import pickle
 from itertools import pairwise
@@ -134,6 +135,79 @@ def test_export_of_a_network(training):
     exported = torch.export.export(model, (x,)).module()
     assert torch.equal(exported(x), twin(x))
     assert all(map(torch.equal, exported.buffers(), twin.buffers()))
+
+
+# What comes out of these is read where there is no gdbp: files of torch.jit and ONNX.
+PORTABLE = {
+    "linear": lambda: gdbp.nn.Linear(8, 3, activation="relu"),
+    "linear_with_pre": lambda: gdbp.nn.Linear(8, 3, activation="gelu"),
+    "batch_norm": lambda: gdbp.nn.BatchNorm1d(8, activation="silu").eval(),
+    "mlp": lambda: gdbp.nn.MLP([8, 8, 3]),
+    "mlp_batch_norm": lambda: gdbp.nn.MLP([8, 8, 3], "silu", batch_norm=True).eval(),
+    "fused_sequential": lambda: gdbp.fuse(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))),
+    "fused_forward": lambda: gdbp.fuse(Attributes().eval()),
+}
+LABELS = torch.tensor([0, 2, 1, 7, 5])
+PORTABLE_LOSSES = {
+    "mse": (gdbp.nn.MSELoss, torch.linspace(-1, 1, 40).view(5, 8)),
+    "huber": (gdbp.nn.HuberLoss, torch.linspace(-1, 1, 40).view(5, 8)),
+    "bce": (gdbp.nn.BCEWithLogitsLoss, torch.linspace(0, 1, 40).view(5, 8)),
+    "cross_entropy": (lambda: gdbp.nn.CrossEntropyLoss(label_smoothing=0.1), LABELS),
+    "linear_cross_entropy": (lambda: LinearLoss(), LABELS),
+}
+
+
+class LinearLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, input, target):
+        return gdbp.nn.functional.linear_cross_entropy(input, self.weight, target)
+
+
+def saved_trace(module, *inputs):
+    """What torch.jit.trace makes of a module, as it comes out of a file."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, inputs), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.filterwarnings("error", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", PORTABLE)
+def test_traced_modules_are_saved_without_us(name):
+    module, other = PORTABLE[name](), torch.randn(9, 8)
+    traced = saved_trace(module, torch.randn(5, 8))
+    assert "gdbp::" not in str(traced.inlined_graph) and "PythonOp" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(other), module(other))
+    traced(other).square().sum().backward()
+    module(other).square().sum().backward()
+    ours, theirs = dict(module.named_parameters()), dict(traced.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for key, p in ours.items():
+        torch.testing.assert_close(theirs[key].grad, p.grad, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", PORTABLE_LOSSES)
+def test_traced_losses_are_saved_without_us(name):
+    build, target = PORTABLE_LOSSES[name]
+    loss, x, other = build(), torch.randn(5, 8), torch.randn(5, 8)
+    traced = saved_trace(loss, x, target)
+    assert "gdbp::" not in str(traced.inlined_graph) and "PythonOp" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(other, target), loss(other, target))
+
+
+@pytest.mark.parametrize("name", [*PORTABLE, *PORTABLE_LOSSES])
+def test_onnx_sees_torchs_operators(name, monkeypatch):
+    """torch.onnx.export itself needs packages; this is the program that it makes its own of."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    build, *target = PORTABLE_LOSSES[name] if name in PORTABLE_LOSSES else (PORTABLE[name],)
+    module, x = build(), torch.randn(5, 8)
+    program = torch.export.export(module, (x, *target))
+    assert "gdbp" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x, *target), module(x, *target))
 
 
 # ---- parametrizations, ties, copies ----

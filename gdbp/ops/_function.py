@@ -65,8 +65,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def is_fused(*tensors: torch.Tensor | None) -> bool:
     """Whether our kernels take these tensors: dense, on CPU or CUDA, of no class that dispatches in Python
-    (DTensor, say), and outside forward-mode differentiation. Where not, plain torch computes."""
-    if forward_ad._current_level >= 0:
+    (DTensor, say), outside forward-mode differentiation, not for ``torch.jit.trace`` or ``torch.onnx.export``, whose
+    files are to be read without us. Where not, plain torch computes."""
+    if forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
     for t in tensors:
         # The usual case first: this runs at every call of every layer.
@@ -76,7 +77,10 @@ def is_fused(*tensors: torch.Tensor | None) -> bool:
             raise TypeError(f"got a {type(t).__name__}; expected a tensor; convert it with torch.as_tensor()")
         if t.device.type not in _DEVICES or not is_dense(t):
             return False
-        if type(t).__torch_dispatch__ is not _NO_DISPATCH and not isinstance(t, FakeTensor):
+        if isinstance(t, FakeTensor):
+            if torch.onnx.is_in_onnx_export():
+                return False
+        elif type(t).__torch_dispatch__ is not _NO_DISPATCH:
             return False
     return True
 

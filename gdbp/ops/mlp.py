@@ -83,13 +83,13 @@ def of_hidden(activation: str, layers: int) -> list[str]:
 
 
 def is_taken(input: Tensor) -> bool:
-    """Whether there are kernels for what lies there."""
-    return _load.available and (input.is_cuda or input.is_cpu)
+    """Whether there are kernels for what lies there; none are for ``torch.jit.trace``, to which sizes are tensors."""
+    return _load.available and (input.is_cuda or input.is_cpu) and not torch.jit.is_tracing()
 
 
 def is_on_cpu(input: Tensor) -> bool:
     """Whether this is a tensor there, for a network's kernels."""
-    return _load.available and not torch.compiler.is_compiling() and torch.is_tensor(input) and input.is_cpu
+    return not torch.compiler.is_compiling() and torch.is_tensor(input) and input.is_cpu and is_taken(input)
 
 
 def forward(
