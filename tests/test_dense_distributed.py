@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -108,6 +108,18 @@ def check_fuse_after_sharding(folder):
     assert_same(model, plain)
 
 
+def check_fuse_after_wrapping(folder):
+    """FullyShardedDataParallel leaves layers tensors without memory, which nobody may read."""
+    inputs = [batch(turn) for turn in range(3)]
+    for build in (Attributes, nested):
+        plain = built(build)
+        learn(plain, inputs)
+        for original in (False, True):
+            model = FullyShardedDataParallel(built(build), device_id=torch.device("cpu"), use_orig_params=original)
+            learn(gdbp.fuse(model), inputs)
+            assert_same(model, plain)
+
+
 def check_tensor_parallel(folder):
     """DTensor weights, by columns and by rows: torch computes, with our layer's activation."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -161,6 +173,7 @@ def check_statistics_of_all_ranks(folder):
 def check_shards(folder):
     check_fsdp(folder)
     check_fuse_after_sharding(folder)
+    check_fuse_after_wrapping(folder)
 
 
 def check_split_weights(folder):

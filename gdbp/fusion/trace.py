@@ -13,6 +13,7 @@ from gdbp.fusion.classes import Code, class_of, forward_of
 from gdbp.fusion.follow import is_written_over, trace, writes
 from gdbp.fusion.report import Fused, FuseReport, Left, cut_short, is_candidate, why_not
 from gdbp.fusion.run import LINEARS, NORMS, SAVED_BY_OUTPUT, Layer, Run, match, run
+from gdbp.ops._function import is_dense
 
 
 class Untraceable(Exception):
@@ -116,7 +117,11 @@ def _of(module: torch.nn.Module) -> str:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else _refilled(value)
+    if not isinstance(value, torch.Tensor):
+        return _refilled(value)
+    # Between calls FullyShardedDataParallel leaves tensors whose memory it has freed: they are not to be read.
+    freed = type(value) is torch.Tensor and is_dense(value) and value.numel() and not value.untyped_storage().size()
+    return value if freed else value.detach().clone()
 
 
 def _refilled(value: Any) -> Any:
