@@ -137,6 +137,52 @@ def test_export_of_a_network(training):
     assert all(map(torch.equal, exported.buffers(), twin.buffers()))
 
 
+class Below(nn.Module):
+    """A loss, or a layer, behind a layer that learns."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), last
+
+    def forward(self, x, *target):
+        return self.last(self.first(x), *target)
+
+
+@pytest.mark.filterwarnings("error::UserWarning:torch.autograd")
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("name", ["linear", "linear_with_pre", "mlp", "fused_sequential", "mse", "bce", "cross_entropy",
+                                  "linear_cross_entropy", "batch_norm", "mlp_batch_norm", "fused_forward"])  # fmt: skip
+def test_exported_programs_learn(name, decomposed):
+    build, *target = PORTABLE_LOSSES[name] if name in PORTABLE_LOSSES else (PORTABLE[name],)
+    module = Below(build()).train().double()
+    target = [t.double() if t.is_floating_point() else t for t in target]
+    twin, inputs = copy.deepcopy(module), [torch.randn(5, 8, dtype=DOUBLE) for _ in range(3)]
+    program = torch.export.export(twin, (inputs[0], *target))
+    assert "gdbp." in program.graph_module.code
+    program = program.run_decompositions() if decomposed else program
+    exported = program.module()
+    learners = [(m, torch.optim.SGD(m.parameters(), 0.1)) for m in (module, exported)]
+    for x in inputs:
+        for model, optimizer in learners:
+            optimizer.zero_grad()
+            model(x, *target).square().sum().backward()
+            optimizer.step()
+    learnt = dict(exported.state_dict())
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(learnt[key], value, msg=key)
+
+
+def test_operators_are_differentiated_twice():
+    x, w, b = (torch.randn(*s, dtype=DOUBLE, requires_grad=True) for s in ((5, 4), (3, 4), (3,)))
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    loss = torch.ops.gdbp.linear_cross_entropy
+    for upstream in (None, torch.ones((), dtype=DOUBLE)):
+        rest = (labels, None, None, None, 2, [False] * 3, -100, 0.1, 1e-3, 0.0)
+        f = lambda *t: loss(upstream, *t, *rest)[0]  # noqa: B023, E731
+        assert torch.autograd.gradcheck(f, (x, w, b)) and torch.autograd.gradgradcheck(f, (x, w, b))
+    assert torch.autograd.gradgradcheck(lambda *t: torch.ops.gdbp.linear(*t, "tanh"), (x, w, b))
+
+
 # What comes out of these is read where there is no gdbp: files of torch.jit and ONNX.
 PORTABLE = {
     "linear": lambda: gdbp.nn.Linear(8, 3, activation="relu"),

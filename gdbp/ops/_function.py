@@ -1,7 +1,7 @@
 """The base of our autograd Functions."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch._subclasses import FakeTensor
@@ -27,6 +27,20 @@ class Function(torch.autograd.Function):
         if _functorch_active is None or _functorch_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)
+
+
+def differentiate(name: str, apply: Callable) -> None:
+    """Gives an operator, which programs of torch.export call by itself, the derivatives of a Function; ``apply`` takes
+    its arguments. Calls from within a Function, or for no gradients, go on to its kernel."""
+    operator = getattr(torch.ops.gdbp, name).default
+
+    @torch.library.impl(operator.name(), "Autograd")
+    def _(*arguments):
+        tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
 
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:

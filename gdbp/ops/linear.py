@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_differentiated, is_direct, is_fused, needs_autograd
+from gdbp.ops._function import Function, differentiate, is_differentiated, is_direct, is_fused, needs_autograd
 
 if _load.available:
     from gdbp import _C
@@ -67,6 +67,11 @@ class _LinearWithPre(Function):
     def vmap(info, in_dims, input, weight, bias, activation):
         output = torch.vmap(reference.linear_with_pre, in_dims=in_dims)(input, weight, bias, activation)
         return output, (0, 0)
+
+
+if _load.available:
+    differentiate("linear", _Linear.apply)
+    differentiate("linear_with_pre", _LinearWithPre.apply)
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_batched, is_differentiated, is_fused, is_transformed, needs_autograd
+from gdbp.ops._function import (
+    Function,
+    differentiate,
+    is_batched,
+    is_differentiated,
+    is_fused,
+    is_transformed,
+    needs_autograd,
+)
 from gdbp.ops.loss import cross_entropy
 
 if _load.available:
@@ -213,6 +221,45 @@ class _LinearCrossEntropy(Function):
 
         loss = torch.vmap(whole, in_dims=in_dims[:8])(*tensors)
         return (loss, loss.new_empty(())), (0, None)
+
+
+class _OfOperator(Function):
+    """The operator alone, whose loss a program of torch.export has left."""
+
+    @staticmethod
+    def forward(*arguments):
+        loss, divisor, grads = torch.ops.gdbp.linear_cross_entropy(*arguments)
+        return loss, divisor, *grads
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        loss, *others = output
+        _, *tensors, ctx.rows, _, ignore_index, smoothing, z_loss, softcap = inputs
+        ctx.options = (ignore_index, smoothing, z_loss, softcap)
+        ctx.reduction = "none" if loss.dim() else "sum"
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        nothing = (None,) * 10
+        if grad_output is None:
+            return None, None, None, None, *nothing
+        tensors, mask = ctx.saved_tensors, ctx.needs_input_grad[1:4]
+        if is_differentiated() or is_transformed() or is_batched(grad_output):
+            return None, *_differentiable(ctx, grad_output, tensors, None), *nothing
+        _, _, grads = torch.ops.gdbp.linear_cross_entropy(grad_output, *tensors, ctx.rows, mask, *ctx.options)
+        return None, *(None if g is None else g.to(t.dtype) for g, t in zip(_spread(grads, mask), tensors)), *nothing
+
+
+def _apply_operator(*arguments):
+    loss, divisor, *grads = _OfOperator.apply(*arguments)
+    return loss, divisor, grads
+
+
+if _load.available:
+    differentiate("linear_cross_entropy", _apply_operator)
 
 
 def _spread(grads: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:

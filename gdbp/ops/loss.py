@@ -3,7 +3,7 @@
 import torch
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_differentiated, is_direct, is_fused, needs_autograd
+from gdbp.ops._function import Function, differentiate, is_differentiated, is_direct, is_fused, needs_autograd
 
 if _load.available:
     from gdbp import _C
@@ -135,6 +135,12 @@ class _CrossEntropy(Function):
         loss = f(logits, target, second, share, weight, normalizer, *options)
         # Only the fused backward reads the statistics, and it never runs on what vmap made.
         return (loss, loss.new_empty(()), loss.new_empty(())), (0, None, None)
+
+
+if _load.available:
+    differentiate("pointwise_loss", _PointwiseLoss.apply)
+    differentiate("bce_with_logits", _BceWithLogits.apply)
+    differentiate("cross_entropy", lambda *a: _CrossEntropy.apply(*a[:6], False, a[-1], *a[6:-1]))
 
 
 def cross_entropy(

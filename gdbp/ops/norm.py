@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from gdbp import _load, reference
-from gdbp.ops._function import Function, is_differentiated, is_direct, is_fused, needs_autograd
+from gdbp.ops._function import Function, differentiate, is_differentiated, is_direct, is_fused, needs_autograd
 
 if _load.available:
     from gdbp import _C
@@ -53,6 +53,10 @@ class _BatchNorm(Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return torch.vmap(reference.batch_norm, in_dims=in_dims)(*args), (0, 0)
+
+
+if _load.available:
+    differentiate("batch_norm", _BatchNorm.apply)
 
 
 def batch_norm(
