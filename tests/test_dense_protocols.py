@@ -183,6 +183,11 @@ def test_operators_are_differentiated_twice():
     assert torch.autograd.gradgradcheck(lambda *t: torch.ops.gdbp.linear(*t, "tanh"), (x, w, b))
 
 
+class Penalised(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).square().sum() + gdbp.nn.utils.penalty(self, l1=0.1, l2=0.2)
+
+
 # What comes out of these is read where there is no gdbp: files of torch.jit and ONNX.
 PORTABLE = {
     "linear": lambda: gdbp.nn.Linear(8, 3, activation="relu"),
@@ -192,6 +197,7 @@ PORTABLE = {
     "mlp_batch_norm": lambda: gdbp.nn.MLP([8, 8, 3], "silu", batch_norm=True).eval(),
     "fused_sequential": lambda: gdbp.fuse(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))),
     "fused_forward": lambda: gdbp.fuse(Attributes().eval()),
+    "penalty": lambda: Penalised(8, 3),
 }
 LABELS = torch.tensor([0, 2, 1, 7, 5])
 PORTABLE_LOSSES = {

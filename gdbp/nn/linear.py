@@ -21,6 +21,10 @@ class Linear(torch.nn.Linear):
         device, dtype: of the parameters; float64, float32, bfloat16 or float16.
         activation: None, or a name: "relu", "gelu", ..., see :func:`gdbp.nn.functional.linear`.
 
+    What takes a layer for any ``torch.nn.Linear`` and puts another in its place, or something beside it, does not know
+    of the activation, and no error says so: LoRA adapters, quantization to another class, ``fuse_linear_bn_eval``. Give
+    these torch's layers, and the model to :func:`gdbp.fuse`, which keeps out of what they do.
+
     Shape:
         input (\\*, in_features), output (\\*, out_features).
 

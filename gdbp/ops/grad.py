@@ -67,7 +67,8 @@ class _Penalty(Function):
 
 def penalty(tensors: Sequence[torch.Tensor], l1: float, l2: float) -> torch.Tensor:
     """``l1 sum |x| + l2 / 2 sum x^2`` of all; see :func:`gdbp.nn.utils.penalty`."""
-    plain = _load.available and not (is_transformed() or torch.compiler.is_compiling())
+    traced = is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    plain = _load.available and not traced
     read = _load._C.Gradients.of(list(tensors), True) if plain and tensors and forward_ad._current_level < 0 else None
     if read is None:
         return _plain_penalty(tensors, l1, l2)
