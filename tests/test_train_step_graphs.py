@@ -2,6 +2,7 @@
 same memory. Most of what TrainStep promises is promised here, too."""
 
 import copy
+import functools
 from unittest.mock import MagicMock
 
 import pytest
@@ -70,6 +71,8 @@ test_inputs_of_any_layout = test_train_step_protocols.test_inputs_of_any_layout
 def test_recorded_on_a_stream_of_its_device(monkeypatch):
     cuda, device = MagicMock(), torch.device("cuda", 1)
     monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(_graphs, "_recorder", functools.cache(_graphs._recorder.__wrapped__))
+    RECORD(lambda: "outputs", device)
     replay, _ = RECORD(lambda: "outputs", device)
     cuda.Stream.assert_called_once_with(device)
     assert cuda.graph.call_args.kwargs["stream"] is cuda.Stream.return_value

@@ -1,5 +1,6 @@
 """Forward, loss and backward of any network that TrainStep reads, as CUDA graphs of kernels and products."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -145,6 +146,13 @@ class _Graph:
         return self._replay()
 
 
+@functools.cache
+def _recorder(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device, as products keep a workspace for each stream. torch's own is one of the
+    device that recorded first; what runs on another would not be recorded."""
+    return torch.cuda.Stream(device)
+
+
 def record(run: Callable[[], tuple], device: torch.device) -> tuple[Callable[[], tuple], int]:
     """A function that does what ``run`` does, in one launch and to the same memory, and the bytes that it keeps."""
     graph = torch.cuda.CUDAGraph()
@@ -156,8 +164,7 @@ def record(run: Callable[[], tuple], device: torch.device) -> tuple[Callable[[],
         before = torch.cuda.memory_reserved()
         # Other threads, which pin batches or ask for events, are not to spoil it.
         try:
-            # torch's own stream for it is one of the device that recorded first, on which nothing would be recorded.
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=_recorder(device), capture_error_mode="thread_local"):
                 outputs = run()
         except BaseException:
             # Up to torch 2.14 a recording that fails is not left behind: its stream stays the current one ...
