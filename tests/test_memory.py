@@ -146,6 +146,16 @@ def test_the_limit_holds_and_gives_up_the_least_recently_used(whole):
     assert cached() == 0
 
 
+def test_going_over_to_no_limit_gives_up_what_is_beyond_use():
+    memory.enable_cpu_cache(max_bytes=2**40)
+    most = in_use() + 8 * MIB
+    for size in range(1, 9):
+        block(size * MIB)
+    assert cached() == 36 * MIB
+    memory.enable_cpu_cache()
+    assert cached() > 0 and in_use() + cached() <= 1.25 * most
+
+
 def test_without_a_limit_it_holds_a_quarter_more_than_was_in_use(cache):
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
@@ -334,7 +344,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used(), limit))
 small = []
 while stats()["cached_bytes.all.current"]:
     small.append(torch.empty(30_000, dtype=torch.uint8))
-assert stats()["num_ooms"] == 1
+assert stats()["num_ooms"] == 1 and stats()["num_alloc_retries"] == 2, stats()
 """
 
 

@@ -60,7 +60,7 @@ void Cache::enable(int64_t max_bytes, bool huge_pages) noexcept {
   max_bytes_ = max_bytes;
   huge_pages_ = huge_pages;
   enabled_ = true;
-  trim(max_bytes);
+  trim(std::min(max_bytes, room_beside(0)));
 }
 
 void Cache::disable() noexcept {
@@ -74,6 +74,12 @@ void Cache::empty() noexcept {
   most_in_use_ = in_use_.current();
 }
 
+void Cache::give_way() noexcept {
+  if (!cached_.load(std::memory_order_relaxed)) return;
+  retries_.fetch_add(1, std::memory_order_relaxed);
+  empty();
+}
+
 void* Cache::allocate(size_t bytes) noexcept {
   if (bytes < kSmallest || bytes > kLargest || !enabled_.load(std::memory_order_relaxed)) return nullptr;
   const int wanted = size_class(bytes);
@@ -81,7 +87,7 @@ void* Cache::allocate(size_t bytes) noexcept {
   void* block = take(index, End::kNewest);
   if (!block) {
     // Rather than cold memory in the place of warm one, a block of up to twice the size.
-    const bool full = cached_.load(std::memory_order_relaxed) > room_beside(wanted);
+    const bool full = cached_.load(std::memory_order_relaxed) > room_beside(class_bytes(wanted));
     const int last = std::min(wanted + (full ? kSteps : 1), kClasses - 1);
     while (!block && index < last) block = take(++index, End::kNewest);
   }
@@ -151,20 +157,19 @@ void Cache::trim(int64_t bytes) noexcept {
   }
 }
 
-// How much may be kept beside one more block of the class in use.
-int64_t Cache::room_beside(int index) const noexcept {
+// How much use allows to keep beside so many more bytes in use.
+int64_t Cache::room_beside(size_t bytes) const noexcept {
   if (max_bytes_.load(std::memory_order_relaxed) != kByUse) return INT64_MAX;
-  const int64_t use = in_use_.current() + int64_t(class_bytes(index)), most = std::max(use, most_in_use_.load());
+  const int64_t use = in_use_.current() + int64_t(bytes), most = std::max(use, most_in_use_.load());
   return most + most / 4 - use;
 }
 
 void* Cache::map(int index) noexcept {
   const size_t bytes = class_bytes(index);
-  trim(room_beside(index));
+  trim(room_beside(bytes));
   void* block = map_pages(bytes, huge_pages_);
   if (!block) {
-    retries_.fetch_add(1, std::memory_order_relaxed);
-    empty();
+    give_way();
     block = map_pages(bytes, huge_pages_);
   }
   if (!block) return nullptr;

@@ -59,6 +59,8 @@ class Cache {
   void disable() noexcept;
   // Gives back to the system what is kept for reuse.
   void empty() noexcept;
+  // The same where the system has no memory, and counted where anything was kept.
+  void give_way() noexcept;
 
   // Memory on a page boundary. nullptr where the request is not for the cache, being small or the cache off; or
   // where the system has no memory, even after all that is kept was given back.
@@ -88,7 +90,7 @@ class Cache {
   void* take(int index, End end) noexcept;
   bool keep(int index, void* block) noexcept;
   void trim(int64_t bytes) noexcept;
-  int64_t room_beside(int index) const noexcept;
+  int64_t room_beside(size_t bytes) const noexcept;
   void* map(int index) noexcept;
   void unmap(int index, void* block) noexcept;
 

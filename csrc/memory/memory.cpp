@@ -23,7 +23,7 @@ void* torch_memory(size_t bytes) {
   try {
     return c10::alloc_cpu(bytes);
   } catch (const c10::Error&) {
-    Cache::instance().empty();  // for small blocks, before which the cache has not tried it
+    Cache::instance().give_way();  // for small blocks, before which the cache has not tried it
   }
   try {
     return c10::alloc_cpu(bytes);
