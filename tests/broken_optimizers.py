@@ -132,6 +132,62 @@ class TakesStepsThatOverflow(Plain):
     _step_supports_amp_scaling = True
 
 
+class KnowsTheFirstGroupAlone(Plain):
+    @torch.no_grad()
+    def update(self):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                self.update_one(self.param_groups[0], p, p.grad)
+
+
+class ListsWhatRequiresGradients(Plain):
+    """Once, at its first step."""
+
+    @torch.no_grad()
+    def update(self):
+        listed = self.__dict__.setdefault("_listed", {})
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if listed.setdefault((i, j), p.requires_grad) and p.grad is not None:
+                    self.update_one(group, p, p.grad)
+
+
+class TakesNoGradientForZeros(Plain):
+    @torch.no_grad()
+    def update(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update_one(group, p, torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+class KeepsItsFirstRate(Plain):
+    def move(self, group, p, direction):
+        super().move({"lr": self.defaults["lr"]}, p, direction)
+
+
+class KeepsItsFirstMomentum(Plain):
+    def update_one(self, group, p, g):
+        super().update_one({**group, "momentum": self.defaults["momentum"]}, p, g)
+
+
+class LoadsStatesAlone(Plain):
+    def load_state_dict(self, state_dict):
+        groups = [{key: value for key, value in g.items() if key != "params"} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, groups):
+            group.update(own)
+
+
+class Exits(Plain):
+    def step(self, closure=None):
+        raise SystemExit(3)
+
+
+class NeedsAClosure(Plain):
+    def step(self, closure):
+        return super().step(closure)
+
+
 class Crashes(Plain):
     """Reads address 0 where a tensor is empty."""
 

@@ -131,6 +131,13 @@ LOST = {"checkpoint float32", "checkpoint bfloat16", "deepcopy", "pickle", "flat
         (broken.CompilesEveryStepAnew, {"compiled step"}),
         (broken.WritesTheGradient, {"gradient left as it is", "expanded gradient"}),
         (broken.TakesStepsThatOverflow, OVERFLOWS | {"GradScaler, skip visible"}),
+        # What the oracle, being of the same class, does too.
+        (broken.KnowsTheFirstGroupAlone, {"add_param_group"}),
+        (broken.ListsWhatRequiresGradients, {"unfrozen later"}),
+        (broken.TakesNoGradientForZeros, {"gradients that come and go"}),
+        (broken.KeepsItsFirstRate, {"OneCycleLR", "CyclicLR", "LambdaLR", "tensor lr"}),
+        (broken.KeepsItsFirstMomentum, {"OneCycleLR", "CyclicLR"}),
+        (broken.LoadsStatesAlone, {"checkpoint float32", "checkpoint bfloat16"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -151,6 +158,16 @@ def test_a_crash_is_one_failed_check():
     assert found.failed == ("zero-size and 0-dim",), str(found)
     assert "SIGSEGV" in found["zero-size and 0-dim"].evidence
     assert [check.name for check in found.checks] == list(SUITE.checks)
+
+
+def test_a_step_that_exits_is_a_failed_check():
+    found = SUITE.run("hooks and profiler", broken.Exits, ({},))
+    assert (found.status, found.evidence) == (FAIL, "SystemExit: 3")
+
+
+def test_states_of_another_dtype_are_told():
+    evidence = SUITE.run("checkpoint bfloat16", torch.optim.NAdam, ({},)).evidence
+    assert evidence.endswith("state 'mu_product' of parameter 0 is torch.bfloat16 () instead of torch.float32 ()")
 
 
 def test_a_class_that_another_process_cannot_import():
@@ -196,8 +213,10 @@ def test_report():
         (broken.Plain([torch.zeros(1)]), {}, TypeError, "subclass of torch.optim.Optimizer itself"),
         (dict, {}, TypeError, "subclass of torch.optim.Optimizer itself"),
         (torch.optim.Adam, {"lr": -1.0}, ValueError, "Invalid learning rate"),
+        (broken.NeedsAClosure, {}, TypeError, "NeedsAClosure.step needs a closure; expected one that does without it"),
+        (torch.optim.LBFGS, {}, TypeError, "LBFGS.step needs a closure"),
     ],
-    ids=["object", "dict", "lr"],
+    ids=["object", "dict", "lr", "closure", "LBFGS"],
 )
 def test_refuses(cls, kwargs, error, text):
     with pytest.raises(error, match=text):

@@ -29,10 +29,10 @@ def same_bits(a, b) -> bool:
 
 def difference(a, b) -> str:
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return f"being {a!r} instead of {b!r}"
+        return f"is {a!r} instead of {b!r}"
     if a.dtype != b.dtype or a.shape != b.shape:
-        return f"being {a.dtype} {tuple(a.shape)} instead of {b.dtype} {tuple(b.shape)}"
-    return number((a.double() - b.double()).abs().max().item())
+        return f"is {a.dtype} {tuple(a.shape)} instead of {b.dtype} {tuple(b.shape)}"
+    return f"differs by up to {number((a.double() - b.double()).abs().max().item())}"
 
 
 def number(value: float) -> str:

@@ -46,7 +46,7 @@ class Suite:
             return Check(name, NOT_APPLICABLE, one_line(str(reason)))
         except Failure as failure:
             return Check(name, FAIL, one_line(str(failure)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return Check(name, FAIL, one_line(f"{type(error).__name__}: {error}"))
         finally:
             torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """check_optimizer: every check on one class, each where it can do no harm."""
 
 import copy
+import inspect
 
 import torch
 
@@ -33,11 +34,14 @@ def check_optimizer(cls: type[torch.optim.Optimizer], /, **kwargs) -> Report:
         table.
 
     Raises:
-        TypeError: cls is no class of optimizers.
+        TypeError: cls is no class of optimizers, or its ``step`` needs a closure, as ``torch.optim.LBFGS``'s does.
         Exception: what the constructor raises for a float32 parameter and the arguments.
     """
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise TypeError(f"check_optimizer: cls is {cls!r}; expected a subclass of torch.optim.Optimizer itself")
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(f"check_optimizer: {cls.__name__}.step needs a closure; expected one that does without it")
     cls([torch.nn.Parameter(torch.zeros(1))], **copy.deepcopy(kwargs))  # wrong arguments are the caller's to mend
     arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
     checks = run_all(SUITE, cls, (kwargs,))

@@ -88,7 +88,10 @@ def missing_gradients(subject: Subject, rng: torch.Generator) -> str:
     pair = Pair(subject, [torch.randn(5, generator=rng) for _ in range(4)])
     for present in ((1, 0, 0, 0), (1, 1, 0, 0), (0, 0, 0, 0), (1, 0, 1, 0), (0, 1, 1, 0), (1, 1, 1, 0)):
         grads = [randn(p, rng) if here else None for p, here in zip(pair.params, present, strict=True)]
+        before = [q.detach().clone() for q in pair.exact]
         pair.step(grads)
+        moved = [i for i, q in enumerate(pair.exact) if grads[i] is None and not torch.equal(q, before[i])]
+        require(not moved, f"a step moves parameters that have no gradient: {moved}")
     evidence = pair.require_close()
     # An oracle that counts for all parameters together would agree; so a late first step is compared with an early one.
     values, grads = ([torch.randn(5, generator=rng) for _ in range(2)] for _ in range(2))
@@ -110,7 +113,10 @@ def unfrozen(subject: Subject, rng: torch.Generator) -> str:
     pair.step([torch.randn(5, generator=rng), None])
     for p in (pair.params[1], pair.exact[1]):
         p.requires_grad_(True)
-    return pair.run(2, rng).require_close()
+    before = pair.exact[1].detach().clone()
+    pair.run(2, rng)
+    require(not torch.equal(pair.exact[1], before), "a parameter that is unfrozen does not move")
+    return pair.require_close()
 
 
 @SUITE.check("add_param_group")
@@ -123,7 +129,10 @@ def add_param_group(subject: Subject, rng: torch.Generator) -> str:
         optimizer.add_param_group({"params": params[1:], "lr": 0.25 * float(groups[0]["lr"])})
         missing = groups[0].keys() - groups[1].keys()
         require(not missing, f"the new group lacks {sorted(missing)}")
-    return pair.run(3, rng).require_close()
+    before = pair.exact[1].detach().clone()
+    pair.run(3, rng)
+    require(not torch.equal(pair.exact[1], before), "the parameters of a group that was added do not move")
+    return pair.require_close()
 
 
 @SUITE.check("named parameters")

@@ -21,7 +21,8 @@ class Subject:
         parameters = inspect.signature(cls).parameters
         self._plain = {flag: False for flag in ("foreach", "fused") if flag in parameters}
         self._no_float64: str | None = None
-        self.momentum = [name for name in ("momentum", "betas") if name in parameters]
+        # What schedulers change.
+        self.scheduled = [name for name in ("lr", "momentum", "betas") if name in parameters]
 
     def make(self, params, **options) -> torch.optim.Optimizer:
         # A tensor among the arguments is the optimizer's to change: every optimizer gets its own.
@@ -112,13 +113,12 @@ def require_equal(found, expected, what: str) -> None:
     """Failure where parameters or states of two snapshots differ in a bit."""
     for i, ((p, state), (q, other)) in enumerate(zip(found, expected, strict=True)):
         if not same_bits(p, q):
-            raise Failure(f"{what}: parameter {i} differs by up to {difference(p, q)}")
+            raise Failure(f"{what}: parameter {i} {difference(p, q)}")
         if state.keys() != other.keys():
             raise Failure(f"{what}: states of parameter {i} are {sorted(state)} instead of {sorted(other)}")
         for key, value in state.items():
             if not same_bits(value, other[key]):
-                apart = difference(value, other[key])
-                raise Failure(f"{what}: state {key!r} of parameter {i} differs by up to {apart}")
+                raise Failure(f"{what}: state {key!r} of parameter {i} {difference(value, other[key])}")
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,28 @@
 
 import torch
 
-from gdbp.testing.compare import require
+from gdbp.testing.compare import require, same_bits
 from gdbp.testing.optimizers.subject import SUITE, Pair, Subject, randn, snapshot
 from gdbp.testing.report import NotApplicable
+
+
+def _require_obeyed(subject: Subject, rng: torch.Generator, group: dict) -> None:
+    """What a scheduler left in the group counts as if it were the constructor's. A comparison with the oracle does not
+    show that: it is of the same class, and would ignore the same."""
+    value, grads = torch.randn(5, generator=rng).double(), torch.randn(2, 5, generator=rng).double()
+    for name in subject.scheduled:
+        if name not in group:
+            continue
+        results = []
+        for given in ({}, {name: group[name]}):
+            p = value.clone().requires_grad_()
+            optimizer = subject.oracle([p], **given)
+            optimizer.param_groups[0][name] = group[name]
+            for g in grads:
+                p.grad = g.clone()
+                optimizer.step()
+            results.append(p)
+        require(same_bits(*results), f"steps do not use the {name} that the scheduler puts into the group")
 
 
 def _scheduled(subject: Subject, rng: torch.Generator, make_scheduler, **options) -> str:
@@ -14,12 +33,13 @@ def _scheduled(subject: Subject, rng: torch.Generator, make_scheduler, **options
         pair.run(1, rng)
         for scheduler in schedulers:
             scheduler.step()
+    _require_obeyed(subject, rng, pair.oracle.param_groups[0])
     return pair.require_close("6 steps: ")
 
 
 @SUITE.check("OneCycleLR")
 def one_cycle(subject: Subject, rng: torch.Generator) -> str:
-    if not subject.momentum:
+    if not {"momentum", "betas"} & {*subject.scheduled}:
         raise NotApplicable("neither momentum nor betas to cycle")
     return _scheduled(subject, rng, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.01, total_steps=8))
 
@@ -27,7 +47,7 @@ def one_cycle(subject: Subject, rng: torch.Generator) -> str:
 @SUITE.check("CyclicLR")
 def cyclic(subject: Subject, rng: torch.Generator) -> str:
     """Turns on the momentum of an SGD that had none: its buffer must appear then."""
-    if not subject.momentum:
+    if not {"momentum", "betas"} & {*subject.scheduled}:
         raise NotApplicable("neither momentum nor betas to cycle")
     return _scheduled(subject, rng, lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.001, 0.01, step_size_up=2))
 
