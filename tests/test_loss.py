@@ -123,6 +123,8 @@ def test_special_values(loss):
         # torch's l1_loss alone gives NaN the gradient 0.
         other[1] = torch.where(mine[0].isnan(), math.nan, other[1])
         torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-6, atol=0)
+        in_torch = torch.vmap(both_pointwise(loss, reduction="none")[0])(x, y)
+        torch.testing.assert_close(in_torch, other[0], equal_nan=True, rtol=1e-6, atol=0)
 
 
 @losses

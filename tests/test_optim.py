@@ -247,7 +247,9 @@ class TestUnusualTensors:
         gdbp.optim.SGD([p], lr=1.0, max_grad_norm=norm).step()
         torch.testing.assert_close(p.detach(), torch.full(shape, -2.0))
 
-    def test_gradients_that_are_yet_to_be_conjugated(self):
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_gradients_that_are_yet_to_be_conjugated(self, compiled, monkeypatch):
+        monkeypatch.setattr(_base._load, "available", compiled)
         p = torch.ones(3, dtype=torch.complex64, requires_grad=True)
         p.grad = torch.full((3,), 1 + 2j).conj()
         gdbp.optim.SGD([p], lr=1.0).step()

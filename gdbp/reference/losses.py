@@ -31,12 +31,17 @@ def _huber(d: Tensor, delta: float) -> Tensor:
     return c * (d - 0.5 * c)
 
 
+def _smooth_l1(d: Tensor, beta: float) -> Tensor:
+    c = _clamped(d, beta)
+    return c / beta * (d - 0.5 * c)  # divided first, lest the product overflow
+
+
 # For each loss of single elements, given d = input - target and its parameter: the value and the derivative.
 POINTWISE_LOSSES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
     "mse_loss": (lambda d, _: d.square(), lambda d, _: 2 * d),
     "l1_loss": (lambda d, _: d * _sign(d).detach(), lambda d, _: _sign(d)),
     "huber_loss": (_huber, _clamped),
-    "smooth_l1_loss": (lambda d, beta: _huber(d, beta) / beta, lambda d, beta: _clamped(d, beta) / beta),
+    "smooth_l1_loss": (_smooth_l1, lambda d, beta: _clamped(d, beta) / beta),
 }
 
 

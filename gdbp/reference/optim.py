@@ -169,7 +169,7 @@ def optim_step_(
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         step, product = counts[i::n] if len(counts) == 2 * n else (counts[i] if counts else None, None)
         clock = _Clock(0 if step is None else step.item() + 1, product, bool(fresh) and fresh[i])
-        views = [torch.view_as_real(t) if t.is_complex() else t for t in (p, g, *states[i::n])]
+        views = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (p, g, *states[i::n])]
         _update(rule, *views[:2], views[2:], h, clock)
         if step is not None:
             step.add_(1)
