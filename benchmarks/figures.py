@@ -65,7 +65,8 @@ def ratios(report: Report) -> "Figure | None":
 def roofline(report: Report) -> "Figure | None":
     """What is reached under what a copy, or the bare matrix products, of the same size reach in the same run."""
     rows = [row for row in report["rows"] if row["limit"]]
-    kinds = [(kind, [row for row in rows if bool(row["flops"]) == (kind == "flops") and row[kind]])
+    # A row is shown with what its limit does: some have products to do, and yet memory is what limits them.
+    kinds = [(kind, [row for row in rows if row["limit"]["what"].startswith("copy") == (kind == "bytes") and row[kind]])
              for kind in ("bytes", "flops")]  # fmt: skip
     kinds = [(kind, chosen) for kind, chosen in kinds if chosen]
     if not kinds:

@@ -22,18 +22,27 @@ COLUMNS = (
 )  # fmt: skip
 
 
+# What reading a report takes for granted.
+_ENVIRONMENT = {"device", "cpu", "instruction_set", "threads", "heap", "torch", "gdbp", "gpu", "commit", "date"}
+_ROW = {"family", "case", "size", "dtype", "device", "contenders", "best", "ratio", "limit", "bytes", "flops", "goal"}
+_CONTENDER = {"name", "median", "p20", "p80", "samples", "ulp", "correct", "noisy"}
+
+
 def load(path: Path) -> Report:
     """Raises InputError for a file that `run` did not write."""
     try:
         report = json.loads(path.read_text())
-        if not isinstance(report["environment"]["device"], str) or not isinstance(report["rows"], list):
-            raise TypeError
-        for row in report["rows"]:  # once, one that named nothing but a peer was written, too
+        rows = report["rows"]
+        dicts = [(_ENVIRONMENT, report["environment"]), *((_ROW, row) for row in rows)]
+        dicts += [(_CONTENDER, contender) for row in rows for contender in row["contenders"]]
+        if not (all(keys <= each.keys() for keys, each in dicts) and all(row["contenders"] for row in rows)):
+            raise KeyError
+        for row in rows:  # once, one that named nothing but a peer was written, too
             if row["goal"] and not row["goal"]["text"]:
                 row["goal"] = None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is no result; expected a file that 'bench run --json' wrote") from None
     return report
 
@@ -58,11 +67,13 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def place(report: Report, folder: Path = RESULTS) -> Path:
-    """Where `run --save` puts a report: under its machine, named after date and commit."""
+    """Where `run --save` puts a report: under its machine, named after date and commit, and a heap that was kept."""
     environment = report["environment"]
     commit = environment["commit"] or "no-commit"
     changed = "-changed" if commit.endswith("+") else ""
-    return folder / machine(environment) / f"{environment['date'][:10]}-{commit[:12].rstrip('+')}{changed}.json"
+    kept = "-kept" if environment["heap"] == "kept" else ""
+    name = f"{environment['date'][:10]}-{commit[:12].rstrip('+')}{changed}{kept}.json"
+    return folder / machine(environment) / name
 
 
 def committed(folder: Path = RESULTS) -> dict[str, Report]:

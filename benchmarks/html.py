@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -57,8 +58,8 @@ def _report(report: Report, pictures: list[Picture]) -> str:
 
 def _tiles(rows: list[Row]) -> str:
     found = table.verdicts(rows)
-    ratios = sorted(row["ratio"] for row in rows if row["ratio"])
-    median = f"{table.figure(ratios[len(ratios) // 2])}x" if ratios else "none"
+    ratios = [row["ratio"] for row in rows if row["ratio"]]
+    median = f"{table.figure(statistics.median(ratios))}x" if ratios else "none"
     wrong = [row for row in rows if not row["contenders"][0]["correct"]]
     goals = len(found["met"]) + len(found["missed"])
     tiles = [

@@ -26,6 +26,7 @@ HEAP, NEWEST, SHORT = "heap:", "newest", "short"
 PLACE = re.compile(
     r"<!-- benchmarks:(?P<what>(?P<device>cpu|cuda)(?P<words>( [^ >]+)*)) -->\n.*?<!-- /benchmarks:(?P=what) -->", re.S
 )
+MARKER = re.compile(r"<!-- (/?)benchmarks:(.*?) -->$", re.M)
 
 
 def tables(reports: list[Report], words: Sequence[str] = (), short: bool = False) -> str:
@@ -41,12 +42,25 @@ def title(row: dict[str, Any]) -> str:
     return f"{row['family']}.{row['case']} {row['size']}"
 
 
+def _check_markers(document: str) -> None:
+    """Raises InputError unless every start is followed by its end: what stands before another's end would go."""
+    markers = MARKER.findall(document)
+    for i in range(0, len(markers), 2):
+        (slash, what), end = markers[i], markers[i + 1 : i + 2]
+        if slash or end != [("/", what)]:
+            raise InputError(
+                f"the document's places for tables are damaged at benchmarks:{what}; expected the lines "
+                f"<!-- benchmarks:{what} --> and <!-- /benchmarks:{what} -->, with no other such line between them"
+            )
+
+
 def updated(document: str, reports: list[Report], devices: list[str]) -> str:
     """The document with each device's tables, or that it was not measured, in its places.
 
     Raises:
-        InputError: where a device has no place.
+        InputError: where a device has no place, or a place no end.
     """
+    _check_markers(document)
     places = {match["device"] for match in PLACE.finditer(document)}
     if missing := [device for device in devices if device not in places]:
         start, end = (f"<!-- {slash}benchmarks:{missing[0]} -->" for slash in ("", "/"))
@@ -96,9 +110,11 @@ def run(options: argparse.Namespace) -> int:
         print(tables(_chosen(options, "")[0]))
         return 0
     try:
-        document = options.update.read_text()
+        document = options.update.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{options.update} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{options.update} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
     new = updated(document, *_chosen(options, document))
     if options.check:
         if new != document:

@@ -147,8 +147,10 @@ def finish(report: dict[str, Any], options: argparse.Namespace, started: float) 
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0, or 1 where a result of ours was wrong."""
-    cases = _selected(options)
     check_device(options.device)
+    cases = [case for case in _selected(options) if case.device in (None, options.device)]
+    if not cases:
+        raise InputError(f"the cases with {options.pattern!r} in their titles do not run on {options.device}")
     if options.heap == "kept" and environment.heap() != "kept":
         return with_kept_heap(options.argv)
     if options.threads:
@@ -159,8 +161,6 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     family = None
     for case in cases:
-        if case.device not in (None, options.device):
-            continue
         if case.family != family:
             print(family := case.family)
         for dtype in dtypes(case, cases, options.dtype):

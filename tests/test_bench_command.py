@@ -38,6 +38,7 @@ def test_run_saves_under_the_machine(tmp_path, monkeypatch, capsys):
     assert files.place(example_report()) == folder / "cpu" / "2030-01-02-0123456789ab.json"
     gpu = example_report(gpu="NVIDIA H100 80GB HBM3", commit=COMMIT + "+")
     assert files.place(gpu) == folder / "nvidia-h100-80gb-hbm3" / "2030-01-02-0123456789ab-changed.json"
+    assert files.place(example_report(heap="kept")).name == "2030-01-02-0123456789ab-kept.json"
     monkeypatch.setattr(files, "place", lambda report: tmp_path / "cpu" / "x.json")
     assert bench("run", "-k", "loss.huber", *SMOKE, "--save") == 0
     assert files.load(tmp_path / "cpu" / "x.json")["rows"]
@@ -73,6 +74,7 @@ def test_env(capsys):
     "arguments, words",
     [
         (["run", "-k", "nothing of that name"], "no case has 'nothing of that name'"),
+        (["run", "-k", "step.infer"], "the cases with 'step.infer' in their titles do not run on cpu"),
         (["run", "--dtype", "int8"], "'int8'; expected some of float32"),
         (["run", "--budget", "0"], "got '0'; expected a finite number above 0"),
         (["run", "--threads", "-1"], "got '-1'; expected a whole number of at least 1"),

@@ -82,6 +82,33 @@ def test_report_keeps_a_document_up_to_date(save, capsys):
     assert "<!-- benchmarks:cpu -->" in capsys.readouterr().err
 
 
+DAMAGED = {
+    "no end": "{start}text\n{start}{end}",
+    "another's end": "{start}text\n<!-- /benchmarks:cuda -->\n{start}{end}",
+    "no end, of other words": "<!-- benchmarks:cpu loss. -->\ntext\n{start}{end}",
+    "no start": "{start}{end}text\n{end}",
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_document_stays_as_it_is(damaged, save, capsys):
+    file = save("cpu.json", example_report())
+    text = damaged.format(start="<!-- benchmarks:cpu -->\n", end="<!-- /benchmarks:cpu -->\n")
+    document = save("README.md", text)
+    for check in ([], ["--check"]):
+        assert bench("report", "--update", document, file, *check) == 2
+        error = capsys.readouterr().err
+        assert "are damaged at benchmarks:cpu" in error and error.count("\n") == 1
+    assert document.read_text() == text
+
+
+def test_a_document_that_is_no_text(save, tmp_path, capsys):
+    document = tmp_path / "README.md"
+    document.write_bytes(b"<!-- benchmarks:cpu -->\n\xff<!-- /benchmarks:cpu -->\n")
+    assert bench("report", "--update", document, save("cpu.json", example_report())) == 2
+    assert "README.md is no text in UTF-8 (invalid start byte at byte 24)" in capsys.readouterr().err
+
+
 def test_document_shows_the_newest_gpu_or_that_there_is_none(save, tmp_path, monkeypatch):
     empty = "".join(f"<!-- benchmarks:{device} -->\n<!-- /benchmarks:{device} -->\n" for device in report.DEVICES)
     document = save("README.md", empty)
@@ -115,13 +142,27 @@ def test_document_shows_the_newest_of_each_heap(save):
     assert [name for name in dates if f"loss.{name} |" in document.read_text()] == ["a", "d"]
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", '{"environment": {}}'])
+def damaged_reports():
+    for rows in (
+        "none",
+        {"a": 1},
+        [None],
+        [{"goal": None}],
+        *([example_row() | {"contenders": c}] for c in (None, [], [{}])),
+    ):
+        yield json.dumps(example_report() | {"rows": rows})
+    yield json.dumps(example_report() | {"environment": {"device": "cpu"}})
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"environment": {}}', *damaged_reports()])
 def test_what_is_no_result_is_refused(tmp_path, capsys, text):
     file = tmp_path / "x.json"
     if text is not None:
         file.write_text(text)
-    assert bench("report", file) == 2
-    assert str(file) in capsys.readouterr().err
+    for command in (["report", file], ["compare", file, file], ["plot", file, "--out", tmp_path / "out"]):
+        assert bench(*command) == 2
+        error = capsys.readouterr().err
+        assert str(file) in error and error.count("\n") == 1
 
 
 def timed(median, p20=None, p80=None, peer=5e-3, **changes):
@@ -214,6 +255,19 @@ def test_plot_writes_one_page_and_pictures(save, tmp_path, capsys):
     assert "loss.lost 16 M f32</b>: torch takes 83% of our time" in lost
     assert "4x of torch wanted, 2.50x reached" in lost
     assert "33.6 MB / 67.1 MB" in text
+
+
+def test_the_median_of_an_even_number_is_between_two():
+    rows = [timed(1e-3, peer=peer) for peer in (0.5e-3, 10e-3)]
+    assert "<b>5.25x</b><span>median ratio" in html.page([(example_report(*rows), [])])
+
+
+def test_a_row_stands_under_the_limit_that_it_has():
+    copied = example_row(limit={"what": "copy, 4 B a row", "seconds": 1e-3}, bytes=2**20, flops=2**30)
+    product = example_row(limit={"what": "GEMMs", "seconds": 1e-3}, bytes=2**20, flops=2**30)
+    for row, label in ((copied, "bytes to move"), (product, "operations to do")):
+        (axis,) = figures.roofline(example_report(row)).axes
+        assert axis.get_xlabel() == label
 
 
 def test_pictures_of_committed_results_are_named_after_their_files(save, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import memory, optional, run, scaling, table
 from benchmarks.accuracy import ulp_error
@@ -31,6 +32,15 @@ def test_case_runs_and_is_right(title):
     assert row["best"] in [c["name"] for c in row["contenders"][1:]]
     json.dumps(row, allow_nan=False)
     assert max(map(len, table.terminal(row).splitlines())) <= 120
+
+
+@pytest.mark.parametrize("title", [t for t in ALL_SMOKE if t.startswith(("fuse.", "linear.", "norm.", "step.train_n"))])
+def test_operations_are_those_of_torchs_products(title, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)  # a peer of the narrow steps
+    work = ALL_SMOKE[title].build(Setup(ALL_SMOKE[title].dtype or torch.float32))
+    with FlopCounterMode(display=False) as counter:
+        work.contenders["torch"].run()
+    assert work.flops in (0, counter.get_total_flops())
 
 
 @pytest.mark.cuda
