@@ -209,10 +209,12 @@ class Build(BuildExtension):
         check_torch()
         check_compiler()
         facts = {"VERSION": VERSION, "TORCH_VERSION": torch.__version__, "CXX_FLAGS": " ".join(CXX_FLAGS)}
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        if not jobs.isdecimal() or int(jobs) < 1:
+            fail(f"MAX_JOBS is {jobs!r}; expected a whole number of at least 1.")
         self.kernels = []
         # As many as ninja has: the two take turns, and neither leaves a core idle when the other is done.
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(int(jobs)) as pool:
             if path := find_nvcc():
                 nvcc = Nvcc(path)
                 facts |= {"CUDA_VERSION": "{}.{}".format(*nvcc.version), "CUDA_ARCHS": " ".join(nvcc.archs)}

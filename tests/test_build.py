@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,25 @@ def test_cuda_wanted_without_nvcc(sources):
 
 def test_cuda_choice_unknown(sources):
     assert_one_sentence(build(sources, GDBP_CUDA="maybe"), "GDBP_CUDA", "'maybe'", "0, 1 or auto")
+
+
+@pytest.mark.parametrize("jobs", ["0", "all", "-1"])
+def test_number_of_jobs_refused(sources, jobs):
+    assert_one_sentence(build(sources, GDBP_CUDA="0", MAX_JOBS=jobs), f"MAX_JOBS is '{jobs}'", "at least 1")
+
+
+def test_a_source_distribution_has_all_sources(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "gdbp"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    done = run("setup.py", "-q", "sdist", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        packed = {Path(*Path(name).parts[1:]) for name in opened.getnames()}
+    wanted = {path.relative_to(tmp_path) for name in ("csrc", "gdbp") for path in (tmp_path / name).rglob("*.*")}
+    assert wanted <= packed
 
 
 def stub_nvcc(folder, release):
