@@ -11,6 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdbp
+from gdbp.optim import _base
 from tests.optimizers import give, make
 
 
@@ -388,18 +389,22 @@ class TestErrors:
             optimizer.step()
         torch.testing.assert_close(everything(), before, rtol=0, atol=0)
 
-    def test_sparse_gradient(self):
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_sparse_gradient(self, compiled, monkeypatch):
+        monkeypatch.setattr(_base._load, "available", compiled)
         params, optimizer = self.two()
         params[1].grad = torch.ones(4).to_sparse()
-        self.refuses(params, optimizer, "sparse")
+        self.refuses(params, optimizer, "a gradient is sparse; .*use torch.optim.SparseAdam or SGD")
 
     def test_gradient_of_another_class(self):
         params, optimizer = self.two()
         params[1].grad = TwoTensor(torch.ones(4), torch.ones(4))
         self.refuses(params, optimizer, "a gradient is of a class of its own")
 
+    @pytest.mark.parametrize("compiled", [True, False])
     @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}])
-    def test_a_refused_first_step_leaves_no_state(self, options):
+    def test_a_refused_first_step_leaves_no_state(self, options, compiled, monkeypatch):
+        monkeypatch.setattr(_base._load, "available", compiled)
         params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
         optimizer = gdbp.optim.SGD(params, lr=1.0, momentum=0.9, dampening=0.5, **options)
         params[0].grad, params[1].grad = torch.ones(3) / 2, torch.ones(3).to_sparse()

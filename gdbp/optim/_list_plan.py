@@ -7,6 +7,12 @@ import torch
 from gdbp.ops import grad, optim
 from gdbp.ops._distributed import is_distributed, local, spread_like
 
+# As csrc/optim/optim.cpp has it.
+_SPARSE = (
+    "optimizer step: a gradient is sparse; expected a dense one; "
+    "use torch.optim.SparseAdam or SGD, or set sparse=False in the embedding"
+)
+
 
 class ListPlan:
     """The interface of the compiled StepPlan, over lists that are gathered anew at every step."""
@@ -40,6 +46,8 @@ class ListPlan:
             for i, p in enumerate(params):
                 if p.grad is None:
                     continue
+                if p.grad.layout is not torch.strided:  # now, while no other parameter has been stepped
+                    raise RuntimeError(_SPARSE)
                 own = [state[p].get(name) for name in names] if names else []
                 if any(value is None for value in own):
                     return False
