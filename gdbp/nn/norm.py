@@ -44,7 +44,9 @@ class BatchNorm1d(_Activated, torch.nn.BatchNorm1d):
     """Batch normalisation of each channel, and the activation that follows it, in one layer.
 
     A ``torch.nn.BatchNorm1d`` in every respect (parameters, buffers, state_dict, ``update_bn``), with the activation
-    computed in the pass that normalises. The formula is that of :func:`gdbp.nn.functional.batch_norm`.
+    computed in the pass that normalises. The formula is that of :func:`gdbp.nn.functional.batch_norm`. What puts
+    something else in the place of a batch norm, as ``torch.nn.utils.fuse_linear_bn_eval`` does, knows nothing of the
+    activation.
 
     Args:
         num_features: number of channels C.
