@@ -3,6 +3,7 @@
 import collections
 import copy
 import math
+import pickle
 import threading
 
 import pytest
@@ -345,6 +346,73 @@ def test_arguments_of_another_kind_take_the_forward_from_before():
     assert len(report.fused) == 1
     for other in (x.as_subclass(Mine), nn.Parameter(x)):
         torch.testing.assert_close(model(other).as_subclass(torch.Tensor), 100 * model(x))
+
+
+class Decides(nn.Module):
+    """A forward that goes by attributes of many kinds."""
+
+    gain = 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out, self.blocks = nn.Linear(4, 8), nn.Linear(8, 2), nn.ModuleList([nn.Linear(8, 8)])
+        self.alpha, self.twice, self.act, self.norm, self.sizes = 1.0, True, F.relu, None, [1.0, 2.0]
+        self.register_parameter("shift", None)
+        self.child, self._halves = nn.Identity(), 1
+        self.child.scale, self.seen = 3.0, {i: i for i in range(1000)}
+
+    @property
+    def temperature(self):
+        return self._halves * 0.5
+
+    def forward(self, x):
+        h = F.relu(self.fc(x)) * (self.alpha * self.gain / self.temperature)
+        for block in self.blocks:
+            h = self.act(block(h))
+        h = h * 2 if self.twice else h
+        h = h if self.norm is None else self.norm(h)
+        h = h if self.shift is None else h + self.shift
+        return self.out(h) * self.sizes[1] * self.child.scale * len(self.seen)
+
+
+CHANGES = {
+    "a number": lambda m: setattr(m, "alpha", 0.3),
+    "a switch": lambda m: setattr(m, "twice", False),
+    "a function": lambda m: setattr(m, "act", torch.tanh),
+    "the class's number": lambda m: setattr(m, "gain", 0.1),
+    "behind a property": lambda m: setattr(m, "_halves", 7),
+    "of a child": lambda m: setattr(m.child, "scale", 0.5),
+    "in a list": lambda m: m.sizes.__setitem__(1, 9.0),
+    "how many": lambda m: m.seen.pop(0),
+    "another layer in a list": lambda m: m.blocks.append(nn.Linear(8, 8)),
+    "a layer that was left out": lambda m: setattr(m, "norm", nn.LayerNorm(8)),
+    "a parameter that was left out": lambda m: setattr(m, "shift", nn.Parameter(torch.ones(8))),
+}
+
+
+@pytest.mark.parametrize("how", ["as it is", "copied", "pickled", "compiled"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_attributes_that_change_later(change, how):
+    torch.manual_seed(0)
+    plain = Decides()
+    model, report = fused(copy.deepcopy(plain))
+    assert len(report.fused) == 2
+    if how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    torch._dynamo.reset()
+    call = torch.compile(model, fullgraph=True, backend="eager") if how == "compiled" else model
+    x = torch.randn(3, 4)
+    before = call(x)
+    assert "gdbp.linear" in str(gdbp.explain(model, x))
+    torch.testing.assert_close(before, plain(x))
+    for each in (model, plain):
+        torch.manual_seed(1)
+        change(each)
+    after = call(x)
+    torch.testing.assert_close(after, plain(x))
+    assert not torch.allclose(after, before)
 
 
 def test_numbers_that_are_not_known_yet():

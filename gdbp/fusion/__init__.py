@@ -40,7 +40,9 @@ def fuse(
     Args:
         model: changed in place.
         trace: whether to trace forwards. As always with torch.fx, what a forward decides in Python is decided once,
-            now, and numbers that it reads from attributes are read once. Those that depend on ``training``, have
+            now. Where an attribute that it read (a number, a function, how many layers a list has) is another at a
+            later call, that call takes the forward from before, unfused; ``fuse`` again for one with the new value.
+            What it reads of objects that are no modules can't be told. Those that depend on ``training``, have
             arguments that may be left out, change attributes of modules, make tensors, ask what kind of thing a result
             is, switch gradients or autocast, are checkpointed, have hooks on saved tensors, or call an
             ``autograd.Function`` are left alone; those that depend on random numbers or on the world outside, or

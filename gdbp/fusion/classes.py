@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
+from gdbp.fusion.reads import Read, hold
 from gdbp.fusion.run import match, run
 
 
@@ -26,16 +27,17 @@ class Code(NamedTuple):
     objects: tuple[tuple[str, Any], ...]
     modules: tuple[tuple[str, str], ...]
     runs: tuple[str, ...]  # for people
+    reads: tuple[Read, ...]  # of attributes, which are constants of it
 
     @classmethod
-    def of(cls, graph: fx.Graph, runs: tuple[str, ...]) -> "Code":
+    def of(cls, graph: fx.Graph, runs: tuple[str, ...], reads: tuple[Read, ...]) -> "Code":
         code = graph.python_code("self")
         # Of the names that fx provides, a NaN among them, only those in use: equal forwards are to be equal.
         words = set(re.findall(r"\w+", code.src))
         named = [(name, value) for name, value in code.globals.items() if name in words]
         modules = tuple((name, value.__name__) for name, value in named if isinstance(value, types.ModuleType))
         objects = tuple((name, value) for name, value in named if not isinstance(value, types.ModuleType))
-        return cls(code.src, objects, modules, runs)
+        return cls(code.src, objects, modules, runs, reads)
 
     def compile(self, before: Callable) -> Callable:
         """The forward, in the place of the one ``before``, for tensors: to all else that one may answer in another way,
@@ -43,13 +45,15 @@ class Code(NamedTuple):
         names = dict(self.objects)
         names.update((name, importlib.import_module(module)) for name, module in self.modules)
         exec(compile(self.source, "<gdbp.fuse>", "exec"), names)
-        fused = names["forward"]
+        fused, reads = names["forward"], self.reads
 
         @functools.wraps(fused)
         def forward(self, *args, **kwargs):
             for given in (*args, *kwargs.values()):
                 if type(given) is not torch.Tensor and type(given) is not FakeTensor:
                     return before(self, *args, **kwargs)
+            if not hold(self, reads):
+                return before(self, *args, **kwargs)
             return fused(self, *args, **kwargs)
 
         return forward

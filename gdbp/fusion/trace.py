@@ -11,6 +11,7 @@ from torch import fx
 from gdbp.fusion import activations
 from gdbp.fusion.classes import Code, class_of, forward_of
 from gdbp.fusion.follow import is_written_over, trace, writes
+from gdbp.fusion.reads import Notes, Read, noting
 from gdbp.fusion.report import Fused, FuseReport, Left, cut_short, is_candidate, why_not
 from gdbp.fusion.run import LINEARS, NORMS, SAVED_BY_OUTPUT, Layer, Run, match, run
 from gdbp.ops._function import is_dense
@@ -27,7 +28,7 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
     Raises:
         Untraceable: forward cannot be followed, or does more than its graph would.
     """
-    graph = _trace(module)
+    graph, reads = _trace(module)
     fused: list[Fused] = []
     left: list[Left] = []
     taken: set[fx.Node] = set()
@@ -56,13 +57,13 @@ def rewrite(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> tuple
     graph.lint()
     prefix = names[module] + "." if names[module] else ""
     runs = tuple(" + ".join(name.removeprefix(prefix) for name in each.layers) for each in fused)
-    return Code.of(graph, runs), report
+    return Code.of(graph, runs, reads), report
 
 
 # ---- the graph ----
 
 
-def _trace(module: torch.nn.Module) -> fx.Graph:
+def _trace(module: torch.nn.Module) -> tuple[fx.Graph, tuple[Read, ...]]:
     forward = forward_of(module)
     if "forward" in vars(module):
         raise Untraceable(f"{_of(module)} was replaced")
@@ -73,20 +74,21 @@ def _trace(module: torch.nn.Module) -> fx.Graph:
     ]
     if optional:
         raise Untraceable(f"{_of(module)} has arguments that may be left out ({', '.join(optional)})")
-    graph, other = (_trace_once(module, training) for training in (True, False))
+    (graph, reads), (other, others) = (_trace_once(module, training) for training in (True, False))
     if _source(graph) != _source(other):
         raise Untraceable(f"{_of(module)} is another in training than in evaluation")
     for node in graph.nodes:
         if node.op == "get_attr" and not _has(module, node.target):
             raise Untraceable(f"{_of(module)} makes a tensor ({node.target}), which would become a constant")
-    return graph
+    return graph, tuple(dict.fromkeys(reads + others))
 
 
-def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
+def _trace_once(module: torch.nn.Module, training: bool) -> tuple[fx.Graph, tuple[Read, ...]]:
     # What forward writes goes to a twin, of it and of all below it, which shares parameters and buffers alone.
     twins: dict[torch.nn.Module, torch.nn.Module] = {}
+    notes = Notes()
     try:
-        twin = _twin(module, twins)
+        twin = _twin(module, twins, notes)
         for each in twins.values():
             vars(each)["training"] = training
         before = [(each, {name: _kept(value) for name, value in vars(each).items()}) for each in twins.values()]
@@ -101,14 +103,16 @@ def _trace_once(module: torch.nn.Module, training: bool) -> fx.Graph:
             known = kept.get(name, (None, 0))
             if not name.startswith("_tensor_constant") and not _same(known, _kept(value)):
                 raise Untraceable(f"{_of(module)} changes {owner}.{name}")
-    return graph
+    return graph, notes.reads(twin)
 
 
-def _twin(module: torch.nn.Module, twins: dict[torch.nn.Module, torch.nn.Module]) -> torch.nn.Module:
+def _twin(module: torch.nn.Module, twins: dict[torch.nn.Module, torch.nn.Module], notes: Notes) -> torch.nn.Module:
     if module not in twins:
-        twins[module] = twin = object.__new__(class_of(module))
+        twins[module] = twin = noting(class_of(module), notes)
         twin.__dict__.update({name: _copied(value) for name, value in vars(module).items()})
-        twin._modules = {key: None if child is None else _twin(child, twins) for key, child in module._modules.items()}
+        twin._modules = {
+            key: None if child is None else _twin(child, twins, notes) for key, child in module._modules.items()
+        }
     return twins[module]
 
 
