@@ -20,6 +20,11 @@ class Residual(torch.nn.Module):
         return x + self.linear(x)
 
 
+class Block(Residual):
+    def forward(self, x):
+        return self.linear(x).relu()
+
+
 def hooked():
     model = network(4)
     model[0].register_forward_hook(lambda *_: None)
@@ -34,17 +39,21 @@ def tied():
 
 REFUSED_MODELS = [
     (lambda: torch.nn.Sequential(Residual(), network(4)), "Residual '0' has no fused form; expected Sequential"),
-    (hooked, "Linear '0' has hooks"),
-    (tied, "Linear '1' shares a parameter with Linear '0'"),
+    (hooked, "Linear '0' has hooks .*; remove them, or use strict=False"),
+    (tied, "Linear '1' shares a parameter with Linear '0'; .*use strict=False"),
     (lambda: torch.nn.Sequential(torch.nn.ELU(alpha=0.5), network(4)), "ELU '0' has alpha=0.5; expected 1.0"),
     (lambda: torch.nn.Sequential(network(4), torch.nn.Softmax(1)), "Softmax '1' has no fused form"),
-    (lambda: torch.nn.Sequential(torch.nn.Flatten(2), network(4)), "Flatten '0' flattens dimensions 2 to -1"),
-    (lambda: torch.nn.Sequential(torch.nn.Flatten(0), network(4)), "comes after a Flatten that joins rows"),
+    (lambda: torch.nn.Sequential(torch.nn.Flatten(2), network(4)), "flattens dimensions 2 to -1; .*use strict=False"),
+    (lambda: torch.nn.Sequential(torch.nn.Flatten(0), network(4)), "after a Flatten that joins rows; .*strict=False"),
     (lambda: torch.nn.Sequential(), "no layers"),
     (lambda: torch.nn.Sequential(torch.nn.ReLU()), "no layers with parameters; expected at least one Linear"),
     (lambda: torch.nn.Sequential(torch.nn.LazyLinear(3)), "LazyLinear '0' has no parameters yet; call the model once"),
     (lambda: torch.compile(network(4)), "pass the model that torch.compile was given"),
-    (lambda: torch.nn.utils.parametrizations.weight_norm(network(4)[0]), "weight of .* is computed"),
+    (lambda: gdbp.fuse(Block()), "^Block has no fused form; .*use strict=False"),
+    (
+        lambda: torch.nn.utils.parametrizations.weight_norm(network(4)[0]),
+        "weight of .* is computed, .*; make it a parameter again, or use strict=False",
+    ),
 ]
 
 
@@ -155,6 +164,26 @@ REFUSED_INPUTS = [
     (lambda x, y: (x, y.int()), TypeError, "target has dtype Int; expected int64 labels"),
     (lambda x, y: (x, torch.full_like(y, 7)), IndexError, "Target 7 is out of bounds"),
     (lambda x, y: (x, torch.rand(16, 3)), ValueError, "target has shape .16, 3. and the model's output .16, 5."),
+    (
+        lambda x, y: (x, y.float()),
+        ValueError,
+        r"target has shape \[16\] and dtype Float; expected int64 labels, .* \[16, 5\]; convert labels with .long",
+    ),
+    (
+        lambda x, y: (x, torch.nn.functional.one_hot(y, CLASSES)),
+        ValueError,
+        "expected .16,., a label for each row; reshape it, or convert one-hot labels with .to.. to the input's dtype",
+    ),
+    (
+        lambda x, y: (x.requires_grad_(), y),
+        ValueError,
+        "a gradient of the input is required, .*; put the layers before it",
+    ),
+    (
+        lambda x, y: (x, torch.rand(16, CLASSES, requires_grad=True)),
+        ValueError,
+        "a gradient of the target is required, .*detach.*, or use strict=False",
+    ),
 ]
 
 
@@ -196,6 +225,10 @@ def test_many_refuses():
         pair.step.many((x[:0], y[:0]))
     with pytest.raises(TypeError, match=r"tensors is of type Tensor; expected a tuple \(inputs, targets\)"):
         pair.step.many(x)
+    with pytest.raises(TypeError, match=r"tensors is of type tuple and length 3; expected a tuple \(inputs, targets\)"):
+        pair.step.many((x, y, y))
+    with pytest.raises(ValueError, match="a gradient of the inputs is required"):
+        pair.step.many((x.clone().requires_grad_(), y), 4)
     with pytest.raises(TypeError, match="targets is of type list; expected a tensor"):
         pair.step.many((x, y.tolist()))
     with pytest.raises(TypeError, match=r"inputs is torch.sparse_coo; expected a dense tensor; use .to_dense\(\)"):
@@ -322,9 +355,34 @@ def test_eager_for_one_input():
     same_state(pair.model, pair.optimizer, pair.twin, pair.other)
 
 
+def test_layers_before_the_step_are_trained_where_not_strict():
+    """By the graph that the input brings along."""
+    pair = Pair(strict=False)
+    torch.manual_seed(0)
+    first = torch.nn.Linear(3, FEATURES)
+    second = copy.deepcopy(first)
+    pair.optimizer.add_param_group({"params": first.parameters()})
+    pair.other.add_param_group({"params": second.parameters()})
+    before, y = first.weight.clone(), data()[1]
+    for i in range(2):
+        x, _ = data(inputs=3, seed=i)
+        close(pair.step(first(x), y), eager(pair.twin, pair.loss, pair.other, second(x), y))
+        assert "a gradient of the input is required" in pair.step.explain()
+    close(first.weight, second.weight)
+    assert not torch.equal(first.weight, before)
+    same_state(pair.model, pair.optimizer, pair.twin, pair.other)
+
+
+def test_a_weight_that_is_not_contiguous():
+    pair = Pair(network(4))
+    pair.model[0].weight.data = pair.model[0].weight.data.t().contiguous().t()
+    with pytest.raises(ValueError, match=r"convert input or model with .to\(\), or make it .contiguous\(\)"):
+        pair.step(*data())
+
+
 def test_autocast_is_refused():
     pair = Pair()
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="autocast is on"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"autocast is on.*strict=False"):
         pair.step(*data())
 
 

@@ -125,7 +125,7 @@ void check_tensor(const std::string& layer, const at::Tensor& tensor, const char
       tensor.is_contiguous() && tensor.sizes() == sizes && tensor.is_cpu() && tensor.scalar_type() == type,
       "TrainStep: ", what, " of ", layer, " has shape ", tensor.sizes(), ", strides ", tensor.strides(), " and dtype ",
       tensor.scalar_type(), " on ", tensor.device(), "; expected shape ", sizes, ", contiguous, of the input's dtype ",
-      type, " on cpu; convert one of them");
+      type, " on cpu; convert input or model with .to(), or make it .contiguous()");
 }
 
 std::unique_ptr<Layer> make_linear(LinearOptions options) { return std::make_unique<Linear>(std::move(options)); }

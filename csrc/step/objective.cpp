@@ -127,12 +127,18 @@ class CrossEntropy final : public Objective {
     if (at::isFloatingType(target.type)) {
       TORCH_CHECK_VALUE(options_.ignore_index < 0, "TrainStep: target holds probabilities and ignore_index is ",
                         options_.ignore_index, "; expected labels; set ignore_index to a negative number");
+      TORCH_CHECK_VALUE(target.sizes != at::DimVector({output.rows}), "TrainStep: target has shape ",
+                        at::IntArrayRef(target.sizes), " and dtype ", target.type,
+                        "; expected int64 labels, or probabilities of shape ", at::IntArrayRef(output.sizes),
+                        "; convert labels with .long()");
       check_like_output(output, target);
     } else {
       TORCH_CHECK_TYPE(target.type == at::kLong, "TrainStep: target has dtype ", target.type,
                        "; expected int64 labels, or probabilities; convert it with .long()");
-      TORCH_CHECK_VALUE(target.sizes == at::DimVector({output.rows}), "TrainStep: target has shape ",
-                        at::IntArrayRef(target.sizes), "; expected (", output.rows, ",), a label for each row");
+      TORCH_CHECK_VALUE(
+          target.sizes == at::DimVector({output.rows}), "TrainStep: target has shape ", at::IntArrayRef(target.sizes),
+          "; expected (", output.rows,
+          ",), a label for each row; reshape it, or convert one-hot labels with .to() to the input's dtype");
     }
     if (weight_.defined())
       TORCH_CHECK_VALUE(weight_.is_contiguous() && weight_.numel() == output.cols &&

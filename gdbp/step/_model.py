@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gdbp import nn
+from gdbp.fusion.classes import class_of
 from gdbp.step._watch import CannotFuse, Watch
 
 
@@ -29,17 +30,20 @@ class Layers:
         Raises:
             CannotFuse: names the module that has no fused form.
         """
-        label = f"{type(module).__name__} '{name}'" if name else type(module).__name__
+        kind = class_of(module)  # gdbp.fuse changes how layers are called, not what they compute
+        label = f"{kind.__name__} '{name}'" if name else kind.__name__
         if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             raise CannotFuse(f"{label} has no parameters yet; call the model once with a batch")
-        read = _READERS.get(type(module).forward)
+        read = _READERS.get(kind.forward)
         if read is None:
             raise CannotFuse(
                 f"{label} has no fused form; expected Sequential or MLP of Linear, BatchNorm1d, activations, Dropout, "
                 f"Flatten and Identity{_remedy(module)}"
             )
         if self.output_dims == 1:
-            raise CannotFuse(f"{label} comes after a Flatten that joins rows; expected that to be the last layer")
+            raise CannotFuse(
+                f"{label} comes after a Flatten that joins rows; expected that to be the last layer; use strict=False"
+            )
         self.watch.module(module, label)
         read(self, module, label, name)
 
@@ -112,7 +116,9 @@ def _flatten(layers: Layers, module, label, name):
     if (start, end) == (0, -1):
         layers.output_dims = 1
     elif (start, end) != (1, -1):
-        raise CannotFuse(f"{label} flattens dimensions {start} to {end}; expected 1 to -1, or 0 to -1 at the end")
+        raise CannotFuse(
+            f"{label} flattens dimensions {start} to {end}; expected 1 to -1, or 0 to -1 at the end; use strict=False"
+        )
     elif not layers.found:
         layers.flattens = True
 

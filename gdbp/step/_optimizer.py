@@ -43,7 +43,10 @@ def check(optimizer: torch.optim.Optimizer) -> None:
     if has_step_hooks(optimizer):
         raise CannotFuse(f"{name} has step hooks, which a fused step would not call; remove them, or use strict=False")
     if any(map(is_torchs, optimizer.param_groups)):
-        raise CannotFuse(f"{name} has a group with capturable or differentiable, which torch's own step computes")
+        raise CannotFuse(
+            f"{name} has a group with capturable or differentiable, which torch's own step computes; switch them off, "
+            "or use strict=False"
+        )
 
 
 def check_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -54,7 +57,9 @@ def check_parameters(optimizer: torch.optim.Optimizer) -> None:
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not all(map(is_fused, params)) or len(set(map(id, params))) != len(params):
-        raise CannotFuse(f"{type(optimizer).__name__} holds a parameter twice, or one that is no plain tensor")
+        raise CannotFuse(
+            f"{type(optimizer).__name__} holds a parameter twice, or one that is no plain tensor; use strict=False"
+        )
     kinds = {p.device for p in params}
     if len(kinds) > 1 or any(kind.type not in ("cpu", "cuda") for kind in kinds):
         found = ", ".join(sorted(map(str, kinds)))

@@ -25,7 +25,9 @@ class Watch:
         for name in names:
             hooks = getattr(owner, name)
             if hooks:
-                raise CannotFuse(f"{label} has hooks ({name}), which a fused step would not call; remove them")
+                raise CannotFuse(
+                    f"{label} has hooks ({name}), which a fused step would not call; remove them, or use strict=False"
+                )
             if hooks is not None:
                 self.lengths.append((hooks, 0))
 
@@ -36,7 +38,7 @@ class Watch:
             CannotFuse: there are.
         """
         if "forward" in vars(module):
-            raise CannotFuse(f"{label} has a forward of its own, set on the instance; delete it")
+            raise CannotFuse(f"{label} has a forward of its own, set on the instance; delete it, or use strict=False")
         self.no_hooks(module, _HOOKS, label)
         self.lengths.append((module._modules, len(module._modules)))
         self.values += [(module._modules, name, child) for name, child in module._modules.items()]
@@ -56,8 +58,13 @@ class Watch:
             value = kind[name]
             self.values.append((kind, name, value))
             if value is not None and type(value) not in (torch.Tensor, torch.nn.Parameter):
-                raise CannotFuse(f"{name} of {label} is of type {type(value).__name__}; expected a plain tensor")
+                raise CannotFuse(
+                    f"{name} of {label} is of type {type(value).__name__}; expected a plain tensor; use strict=False"
+                )
             if value is not None:
                 self.no_hooks(value, _TENSOR_HOOKS, f"{name} of {label}")
             return value
-        raise CannotFuse(f"{name} of {label} is computed, by a parametrization perhaps; make it a parameter again")
+        raise CannotFuse(
+            f"{name} of {label} is computed, by a parametrization perhaps; make it a parameter again, or use "
+            "strict=False"
+        )

@@ -56,6 +56,7 @@ class TrainStep:
             ``torch.initial_seed()``. The masks are others than torch's, and the same on every device.
 
     float32 and float64 on the CPU; input (rows, features), or (rows, ...) where the model begins with ``Flatten``.
+    No gradients of input and target, which may require none.
     On CUDA any of these networks in any dtype, also under ``torch.autocast``, and nothing waits for the device: a label
     out of range leaves the parameters as they are and raises at a later call, ``skip_nonfinite`` counts the steps that
     it skips. Networks of ``Linear`` and activations, up to 128 wide, with cross-entropy of labels or MSE take two
@@ -120,9 +121,7 @@ class TrainStep:
         if not self._is_fused():
             return self._eager(input, target)
         try:
-            for name, tensor in (("input", input), ("target", target)):
-                if getattr(tensor, "layout", torch.strided) is not torch.strided:
-                    raise TypeError(f"the {name} is {tensor.layout}; expected a dense tensor; use .to_dense()")
+            _check_batch(input=input, target=target)
             if self._on_device:
                 groups, draw = self.optimizer.param_groups, (self.seed, self.steps)
                 return self._plan.step(self._run, groups, self.keep_grads, draw, input, target)
@@ -159,7 +158,8 @@ class TrainStep:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is {generator!r}; expected a torch.Generator, or None")
         if not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
-            raise TypeError(f"tensors is of type {type(tensors).__name__}; expected a tuple (inputs, targets)")
+            found = f" and length {len(tensors)}" if isinstance(tensors, (tuple, list)) else ""
+            raise TypeError(f"tensors is of type {type(tensors).__name__}{found}; expected a tuple (inputs, targets)")
         inputs, targets = tensors
         for name, tensor in (("inputs", inputs), ("targets", targets)):
             if not isinstance(tensor, torch.Tensor) or not tensor.dim():
@@ -267,7 +267,8 @@ class TrainStep:
                     self._plan.choose()
                 elif torch.is_autocast_enabled("cpu"):
                     raise CannotFuse(
-                        "autocast is on, and a fused step computes in the parameters' dtype; switch it off"
+                        "autocast is on, and a fused step computes in the parameters' dtype; switch it off, or use "
+                        "strict=False"
                     )
                 return True
             except CannotFuse as error:
@@ -331,6 +332,7 @@ class TrainStep:
             if index is not None:
                 x, y, index = inputs.contiguous(), targets.contiguous(), index[:rows]
             try:
+                _check_batch(inputs=inputs, targets=targets)
                 return self._run(self._plan.many, x, y, index, size)
             except (ValueError, TypeError):
                 if self.strict:
@@ -372,6 +374,17 @@ def _check_arguments(model, loss, optimizer, seed) -> None:
         raise TypeError(f"seed is {seed!r}; expected a whole number, or None")
 
 
+def _check_batch(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if getattr(tensor, "layout", torch.strided) is not torch.strided:
+            raise TypeError(f"the {name} is {tensor.layout}; expected a dense tensor; use .to_dense()")
+        if getattr(tensor, "requires_grad", False):
+            raise ValueError(
+                f"a gradient of the {name} is required, which a fused step does not compute; put the layers before it "
+                "into the model, pass it with .detach(), or use strict=False"
+            )
+
+
 def _check_norm(limit: float | None) -> None:
     if limit is not None and not number("max_grad_norm", limit) > 0:
         raise ValueError(f"max_grad_norm is {limit}; expected a number above 0, or None")
@@ -388,4 +401,7 @@ def _check_layers(layers: Layers) -> None:
     for _, label, *options in layers.found:
         for option in options:
             if isinstance(option, torch.nn.Parameter) and seen.setdefault(id(option), label) is not label:
-                raise CannotFuse(f"{label} shares a parameter with {seen[id(option)]}; expected parameters of its own")
+                raise CannotFuse(
+                    f"{label} shares a parameter with {seen[id(option)]}; expected parameters of its own; use "
+                    "strict=False"
+                )
