@@ -1,5 +1,6 @@
 """A script that changes an import finds all of torch's names: ours where there is one, else torch's own."""
 
+import abc
 import types
 
 import pytest
@@ -43,3 +44,56 @@ def test_what_nobody_has(name):
     for unknown in ("Nothing", "_private"):
         with pytest.raises(AttributeError, match=f"module '{ours.__name__}' has no attribute '{unknown}'"):
             getattr(ours, unknown)
+
+
+def of_script(nn):
+    """What a script makes that imports nn: torch's layers inside torch's modules are initialised as its own are."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.ModuleList([nn.TransformerEncoder(encoder, 1), nn.LazyLinear(3), nn.Linear(8, 4), nn.LazyBatchNorm1d()])
+    model[1](torch.zeros(2, 8)), model[3](torch.zeros(2, 8))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, (nn.BatchNorm1d, nn.LayerNorm)):
+            nn.init.uniform_(module.weight)
+    return model
+
+
+def test_scripts_that_ask_for_a_class():
+    torch.testing.assert_close(of_script(gdbp.nn).state_dict(), of_script(torch.nn).state_dict(), rtol=0, atol=0)
+
+
+CLASSES = {name: found for name in gdbp.nn.__all__ if isinstance(found := getattr(gdbp.nn, name), type)}
+TWINS = [name for name, found in CLASSES.items() if getattr(torch.nn, name, None) in found.__mro__]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_torchs_class_is_ours_too(name):
+    ours, torchs = getattr(gdbp.nn, name), getattr(torch.nn, name)
+
+    class Mine(ours, abc.ABC):
+        pass
+
+    theirs = type("Theirs", (torchs,), {})
+    module, other = object.__new__(torchs), object.__new__(torch.nn.Conv1d)
+    assert issubclass(ours, torchs) and issubclass(torchs, ours) and issubclass(theirs, ours)
+    assert issubclass(Mine, ours) and not issubclass(torchs, Mine) and not issubclass(torch.nn.Conv1d, ours)
+    assert isinstance(module, ours) and not isinstance(module, Mine) and not isinstance(other, ours)
+    assert isinstance(object.__new__(Mine), ours) and not isinstance(object.__new__(ours), Mine)
+
+
+def test_compiled_forwards_that_ask_for_a_class():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(3, 3), gdbp.nn.Linear(3, 3), torch.nn.Identity()])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = 2 * layer(x) if isinstance(layer, gdbp.nn.Linear) else layer(x)
+            return x
+
+    model, x = Scaled(), torch.randn(2, 3)
+    first, second, _ = model.layers
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), 2 * second(2 * first(x)))

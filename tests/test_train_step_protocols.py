@@ -336,6 +336,13 @@ def test_inputs_of_any_layout():
     assert x._version == 0
 
 
+def test_an_attribute_of_torchs_layer_is_no_activation():
+    model = network(8)
+    model[1] = torch.nn.Linear(8, CLASSES)
+    model[1].activation = "tanh"
+    Pair(model).train()
+
+
 def test_fused_models():
     """What gdbp.fuse changes is how layers are called; a fused step calls none."""
     layers = (torch.nn.Linear(FEATURES, 16), torch.nn.ReLU(), torch.nn.Linear(16, CLASSES))

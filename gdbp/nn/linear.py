@@ -6,13 +6,15 @@ from gdbp.nn import functional as F
 from gdbp.nn._arguments import check_activation
 from gdbp.nn._batch_norm import activate
 from gdbp.nn._observe import as_leaf, observers, tell
+from gdbp.nn._twin import Twin
 
 
-class Linear(torch.nn.Linear):
+class Linear(torch.nn.Linear, metaclass=Twin):
     """``activation(input @ weight.T + bias)`` in one layer.
 
     A ``torch.nn.Linear`` in every respect (parameters, initial weights under the same seed, state_dict), with
-    the activation that would follow it computed in the pass that adds the bias.
+    the activation that would follow it computed in the pass that adds the bias. As with all classes of
+    :mod:`gdbp.nn` that torch has, ``isinstance`` takes torch's for one of these: of them torch's own modules are made.
 
     Args:
         in_features: size of each input row.
@@ -31,6 +33,8 @@ class Linear(torch.nn.Linear):
     Raises:
         ValueError: for an unknown activation.
     """
+
+    _torchs = torch.nn.Linear
 
     def __init__(
         self,

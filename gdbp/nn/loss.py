@@ -6,6 +6,7 @@ import torch
 
 from gdbp.nn import functional as F
 from gdbp.nn._arguments import check_tensors, number, whole
+from gdbp.nn._twin import Twin
 
 
 def _extras(module: torch.nn.Module, **usual: object) -> str:
@@ -13,41 +14,51 @@ def _extras(module: torch.nn.Module, **usual: object) -> str:
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in usual if getattr(module, name) != usual[name])
 
 
-class MSELoss(torch.nn.MSELoss):
+class MSELoss(torch.nn.MSELoss, metaclass=Twin):
     """Mean squared error: ``(input - target)**2`` averaged, summed (``reduction="sum"``) or as is ("none").
 
     Input and target of any one shape; see :func:`gdbp.nn.functional.mse_loss`.
     """
 
+    _torchs = torch.nn.MSELoss
+
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
-class L1Loss(torch.nn.L1Loss):
+class L1Loss(torch.nn.L1Loss, metaclass=Twin):
     """Mean absolute error; see :func:`gdbp.nn.functional.l1_loss`."""
+
+    _torchs = torch.nn.L1Loss
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
-class HuberLoss(torch.nn.HuberLoss):
+class HuberLoss(torch.nn.HuberLoss, metaclass=Twin):
     """Quadratic up to an error of ``delta`` (default 1), linear beyond; see :func:`gdbp.nn.functional.huber_loss`."""
+
+    _torchs = torch.nn.HuberLoss
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
-class SmoothL1Loss(torch.nn.SmoothL1Loss):
+class SmoothL1Loss(torch.nn.SmoothL1Loss, metaclass=Twin):
     """Absolute error, quadratic below ``beta`` (default 1); see :func:`gdbp.nn.functional.smooth_l1_loss`."""
+
+    _torchs = torch.nn.SmoothL1Loss
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
-class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss, metaclass=Twin):
     """Binary cross-entropy with logits, with torch's arguments (weight, reduction, pos_weight) and its buffers
     ``weight`` and ``pos_weight``; see :func:`gdbp.nn.functional.binary_cross_entropy_with_logits`.
     """
+
+    _torchs = torch.nn.BCEWithLogitsLoss
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(
@@ -55,13 +66,15 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         )
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss, metaclass=Twin):
     """Softmax cross-entropy of logits against labels, probabilities or mixtures, with torch's arguments (weight,
     ignore_index, reduction, label_smoothing) and its buffer ``weight``.
 
     ``z_loss``, ``softcap``, ``empty`` and ``inplace_backward`` are those of
     :func:`gdbp.nn.functional.cross_entropy`; ``normalizer`` is given with each call.
     """
+
+    _torchs = torch.nn.CrossEntropyLoss
 
     def __init__(
         self,

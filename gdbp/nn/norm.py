@@ -7,6 +7,7 @@ import torch
 from gdbp.nn._arguments import check_activation
 from gdbp.nn._batch_norm import activate, normalize_by
 from gdbp.nn._observe import as_leaf, observers, tell
+from gdbp.nn._twin import Twin
 
 
 class _Activated:
@@ -40,7 +41,7 @@ class _Activated:
         del self.__dict__["qconfig"]
 
 
-class BatchNorm1d(_Activated, torch.nn.BatchNorm1d):
+class BatchNorm1d(_Activated, torch.nn.BatchNorm1d, metaclass=Twin):
     """Batch normalisation of each channel, and the activation that follows it, in one layer.
 
     A ``torch.nn.BatchNorm1d`` in every respect (parameters, buffers, state_dict, ``update_bn``), with the activation
@@ -67,6 +68,8 @@ class BatchNorm1d(_Activated, torch.nn.BatchNorm1d):
         ValueError: for an unknown activation, another number of dimensions, or one value for each channel in
             training.
     """
+
+    _torchs = torch.nn.BatchNorm1d
 
     def __init__(
         self,
@@ -96,12 +99,14 @@ class BatchNorm1d(_Activated, torch.nn.BatchNorm1d):
         return output
 
 
-class SyncBatchNorm(_Activated, torch.nn.SyncBatchNorm):
+class SyncBatchNorm(_Activated, torch.nn.SyncBatchNorm, metaclass=Twin):
     """``torch.nn.SyncBatchNorm``, computed by torch, followed by an activation.
 
     Args:
         activation: None, or a name, see :func:`gdbp.nn.functional.linear`. All others are torch's.
     """
+
+    _torchs = torch.nn.SyncBatchNorm
 
     def __init__(self, *args, activation: str | None = None, **options):
         check_activation(activation)

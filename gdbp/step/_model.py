@@ -74,7 +74,8 @@ def _sequential(layers: Layers, module, label, name):
 
 def _linear(layers: Layers, module, label, name):
     weight, bias = layers.watch.tensor(module, "weight", label), layers.watch.tensor(module, "bias", label)
-    activation = layers.watch.option(module, "activation") if isinstance(module, nn.Linear) else None
+    is_ours = class_of(module).forward is nn.Linear.forward
+    activation = layers.watch.option(module, "activation") if is_ours else None
     layers.found.append(("linear", label, weight, bias, activation or "none"))
 
 
@@ -96,7 +97,7 @@ def _batch_norm(layers: Layers, module, label, name):
         momentum = 0.0  # without a momentum and without a count the running statistics stay
     if momentum is not None:
         momentum = float(momentum)
-    activation = option("activation") if isinstance(module, nn.BatchNorm1d) else None
+    activation = option("activation") if class_of(module).forward is nn.BatchNorm1d.forward else None
     layers.found.append(
         (
             "batch_norm", label, module.num_features, tensor("weight"), tensor("bias"), mean, variance, batches,
