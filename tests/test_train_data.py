@@ -25,6 +25,8 @@ pytest.importorskip("sklearn")
         ("a,a,y\n1,2,0\n", ["--target", "a"], "more than one column"),
         ("a,b,y\n1,2,x\n1,2,z\n", ["--task", "regression"], "column 'y' of"),
         ("y\n1\n2\n", [], "has one column only"),
+        ("a b y\n1 2 0\n", [], "input columns beside the target, separated by commas, semicolons or tabs"),
+        ("a,b,y,\n1,2,0,\n", [], "has no name; name the target column, or drop the last one"),
         ("a,y\n1,3\n2,3\n", [], "is the same in all samples"),
         ("2019,2020,y\n1,2,0\n1,2,1\n", [], "line 1 has 'y' where others have a number; if that line holds names"),
         ("a,b,y\n1,2,x\n1,2,0\n1,2,1\n", [], "line 2 has 'x' where others have a number; write it as"),

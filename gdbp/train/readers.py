@@ -94,6 +94,8 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     lines, names, has_names = _csv_lines(source)
     if target is None:
         index = len(names) - 1
+        if not names[index]:
+            raise InputError(f"the last column of {source!r} has no name; name the target column, or drop the last one")
     elif names.count(target) == 1:
         index = names.index(target)
     elif target in names:
@@ -101,7 +103,10 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     else:
         raise InputError(f"target {target!r} is not a column of {source!r}, which has {', '.join(names)}")
     if len(names) < 2:
-        raise InputError(f"{source!r} has one column only; expected input columns beside the target")
+        raise InputError(
+            f"{source!r} has one column only; expected input columns beside the target, separated by commas, "
+            "semicolons or tabs"
+        )
     inputs = [column for column in range(len(names)) if column != index]
     x = np.empty((len(lines), len(inputs)))
     for position, column in enumerate(inputs):
