@@ -415,6 +415,25 @@ def test_attributes_that_change_later(change, how):
     assert not torch.allclose(after, before)
 
 
+def test_attributes_that_only_the_class_knows():
+    class Knows(Decides):
+        def __getattribute__(self, name):
+            return 3.0 if name == "virtual" else super().__getattribute__(name)
+
+        def __getattr__(self, name):
+            return self.sizes[0] if name == "first" else super().__getattr__(name)
+
+        def forward(self, x):
+            return F.relu(self.fc(x)) * self.virtual * self.first
+
+    model, report = fused(Knows())
+    x = torch.randn(3, 4)
+    before = model(x)
+    assert len(report.fused) == 1
+    model.sizes[0] = 5.0
+    torch.testing.assert_close(model(x), 5 * before)
+
+
 def test_numbers_that_are_not_known_yet():
     def scaled(self, x):
         return self.act(self.fc(x)) / math.sqrt(x.size(-1))

@@ -16,6 +16,7 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 _PLAIN = (int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, *_FUNCTIONS)
 _MOST = 100
 _NOTES = "_gdbp_notes"
+_COMPUTED = property()  # as which counts what only the class's own __getattribute__ knows
 
 
 class Read(NamedTuple):
@@ -94,7 +95,7 @@ def _noting_class(cls: type[Module]) -> type[Module]:
         if name not in _OF_ALL and name != _NOTES and not name.startswith("__"):
             # Layers and tensors are looked up at every call, and what is computed comes from what is noted.
             is_looked_up = isinstance(value, (torch.Tensor, Module)) and not isinstance(value, _LISTS)
-            is_computed = name not in own and hasattr(type(inspect.getattr_static(cls, name)), "__get__")
+            is_computed = name not in own and hasattr(type(inspect.getattr_static(cls, name, _COMPUTED)), "__get__")
             if not (is_looked_up or is_computed):
                 own[_NOTES].take(self, name, value)
         return value
