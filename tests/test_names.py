@@ -97,3 +97,11 @@ def test_compiled_forwards_that_ask_for_a_class():
     model, x = Scaled(), torch.randn(2, 3)
     first, second, _ = model.layers
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), 2 * second(2 * first(x)))
+
+
+def test_optimizers_are_of_each_other_as_torchs_are():
+    ours = [found for name in gdbp.optim.__all__ if hasattr(torch.optim, name) and (found := getattr(gdbp.optim, name))]
+    for one in ours:
+        for other in ours:
+            theirs = getattr(torch.optim, one.__name__), getattr(torch.optim, other.__name__)
+            assert issubclass(one, other) == issubclass(*theirs), (one, other)

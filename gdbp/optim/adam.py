@@ -7,14 +7,6 @@ from gdbp.optim._base import Fused, Update
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _adam(group) -> Update:
-    decoupled = bool(group["decoupled_weight_decay"])
-    hyper = (*group["betas"], group["eps"])
-    if group["amsgrad"]:
-        return Update("adam_amsgrad", (*_MOMENTS, "max_exp_avg_sq"), hyper, decoupled=decoupled)
-    return Update("adam", _MOMENTS, hyper, decoupled=decoupled)
-
-
 class Adam(Fused, torch.optim.Adam):
     """``torch.optim.Adam`` in one pass: amsgrad, weight decay (L2, or decoupled), maximize.
 
@@ -26,18 +18,19 @@ class Adam(Fused, torch.optim.Adam):
     """
 
     def _update(self, group):
-        return _adam(group)
+        decoupled = bool(group["decoupled_weight_decay"])
+        hyper = (*group["betas"], group["eps"])
+        if group["amsgrad"]:
+            return Update("adam_amsgrad", (*_MOMENTS, "max_exp_avg_sq"), hyper, decoupled=decoupled)
+        return Update("adam", _MOMENTS, hyper, decoupled=decoupled)
 
 
-class AdamW(Fused, torch.optim.AdamW):
+class AdamW(Adam, torch.optim.AdamW):
     """``torch.optim.AdamW`` in one pass: Adam with decoupled weight decay, ``p *= 1 - lr * weight_decay`` before
     the update (Loshchilov and Hutter, 2019). State as :class:`Adam`'s.
 
     Arguments beyond torch's: see :class:`gdbp.optim._base.Fused`.
     """
-
-    def _update(self, group):
-        return _adam(group)
 
 
 class NAdam(Fused, torch.optim.NAdam):
