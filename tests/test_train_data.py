@@ -26,6 +26,7 @@ pytest.importorskip("sklearn")
         ("a,b,y\n1,2,x\n1,2,z\n", ["--task", "regression"], "column 'y' of"),
         ("y\n1\n2\n", [], "has one column only"),
         ("a b y\n1 2 0\n", [], "input columns beside the target, separated by commas, semicolons or tabs"),
+        (",a,y\n" + "".join(f"{i},{i * i},{i % 2}\n" for i in range(60)), [], "no name and numbers the rows, from"),
         ("a,b,y,\n1,2,0,\n", [], "has no name; name the target column, or drop the last one"),
         ("a,y\n1,3\n2,3\n", [], "is the same in all samples"),
         ("2019,2020,y\n1,2,0\n1,2,1\n", [], "line 1 has 'y' where others have a number; if that line holds names"),
@@ -129,3 +130,9 @@ def test_damaged_npz(tmp_path, capsys, content, expected):
     path = tmp_path / "table.npz"
     path.write_bytes(content)
     assert expected in sentence(capsys, "train", "--data", str(path))
+
+
+def test_unnamed_column_that_counts_nothing(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(",a,y\n" + "".join(f"{i * i},{i},{i % 2}\n" for i in range(60)))
+    assert load_data(str(path)).feature_names == ["", "a"]

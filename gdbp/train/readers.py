@@ -111,6 +111,12 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     x = np.empty((len(lines), len(inputs)))
     for position, column in enumerate(inputs):
         x[:, position] = _numbers(source, lines, names, column)
+        counted = len(lines) > 1 and np.array_equal(x[:, position] - x[0, position], np.arange(len(lines)))
+        if counted and not names[column]:
+            raise InputError(
+                f"column {column + 1} of {source!r} has no name and numbers the rows, from which nothing should be "
+                "learned; drop it (pandas: to_csv(index=False)), or give it a name to learn from it"
+            )
     labels = [_label(source, line, cells[index], names[index]) for line, cells in lines]
     _check_target(source, lines, labels, has_names)
     if task == "regression" or all(map(_is_number, labels)):
