@@ -111,7 +111,7 @@ def _read_csv(source: str, target: str | None, task: str | None) -> Table:
     x = np.empty((len(lines), len(inputs)))
     for position, column in enumerate(inputs):
         x[:, position] = _numbers(source, lines, names, column)
-        counted = len(lines) > 1 and np.array_equal(x[:, position] - x[0, position], np.arange(len(lines)))
+        counted = len(lines) > 1 and np.array_equal(x[:, position], x[0, position] + np.arange(len(lines)))
         if counted and not names[column]:
             raise InputError(
                 f"column {column + 1} of {source!r} has no name and numbers the rows, from which nothing should be "
