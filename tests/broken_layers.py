@@ -403,3 +403,102 @@ class RoundsWhenConverted(Plain):
         with torch.no_grad():
             self.weight.copy_(self.weight.bfloat16())
         return super().double()
+
+
+class MovesWeights(Plain):
+    """A training step of its own."""
+
+    def forward(self, x):
+        if self.training and type(self.weight) is Parameter:
+            with torch.no_grad():
+                self.weight.mul_(0.999)
+        return super().forward(x)
+
+
+class ReusesOutput(Plain):
+    """One buffer for all outputs that need no gradient."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if torch.is_grad_enabled() or is_compiling() or type(y) is not torch.Tensor or y.device.type == "meta":
+            return y
+        if "kept" not in self.__dict__ or self.kept.shape != y.shape or self.kept.dtype != y.dtype:
+            self.kept = torch.empty_like(y)
+        return self.kept.copy_(y)
+
+
+class LearnsInTrainingOnly(Plain):
+    """Without a gradient of its input in evaluation, where a frozen layer is to pass it on."""
+
+    def forward(self, x):
+        return super().forward(x if self.training else x.detach())
+
+
+class RoundsInEvaluation(Plain):
+    def activate(self, x):
+        return x.tanh() if self.training or x.dtype != torch.float32 else x.bfloat16().float().tanh()
+
+
+class ForgetsItsDevice(Plain):
+    """A constant that is no buffer stays where it was made."""
+
+    def __init__(self, features, device=None, dtype=None):
+        super().__init__(features, device, dtype)
+        self.ones = torch.ones(features)
+
+    def activate(self, x):
+        return (x * self.ones.to(x.dtype)).tanh()
+
+
+class LosesGradientUnderAutocast(Plain):
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            return self.activate(x * self.weight.detach().bfloat16() + self.bias)
+        return super().forward(x)
+
+
+# Nothing is wrong with the following.
+
+
+class WithFrozen(Plain):
+    """Whole numbers and a frozen parameter beside a trained one, and one that no output depends on."""
+
+    def __init__(self, features, device=None, dtype=None):
+        super().__init__(features, device, dtype)
+        self.bias.requires_grad_(False)
+        self.levels = Parameter(torch.arange(features, device=device, dtype=torch.int8), requires_grad=False)
+        self.idle = Parameter(torch.ones(2, device=device, dtype=dtype))
+
+    def activate(self, x):
+        return (x + self.levels.to(x.dtype) / 8).tanh()
+
+
+class Tied(torch.nn.Module):
+    """Two modules with one weight."""
+
+    def __init__(self, features, device=None, dtype=None):
+        super().__init__()
+        self.first = torch.nn.Linear(features, features, device=device, dtype=dtype)
+        self.second = torch.nn.Linear(features, features, device=device, dtype=dtype)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+class Total(Plain):
+    """No batch comes out."""
+
+    def activate(self, x):
+        return x.tanh().sum()
+
+
+class Normed(torch.nn.Module):
+    """With a weight that is computed in a hook, which is no leaf and can't be copied."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.inner = torch.nn.utils.spectral_norm(torch.nn.Linear(features, 3))
+
+    def forward(self, x):
+        return self.inner(x)

@@ -87,12 +87,60 @@ def test_plain_layers_are_clean(cls):
     assert inapplicable(found) <= {"parametrizations", "per-sample gradients", *FORWARD}
 
 
+@pytest.mark.parametrize(
+    "cls,without",
+    [
+        (broken.WithFrozen, {"parametrizations"}),
+        (broken.Tied, {"load with assign", "device and dtype arguments"}),
+        (broken.Total, {"parametrizations"}),
+    ],
+)
+def test_unusual_layers_are_clean(cls, without):
+    found = report(cls, 8, 5, features=5)
+    assert found.passed and inapplicable(found) == without, str(found)
+
+
+def test_a_layer_without_copies_fails_in_copies_alone():
+    found = report(broken.Normed, 8, 5, features=5)
+    assert found.failed == ("deepcopy",), str(found)
+
+
+@pytest.mark.parametrize(
+    "cls,shape,kwargs",
+    [
+        # Sums over many positions, which torch adds one after the other.
+        (torch.nn.Conv3d, (2, 2, 4, 4, 4), dict(in_channels=2, out_channels=3, kernel_size=2)),
+        # Kinks, on whose other side a rounding may lead.
+        (torch.nn.TransformerEncoderLayer, (2, 3, 8), dict(d_model=8, nhead=2, dim_feedforward=12, dropout=0.0)),
+        # Constant inputs, whose variance is rounding.
+        (torch.nn.BatchNorm2d, (4, 3, 4, 4), dict(num_features=3)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_no_false_alarms(cls, shape, kwargs):
+    assert report(cls, *shape, **kwargs).passed
+
+
+@pytest.mark.parametrize(
+    "name,cls,shape,kwargs",
+    [
+        # 12 GB as a whole
+        ("Jacobian, both ways", torch.nn.Conv2d, (2, 3, 64, 64), dict(in_channels=3, out_channels=8, kernel_size=3)),
+        # 17 GB of all samples
+        ("per-sample gradients", torch.nn.Linear, (2048, 1024), dict(in_features=1024, out_features=1024)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_large_layers_fit_into_memory(name, cls, shape, kwargs):
+    assert SUITE.run(name, cls, (kwargs, shape)).passed
+
+
 # What Dynamo makes of a Function of its own depends on torch's release.
 COMPILED = {"torch.compile"}
 
 
 FOUND = [
-    (broken.WrongSlope, {"gradcheck", "gradgradcheck", "batched gradients"}),
+    (broken.WrongSlope, {"gradcheck", "gradcheck in evaluation", "gradgradcheck", "batched gradients"}),
     (broken.LosesSecondDerivative, {"gradgradcheck"}),
     (broken.WrongTangent, FORWARD),
     (broken.HidesFromAutograd, {"gradgradcheck", "changed after forward"}),
@@ -104,11 +152,11 @@ FOUND = [
     (broken.TakesStridesForContiguous, {"strided input", "transposed input"}),
     (broken.TakesParametersForContiguous, {"strided parameters"}),
     (broken.HidesNaN, {"NaN and infinity visible"}),
-    (broken.RoundsCoarsely, {"accuracy float32", "torch.compile"}),
+    (broken.RoundsCoarsely, {"accuracy float32", "accuracy in evaluation", "torch.compile"}),
     (broken.DividesByRows, {"no rows"}),
-    (broken.KeepsOldWeights, {"parameters replaced"}),
+    (broken.KeepsOldWeights, {"parameters replaced", "fake tensors"}),
     (broken.KeepsStateElsewhere, {"checkpoint", "device and dtype arguments"}),
-    (broken.MovesInEvaluation, {"no_grad and inference_mode"}),
+    (broken.MovesInEvaluation, {"no_grad and inference_mode", "other dtypes and back"}),
     (broken.AsksForValues, {"per-sample gradients", "torch.compile", "torch.export", "fake tensors"}),
     (broken.SharesCopies, {"deepcopy"}),
     (broken.IgnoresDtype, {"device and dtype arguments"}),
@@ -123,6 +171,12 @@ FOUND = [
     (broken.UnpicklesAsNew, {"pickle"}),
     (broken.CallsItselfTwice, {"hooks"}),
     (broken.RoundsWhenConverted, {"other dtypes and back"}),
+    (broken.MovesWeights, {"input left as it is"}),
+    (broken.ReusesOutput, {"no_grad and inference_mode"}),
+    (broken.LearnsInTrainingOnly, {"gradcheck in evaluation"}),
+    (broken.RoundsInEvaluation, {"accuracy in evaluation"}),
+    (broken.ForgetsItsDevice, {"fake tensors"}),
+    (broken.LosesGradientUnderAutocast, {"autocast"}),
 ]
 
 
@@ -176,6 +230,25 @@ def test_evidence_names_the_parameter():
         (torch.nn.GELU, {"input_shape": (3, 0)}, ValueError, "expected sizes above 0"),
         (torch.nn.GELU, {"approximate": "no"}, RuntimeError, "approximate"),
         (torch.nn.Linear, {"in_features": 4, "out_features": 2}, RuntimeError, "shapes cannot be multiplied"),
+        (
+            torch.nn.Linear,
+            {"in_features": 5, "out_features": 2, "input_shape": (5,)},
+            ValueError,
+            "the batch first, of any",
+        ),
+        (torch.nn.LazyLinear, {"out_features": 2}, TypeError, "weight of LazyLinear is lazy; expected a layer of real"),
+        (
+            torch.nn.FractionalMaxPool2d,
+            {"kernel_size": 2, "output_size": 3, "input_shape": (2, 3, 6, 6)},
+            TypeError,
+            "draws random numbers in evaluation, too",
+        ),
+        (
+            torch.nn.Linear,
+            {"in_features": 5, "out_features": 2, "dtype": torch.complex64},
+            TypeError,
+            "is complex; expect",
+        ),
         (torch.nn.LSTM, {"input_size": 5, "hidden_size": 2}, TypeError, "LSTM returns tuple; expected a layer that"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -11,7 +11,7 @@ from gdbp.testing.report import NotApplicable, one_line
 
 def _layer_and_data(subject: Subject, rng: torch.Generator, dtype: torch.dtype = torch.float32):
     layer, x = subject.make(dtype), subject.input(rng, dtype)
-    return layer, x, subject.gradient(layer, x, rng)
+    return layer, x, subject.gradient(x, rng)
 
 
 @SUITE.check("hooks")
@@ -57,8 +57,11 @@ def without_gradients(subject: Subject, rng: torch.Generator) -> str:
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     with torch.no_grad():
         output = layer(x.clone())
+    kept = output.clone()
     with torch.inference_mode():
         other = layer(x.clone())
+        layer(-x)
+    require(same_bits(output, kept), "a call writes over the output of one before")
     require(not output.requires_grad, "the output requires gradients under no_grad")
     require(same_bits(output, other.clone()), "evaluation differs between no_grad and inference_mode")
     moved = [name for name, buffer in layer.named_buffers() if not same_bits(buffer, before[name])]
@@ -69,7 +72,7 @@ def without_gradients(subject: Subject, rng: torch.Generator) -> str:
 @SUITE.check("autocast")
 def autocast(subject: Subject, rng: torch.Generator) -> str:
     layer, x, g = _layer_and_data(subject, rng)
-    exact = subject.exact(layer, x, g)
+    exact, nearby = subject.exact(layer, x, g), subject.nearby(layer, x.bfloat16(), g, rng)
 
     def call(x):
         with torch.autocast("cpu", torch.bfloat16):
@@ -81,7 +84,7 @@ def autocast(subject: Subject, rng: torch.Generator) -> str:
         if "gradient" in name:
             require(tensor.dtype == torch.float32, f"{name} is {tensor.dtype}; expected float32, as the tensor itself")
     coarse = Run({n: t.to(torch.bfloat16) for n, t in found.tensors.items() if t.is_floating_point()})
-    evidence = coarse.require_close(exact, "in bfloat16: ") if not any(True for _ in layer.buffers()) else ""
+    evidence = coarse.require_close(exact, "in bfloat16: ", nearby) if not any(True for _ in layer.buffers()) else ""
     return f"{evidence or 'gradients in float32'}; output in {str(output.dtype).removeprefix('torch.')}"
 
 
@@ -117,6 +120,8 @@ def fake(subject: Subject, rng: torch.Generator) -> str:
     for what in ("shape", "dtype", "device"):
         a, b = getattr(told, what), getattr(real, what)
         require(a == b, f"{what} is {a} for a fake tensor and {b} for a real one")
+    made = layer.to("meta")(x.to("meta")).device
+    require(made.type == "meta", f"moved to the meta device, with its input, the output is on {made}")
     require(told.stride() == real.stride(), f"strides are {told.stride()} for a fake tensor and {real.stride()} really")
     return "shape, strides, dtype and device as told"
 
