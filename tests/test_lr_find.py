@@ -160,6 +160,54 @@ def test_no_rate_where_nothing_is_learned(highest):
     assert found.suggestion is None and "never fell beyond its noise" in str(found)
 
 
+@pytest.mark.parametrize("value", [3.0, -0.1, 0.0])
+def test_no_rate_where_the_loss_is_constant(value):
+    """Smoothing rounds, which is no fall."""
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    found = lr_find(model, lambda outputs, y: 0 * outputs.sum() + value, optimizer, problem())
+    assert found.suggestion is None
+
+
+class Embeds(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(10, 4, sparse=True)
+
+    def forward(self, x):
+        return self.table(x).mean(1)
+
+
+def words():
+    x = torch.randint(10, (400, 3))
+    return x, x[:, 0] % 4
+
+
+def test_sparse_gradients_need_no_norm():
+    model = Embeds()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = lr_find(model, nn.CrossEntropyLoss(), optimizer, words(), highest=1e3)
+    assert found.suggestion is not None
+
+
+def test_gradients_whose_norm_overflows():
+    """Without a clip nothing is scaled, where infinity over infinity would make NaN of all."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    found = lr_find(
+        model, lambda outputs, y: 1e25 * torch.nn.functional.cross_entropy(outputs, y), optimizer, problem()
+    )
+    assert len(found.lr) > 50
+
+
+@pytest.mark.parametrize("learn", [lr_find, fit])
+def test_noise_on_whole_numbers(learn):
+    model = Embeds()
+    options = {"epochs": 1} if learn is fit else {}
+    with pytest.raises(InputError, match=r"noise is 0\.1, and the inputs are torch\.int64; expected floating ones"):
+        learn(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters()), words(), noise=0.1, **options)
+
+
 def test_smoothing():
     assert torch.allclose(_smooth([3.0] * 40), torch.full((40,), 3.0, dtype=torch.float64))
     straight = _smooth([float(k) for k in range(1000)])
@@ -179,6 +227,29 @@ def test_says_and_draws(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "losses",
+    [
+        [-5.0 - k / 20 for k in range(100)],
+        [2.0] * 30 + [2 - k / 50 for k in range(69)] + [1e8],
+        [0.0] * 100,
+        [3.0] * 100,
+        [-3.0],
+    ],
+    ids=["negative", "diverged", "zero", "constant", "one"],
+)
+def test_draws_what_was_before_the_loss_grew(losses, monkeypatch, recwarn):
+    from matplotlib.figure import Figure
+
+    limits = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: limits.append(figure.axes[0].get_ylim()))
+    RangeTest([10 ** (k / 20 - 6) for k in range(len(losses))], losses, None).plot("")
+    ((low, high),) = limits
+    first = losses[:50]
+    assert low < min(losses) and max(first) < high and not recwarn
+    assert high - low <= 2 * (max(first) - min(losses)) or len(set(losses)) == 1
+
+
+@pytest.mark.parametrize(
     "options, expected",
     [
         ({"lowest": 0.0}, "lowest is 0.0; expected a finite number above 0"),
@@ -191,6 +262,7 @@ def test_says_and_draws(tmp_path):
         ({"noise": -1.0}, "noise is -1.0"),
         ({"method": "newton"}, "method 'newton' is unknown"),
         ({"batch_size": 500}, "batch size 500 is out of range"),
+        ({"data": (torch.tensor(1.0), torch.tensor(2))}, "data has a tensor without dimensions"),
         ({"data": 3}, "data is of type int; expected a Data"),
     ],
 )

@@ -34,6 +34,8 @@ class Batches:
         pair = data.train if isinstance(data, Data) else data
         if not isinstance(pair, (tuple, list)) or [isinstance(part, torch.Tensor) for part in pair] != [True, True]:
             raise InputError(f"data is of type {type(data).__name__}; expected a Data, or a pair of two tensors (x, y)")
+        if not all(part.ndim for part in pair):
+            raise InputError("data has a tensor without dimensions; expected a row for each sample")
         self.x, self.y = pair
         if not len(self.x) or len(self.y) != len(self.x):
             found = f"{len(self.x)} inputs and {len(self.y)} targets"
@@ -41,6 +43,10 @@ class Batches:
         self.size = step_size(len(self.x), method, batch_size)
         if not isinstance(noise, Real) or not 0 <= noise < math.inf:
             raise InputError(f"noise is {noise!r}; expected a finite number of at least 0")
+        if noise and not self.x.is_floating_point():
+            raise InputError(
+                f"noise is {noise!r}, and the inputs are {self.x.dtype}; expected floating ones, or no noise"
+            )
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise InputError(f"seed is {seed!r}; expected a whole number of 64 bits")
         self.noise = noise

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -70,7 +71,9 @@ class RangeTest:
             label = f"suggested, {self.suggestion:.2g}"
             axes.axvline(self.suggestion, color="#e07b39", linewidth=1.4, linestyle="--", label=label)
         # What comes after the loss has begun to grow would hide what was before.
-        axes.set_ylim(top=max(self.smoothed[: max(1, len(self.loss) // 2)]) * 1.2)
+        low, high = min(self.loss), max(self.smoothed[: max(1, len(self.loss) // 2)])
+        margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + 2 * margin)
         axes.set_xlabel("learning rate")
         axes.set_title("loss", fontsize=10)
         axes.grid(alpha=0.25, linewidth=0.6)
@@ -102,7 +105,8 @@ def lr_find(
 
     Args:
         model, loss, optimizer, data: as :func:`gdbp.train.fit` takes them. Parameter groups keep the ratios of their
-            rates; the rates themselves do not matter.
+            rates; the rates themselves do not matter. What a function or a hook refers to by itself is not copied: of a
+            penalty on the parameters of ``model``, say, these would get gradients; pass a loss module that has them.
         lowest, highest: rates of the first and the last step, in a geometric row.
         steps: at least 20; default 100, or 500 where a step takes fewer than 8 samples, whose losses scatter. More take
             longer, and find a lower rate, for what each of them learns adds up.
@@ -113,9 +117,10 @@ def lr_find(
         InputError: an argument is out of range (a ValueError), or the model can't be copied.
         FloatingPointError: the first loss is not finite; no rate would help.
     """
-    batches, most = Batches(data, method, batch_size, noise=noise, seed=seed), check_clip(clip)
+    batches = Batches(data, method, batch_size, noise=noise, seed=seed)
+    check_clip(clip)
     for name, rate in (("lowest", lowest), ("highest", highest)):
-        if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+        if not isinstance(rate, Real) or not 0 < rate < math.inf:
             raise InputError(f"{name} is {rate!r}; expected a finite number above 0")
     if lowest >= highest:
         raise InputError(f"lowest is {lowest:g} and highest {highest:g}; expected the lower one first")
@@ -125,7 +130,7 @@ def lr_find(
         raise InputError(f"steps is {steps!r}; expected a whole number of at least 20")
     model, loss, optimizer = _copies(model, loss, optimizer)
     model.train()
-    step = TrainStep(model, loss, optimizer, strict=False, max_grad_norm=most, seed=seed)
+    step = TrainStep(model, loss, optimizer, strict=False, max_grad_norm=clip, seed=seed)
     first = float(optimizer.param_groups[0]["lr"])
     ratios = [float(group["lr"]) / first if first > 0 else 1.0 for group in optimizer.param_groups]
     rates, losses, watch = [], [], _Watch(steps)
@@ -208,9 +213,10 @@ def _suggest(rates: list[float], losses: list[float]) -> float | None:
         return None
     falling = smooth[: end + 1]
     start = smooth[: max(3, len(losses) // 10)].mean()
-    # What chance makes of the smoothed losses: their scatter about the curve, of which smoothing leaves a part.
+    # What chance makes of the smoothed losses: their scatter about the curve, of which smoothing leaves a part; and
+    # what rounding does.
     scatter = (torch.tensor(losses[: end + 1], dtype=torch.float64) - falling).std()
-    noise = scatter * _weights(len(losses)).norm()
+    noise = scatter * _weights(len(losses)).norm() + torch.finfo(torch.float32).eps * start.abs()
     fall = start - falling[-1]
     if not fall > _CHANCE * noise:
         return None
