@@ -226,7 +226,7 @@ def saved_trace(module, *inputs):
     return torch.jit.load(file)
 
 
-@pytest.mark.filterwarnings("error", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("error", "ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", PORTABLE)
 def test_traced_modules_are_saved_without_us(name):
     module, other = PORTABLE[name](), torch.randn(9, 8)

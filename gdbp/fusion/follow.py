@@ -109,13 +109,16 @@ def trace(module: torch.nn.Module) -> fx.Graph:
 
 _ONE_AT_A_TIME = threading.RLock()
 _SWITCHES = "switches gradients or autocast"
+_CHECKPOINT = "_checkpoint_without_reentrant_generator"
+if hasattr(torch.utils.checkpoint, f"{_CHECKPOINT}_impl"):  # from torch 2.15 on
+    _CHECKPOINT += "_impl"
 _NOT_RECORDED = (
     (torch.autograd.Function, "apply", "calls an autograd.Function"),
     (torch._C, "_set_grad_enabled", _SWITCHES),
     (torch.inference_mode, "__enter__", _SWITCHES),
     (torch.autocast, "__enter__", _SWITCHES),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "has hooks on saved tensors"),
-    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", "is checkpointed"),
+    (torch.utils.checkpoint, _CHECKPOINT, "is checkpointed"),
 )
 
 
