@@ -30,7 +30,7 @@ class Read(NamedTuple):
 def meaning(value: Any) -> Any:
     """A value as something to compare: equal where a forward would decide the same. Objects of which a copy of the
     module has others are alike if of one class, containers too long to be compared at every call if of one length."""
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"  # pickle cannot name every type
+    kind = str(type(value))  # pickle cannot name every type, nor Dynamo of torch 2.11 every module
     if isinstance(value, _LISTS):
         return (kind, *((key, meaning(child)) for key, child in value._modules.items()))
     if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) > _MOST:
