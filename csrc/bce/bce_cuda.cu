@@ -102,13 +102,13 @@ struct Gradients {
   bool unless_one;
   bool vectors;
 
+  __device__ bool idle() const { return unless_one && cuda::widen_fast(*grad_output) == C(1); }
   __device__ void operator()(int64_t begin, int count) const {
     C upstream[width], dx[width], dt[width];
     if (each) {
       load(grad_output + begin, count, vectors, upstream);
     } else {
       const C one = cuda::widen_fast(*grad_output);
-      if (unless_one && one == C(1)) return;
 #pragma unroll
       for (int k = 0; k < width; ++k) upstream[k] = C(double(one) * scale);
     }

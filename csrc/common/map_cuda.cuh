@@ -8,7 +8,7 @@ constexpr int kThreads = 256;
 // Enough blocks to fill any GPU several times over; beyond it, a block loops.
 constexpr int64_t kMaxBlocks = 16384;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+GDBP_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many of `width` neighbours from `first` on come before `end`.
 template <int width>
@@ -17,16 +17,28 @@ __device__ __forceinline__ int neighbours(int64_t first, int64_t end) {
   return left >= width ? width : left > 0 ? int(left) : 0;
 }
 
+// Whether there is nothing to do after all: op.idle(), where an op has it.
+template <class Op>
+__device__ __forceinline__ auto is_idle(const Op& op, int) -> decltype(op.idle()) {
+  return op.idle();
+}
+template <class Op>
+__device__ __forceinline__ bool is_idle(const Op&, long) {
+  return false;
+}
+
 // `op(begin, count)` handles the elements [begin, begin + count), count <= op.width.
 template <class Op>
 __global__ void __launch_bounds__(kThreads) map_kernel(int64_t n, Op op) {
+  if (is_idle(op, 0)) return;
   const int64_t stride = int64_t(gridDim.x) * kThreads * Op::width;
   int64_t begin = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * Op::width;
   for (; begin < n; begin += stride) op(begin, neighbours<Op::width>(begin, n));
 }
 
-// Of a kernel that may find nothing to do: to start many blocks would then be all its cost.
-constexpr int64_t kFewBlocks = 2048;
+// Of a kernel that may find nothing to do: to start many blocks would then be all its cost. A large GPU has room for
+// them at once.
+constexpr int64_t kFewBlocks = 1024;
 
 template <class Op>
 int map(int64_t n, const Op& op, void* stream, int64_t most_blocks = kMaxBlocks) {

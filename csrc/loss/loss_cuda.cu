@@ -10,6 +10,8 @@ namespace {
 using cuda::kThreads;
 
 constexpr int64_t kNoRow = INT64_MAX;
+// Of the kernels that add up the rows of a tile: a few rows a thread, for each costs it the way to memory.
+constexpr int kTileThreads = 1024;
 
 // What is known of the rows before any logit is read.
 struct Weighed {
@@ -26,9 +28,10 @@ struct Weighed {
     weight += other.weight;
     bad = cuda::Min{}(bad, other.bad);
   }
+  template <int threads>
   __device__ __forceinline__ Weighed reduced() const {
-    return {cuda::block_reduce<kThreads>(weight, cuda::Sum{}, 0.0),
-            cuda::block_reduce<kThreads>(bad, cuda::Min{}, kNoRow)};
+    return {cuda::block_reduce<threads>(weight, cuda::Sum{}, 0.0),
+            cuda::block_reduce<threads>(bad, cuda::Min{}, kNoRow)};
   }
 };
 
@@ -63,11 +66,12 @@ struct Totals {
 
 // One block per tile of kRowTile rows; the only tile's sum is the total.
 template <class T>
-__global__ void __launch_bounds__(kThreads) weigh_kernel(const Rows<T> in, Weighed* tiles, Totals<T> totals) {
+__global__ void __launch_bounds__(kTileThreads) weigh_kernel(const Rows<T> in, Weighed* tiles, Totals<T> totals) {
   const int64_t first = int64_t(blockIdx.x) * kRowTile, end = first + kRowTile < in.rows ? first + kRowTile : in.rows;
   Weighed sum{0, kNoRow};
-  for (int64_t row = first + threadIdx.x; row < end; row += kThreads) sum.add(Weighed::of(in, row));
-  sum = sum.reduced();
+#pragma unroll 4
+  for (int64_t row = first + threadIdx.x; row < end; row += kTileThreads) sum.add(Weighed::of(in, row));
+  sum = sum.reduced<kTileThreads>();
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
     totals.write(in, sum);
@@ -80,17 +84,18 @@ __global__ void __launch_bounds__(kThreads)
     total_weight_kernel(const Rows<T> in, int64_t count, const Weighed* tiles, Totals<T> totals) {
   Weighed sum{0, kNoRow};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum.add(tiles[i]);
-  sum = sum.reduced();
+  sum = sum.reduced<kThreads>();
   if (threadIdx.x == 0) totals.write(in, sum);
 }
 
 // The same of the losses. A tile's sum replaces its first row's.
 template <class T>
-__global__ void __launch_bounds__(kThreads) total_loss_kernel(int64_t rows, double* losses, Totals<T> totals) {
+__global__ void __launch_bounds__(kTileThreads) total_loss_kernel(int64_t rows, double* losses, Totals<T> totals) {
   const int64_t first = int64_t(blockIdx.x) * kRowTile, end = first + kRowTile < rows ? first + kRowTile : rows;
   double sum = 0;
-  for (int64_t row = first + threadIdx.x; row < end; row += kThreads) sum += losses[row];
-  sum = cuda::block_reduce<kThreads>(sum, cuda::Sum{}, 0.0);
+#pragma unroll 4
+  for (int64_t row = first + threadIdx.x; row < end; row += kTileThreads) sum += losses[row];
+  sum = cuda::block_reduce<kTileThreads>(sum, cuda::Sum{}, 0.0);
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
     totals.write(sum);
@@ -141,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
     few_rows_kernel(const Rows<T> in, Totals<T> totals, Compute<T>* stats, T* each, T* grad_logits) {
   const int64_t index = threadIdx.x;
   const bool is_there = index < in.rows;
-  const Weighed total = (is_there ? Weighed::of(in, index) : Weighed{0, kNoRow}).reduced();
+  const Weighed own = is_there ? Weighed::of(in, index) : Weighed{0, kNoRow}, total = own.reduced<kThreads>();
   if (threadIdx.x == 0) totals.write_divisor(total);
   __syncthreads();
   double loss = is_there ? double(forward_row<T, Across<T>, soft>(in, index, totals, stats, each, grad_logits)) : 0;
@@ -159,15 +164,15 @@ __global__ void __launch_bounds__(Access::block, kThreadsAtOnce / Access::block)
                          const T* GDBP_RESTRICT grad_output, Reduction reduction, bool unless_one, T* grad_logits,
                          T* grad_probabilities) {
   using C = Compute<T>;
-  const int64_t index = Access::row();
-  if (index >= in.rows) return;
-  C scale = cuda::widen_fast(grad_output[reduction == Reduction::none ? index : 0]);
-  if (unless_one && scale == C(1)) return;
-  if (reduction == Reduction::mean) scale = *divisor == 0 ? C(0) : C(double(scale) / *divisor);
-  Row<T, Access, soft> row(in, index);
+  if (unless_one && cuda::widen_fast(*grad_output) == C(1)) return;
+  for (int64_t index = Access::row(); index < in.rows; index += int64_t(gridDim.x) * Access::per_block) {
+    C scale = cuda::widen_fast(grad_output[reduction == Reduction::none ? index : 0]);
+    if (reduction == Reduction::mean) scale = *divisor == 0 ? C(0) : C(double(scale) / *divisor);
+    Row<T, Access, soft> row(in, index);
 #pragma unroll
-  for (int k = 0; k < row.kept; ++k) row.stats[k] = stats[row.kept * index + k];
-  row.write_gradient(scale, grad_logits, grad_probabilities);
+    for (int k = 0; k < row.kept; ++k) row.stats[k] = stats[row.kept * index + k];
+    row.write_gradient(scale, grad_logits, grad_probabilities);
+  }
 }
 
 // Up to so many classes a row is a warp's: more threads would idle at their barriers.
@@ -207,7 +212,8 @@ int forward(const CrossEntropyForward& args, void* stream) {
   const int64_t count = tiles(in.rows, kRowTile);
   double* const losses = args.workspace;
   auto* const weighed = reinterpret_cast<Weighed*>(losses + in.rows);
-  int error = GDBP_LAUNCH(weigh_kernel<T>, unsigned(count > 0 ? count : 1), kThreads, 0, stream, in, weighed, totals);
+  int error =
+      GDBP_LAUNCH(weigh_kernel<T>, unsigned(count > 0 ? count : 1), kTileThreads, 0, stream, in, weighed, totals);
   if (error == 0 && count > 1)
     error = GDBP_LAUNCH(total_weight_kernel<T>, 1, kThreads, 0, stream, in, count, weighed, totals);
   if (error != 0) return error;
@@ -221,8 +227,8 @@ int forward(const CrossEntropyForward& args, void* stream) {
     if (error != 0) return error;
   }
   if (is_each) return 0;
-  error =
-      GDBP_LAUNCH(total_loss_kernel<T>, unsigned(count > 0 ? count : 1), kThreads, 0, stream, in.rows, losses, totals);
+  error = GDBP_LAUNCH(total_loss_kernel<T>, unsigned(count > 0 ? count : 1), kTileThreads, 0, stream, in.rows, losses,
+                      totals);
   if (error != 0 || count <= 1) return error;
   return GDBP_LAUNCH(total_of_tiles_kernel<T>, 1, kThreads, 0, stream, in.rows, losses, totals);
 }
@@ -234,8 +240,9 @@ int backward(const CrossEntropyBackward& args, void* stream) {
   return dispatch_rows<T>(args, [&](auto access, auto soft) {
     using Access = typename decltype(access)::type;
     const auto kernel = rows_backward_kernel<T, Access, decltype(soft)::value>;
-    const unsigned blocks = unsigned(cuda::ceil_div(in.rows, Access::per_block));
-    return GDBP_LAUNCH(kernel, blocks, Access::block, 0, stream, in, static_cast<const Compute<T>*>(args.stats),
+    const int64_t blocks = cuda::ceil_div(in.rows, Access::per_block);
+    const unsigned grid = unsigned(args.unless_one && blocks > cuda::kFewBlocks ? cuda::kFewBlocks : blocks);
+    return GDBP_LAUNCH(kernel, grid, Access::block, 0, stream, in, static_cast<const Compute<T>*>(args.stats),
                        args.divisor, static_cast<const T*>(args.grad_output), args.reduction, args.unless_one,
                        static_cast<T*>(args.grad_logits), static_cast<T*>(args.grad_probabilities));
   });

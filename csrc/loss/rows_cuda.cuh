@@ -16,47 +16,66 @@ using cuda::store;
 template <class T, int threads>
 struct Pieces : cuda::Team<threads> {
   static constexpr int width = cuda::kWidth<T>;
+  static constexpr int64_t step = int64_t(threads) * width;
   // Accesses of a thread that are under way together.
   static constexpr int ahead = threads < 1024 ? 4 : 2;
   const Rows<T>& in;
   int64_t start;
 
   __device__ __forceinline__ Pieces(const Rows<T>& in, int64_t row) : in(in), start(row * in.classes) {}
+  // Classes before the first that an access can start with: rows of an odd length start anywhere.
+  __device__ __forceinline__ int front() const {
+    const int before = int(-reinterpret_cast<uintptr_t>(in.logits + start) % 16 / sizeof(T));
+    return before < in.classes ? before : int(in.classes);
+  }
   __device__ __forceinline__ int64_t at(int64_t j) const { return start + j; }
   __device__ __forceinline__ void read(const T* from, int64_t j, int count, Compute<T> (&to)[width]) const {
-    load(from + start + j, count, aligned(from), to);
+    load(from + at(j), count, aligned(from), to);
   }
   __device__ __forceinline__ void write(T* to, int64_t j, int count, const Compute<T> (&from)[width]) const {
-    store(to + start + j, count, aligned(to), from);
+    store(to + at(j), count, aligned(to), from);
   }
-  __device__ __forceinline__ bool aligned(const T* data) const { return cuda::aligned(data + start); }
+  __device__ __forceinline__ bool aligned(const T* data) const { return cuda::aligned(data + at(front())); }
 
-  // f(j, count, x) for the logits x of classes j and further, `width` of them or those that are left.
+  // f(j, count) for the classes j and further, `width` of them or those that are left, from the thread's piece at
+  // `piece` on; the front comes last.
+  template <class F>
+  __device__ __forceinline__ void for_classes(const F& f, int64_t piece = Pieces::rank() * width) const {
+    const int front = this->front();
+    const int64_t pieces = cuda::ceil_div(in.classes - front, width) * width;
+    for (; piece < pieces + front; piece += step) {
+      const bool is_front = piece >= pieces;
+      f(is_front ? 0 : front + piece, is_front ? front : cuda::neighbours<width>(front + piece, in.classes));
+    }
+  }
+  // The same with the logits x of the classes: f(j, count, x).
   template <bool many = false, class F>
   __device__ __forceinline__ void for_logits(const F& f) const {
-    constexpr int64_t step = int64_t(Pieces::size) * width;
-    int64_t j = int64_t(Pieces::rank()) * width;
-    if (many && aligned(in.logits)) {
+    int64_t piece = int64_t(Pieces::rank()) * width;
+    if constexpr (many) {
       using Vector = cuda::Packed<T, width>;
-      for (; j + (ahead - 1) * step + width <= in.classes; j += ahead * step) {
+      const int front = this->front();
+      for (; front + piece + (ahead - 1) * step + width <= in.classes; piece += ahead * step) {
         Vector vectors[ahead];
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) vectors[i] = *reinterpret_cast<const Vector*>(in.logits + start + j + i * step);
+        for (int i = 0; i < ahead; ++i)
+          vectors[i] = *reinterpret_cast<const Vector*>(in.logits + at(front + piece + i * step));
 #pragma unroll
         for (int i = 0; i < ahead; ++i) {
           Compute<T> x[width];
 #pragma unroll
           for (int k = 0; k < width; ++k) x[k] = cuda::widen_fast(vectors[i].at[k]);
-          f(j + i * step, width, x);
+          f(front + piece + i * step, width, x);
         }
       }
     }
-    for (; j < in.classes; j += step) {
-      const int count = cuda::neighbours<width>(j, in.classes);
-      Compute<T> x[width];
-      read(in.logits, j, count, x);
-      f(j, count, x);
-    }
+    for_classes(
+        [&](int64_t j, int count) {
+          Compute<T> x[width];
+          read(in.logits, j, count, x);
+          f(j, count, x);
+        },
+        piece);
   }
 };
 template <class T>
@@ -73,6 +92,10 @@ struct Across : cuda::Team<1> {
   }
   __device__ __forceinline__ void write(T* to, int64_t j, int, const Compute<T> (&from)[1]) const {
     to[at(j)] = cuda::narrow_fast<T>(from[0]);
+  }
+  template <class F>
+  __device__ __forceinline__ void for_classes(const F& f) const {
+    for (int64_t j = 0; j < in.classes; ++j) f(j, 1);
   }
   template <bool many = false, class F>
   __device__ __forceinline__ void for_logits(const F& f) const {
@@ -168,13 +191,6 @@ __device__ __forceinline__ Softmax<Compute<T>> softmax_of(const Rows<T>& in, con
   return {found.m, others + (largest - C(1)) + (found.m - found.m)};
 }
 
-// Calls f(j, count) for the classes of one row, Access::width neighbours at a time, shared out over the team.
-template <class Access, class F>
-__device__ __forceinline__ void for_classes(int64_t classes, const F& f) {
-  for (int64_t j = int64_t(Access::rank()) * Access::width; j < classes; j += Access::size * Access::width)
-    f(j, cuda::neighbours<Access::width>(j, classes));
-}
-
 // The sum of the class weights, which label smoothing spreads a row's target over.
 template <class Access, class T>
 __device__ __forceinline__ Compute<T> weight_sum(const Rows<T>& in) {
@@ -221,7 +237,7 @@ struct Row {
       C d[width];
 #pragma unroll
       for (int k = 0; k < width; ++k) d[k] = is_bad() ? C(NAN) : C(0);
-      for_classes<Access>(in.classes, [&](int64_t j, int count) { access.write(for_logits, j, count, d); });
+      access.for_classes([&](int64_t j, int count) { access.write(for_logits, j, count, d); });
     }
   }
 
@@ -251,7 +267,7 @@ struct Row {
     const Softmax<C> softmax = softmax_of(in, access);
     const C log_total = softmax.log_total();
     C loss = C(0), total = C(0), others = C(0);
-    for_classes<Access>(in.classes, [&](int64_t j, int count) {
+    access.for_classes([&](int64_t j, int count) {
       C x[width], t[width];
       access.read(in.logits, j, count, x);
       access.read(in.probabilities, j, count, t);
@@ -265,7 +281,8 @@ struct Row {
         others += x[k] == softmax.m ? C(0) : a;
       }
     });
-    loss = Access::reduce(loss, cuda::Sum{}, C(0));
+    // Without a finite largest logit, and so without classes, NaN as with labels.
+    loss = Access::reduce(loss, cuda::Sum{}, C(0)) + (softmax.m - softmax.m);
     stats[0] = softmax.m;
     stats[1] = softmax.others;
     stats[2] = Access::reduce(total, cuda::Sum{}, C(0));
@@ -292,7 +309,8 @@ struct Row {
     };
     const C first = at_label(labels.first, labels.a, labels.b);
     const C second = labels.second >= 0 ? at_label(labels.second, labels.b, labels.a) : C(0);
-    const C pull = labels.uniform * scale;  // on each class, times its weight
+    // On each class, times its weight; none of an infinite gradient either where there is no share.
+    const C pull = labels.uniform != 0 ? labels.uniform * scale : C(0);
     // The gradient may take the place of the logits.
     Access::sync();
     if (in.softcap == 0 && pull == 0 && fits) {
@@ -330,7 +348,7 @@ struct Row {
     const Softmax<C> softmax{stats[0], stats[1]};
     const SoftGradient<C> gradient(softmax, stats[2], stats[3], in.z, scale);
     const C log_total = softmax.log_total();
-    for_classes<Access>(in.classes, [&](int64_t j, int count) {
+    access.for_classes([&](int64_t j, int count) {
       C stored[width], x[width], t[width], dx[width], dt[width];
       access.read(in.logits, j, count, stored);
       access.read(in.probabilities, j, count, t);

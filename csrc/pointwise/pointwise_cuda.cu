@@ -84,13 +84,13 @@ struct Gradients {
   bool unless_one;
   bool vectors;
 
+  __device__ bool idle() const { return unless_one && cuda::widen_fast(*grad_output) == Compute<T>(1); }
   __device__ void operator()(int64_t begin, int count) const {
     Compute<T> d[width], g[width];
     if (each) {
       load(grad_output + begin, count, vectors, g);
     } else {
       const Compute<T> upstream = cuda::widen_fast(*grad_output);
-      if (unless_one && upstream == Compute<T>(1)) return;
 #pragma unroll
       for (int k = 0; k < width; ++k) g[k] = Compute<T>(double(upstream) * scale);
     }
