@@ -58,8 +58,22 @@ __device__ __forceinline__ int chunks_of_unit(const Entry& entry) {
 // Calls f(values, at, count) for kWidth neighbours at a time. A unit's chunk may begin anywhere.
 template <class T, class F>
 __device__ __forceinline__ void for_each(const T* x, int64_t begin, int64_t end, F f) {
+  constexpr int step = kThreads * kWidth, ahead = 4;  // accesses that are under way together
   const bool vectors = cuda::aligned_for<kWidth>(x + begin);
-  for (int64_t at = begin + int64_t(threadIdx.x) * kWidth; at < end; at += kThreads * kWidth) {
+  int64_t at = begin + int64_t(threadIdx.x) * kWidth;
+  for (; vectors && at + (ahead - 1) * step + kWidth <= end; at += ahead * step) {
+    cuda::Packed<T, kWidth> packed[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) packed[i] = *reinterpret_cast<const cuda::Packed<T, kWidth>*>(x + at + i * step);
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      Compute<T> values[kWidth];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) values[k] = cuda::widen_fast(packed[i].at[k]);
+      f(values, at + i * step, kWidth);
+    }
+  }
+  for (; at < end; at += step) {
     Compute<T> values[kWidth];
     const int count = int(end - at < kWidth ? end - at : kWidth);
     cuda::load(x + at, count, vectors, values);
@@ -126,6 +140,7 @@ __device__ __forceinline__ void rewrite_chunk(const T* x, T* to, const Chunk& ch
 struct Scale {
   const double* coefficients;
   bool each;
+  __device__ bool idle() const { return !each && *coefficients == 1; }
   template <class T>
   __device__ void operator()(const T* x, const Chunk& chunk) const {
     const double factor = coefficients[each ? chunk.unit : 0];
@@ -157,6 +172,7 @@ struct PenaltySlope {
 // Which tensor the block's chunk belongs to is a binary search over first_chunk.
 template <class F>
 __global__ void __launch_bounds__(kThreads) chunk_kernel(GDBP_GRID_CONSTANT(Batch) batch, F f) {
+  if (cuda::is_idle(f, 0)) return;
   const int number = int(blockIdx.x);
   const Entry& entry = find(batch, number, [](const Entry& e) { return e.first_chunk; });
   const int local = number - entry.first_chunk, per_unit = chunks_of_unit(entry), unit = local / per_unit;
@@ -178,13 +194,15 @@ struct Store {
   __device__ void operator()(double total) const { *value = total; }
 };
 
-// One block: each thread adds every kThreads-th chunk in order, then the threads in a fixed tree.
+// One block: each thread adds every kTotalThreads-th chunk in order, then the threads in a fixed tree.
+constexpr int kTotalThreads = 1024;
 template <class Terms, class Finish>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kTotalThreads)
     total_kernel(Terms terms, const double* partial, int64_t chunks, Finish finish) {
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < chunks; i += kThreads) sum = terms(sum, partial[i]);
-  sum = cuda::block_reduce<kThreads>(sum, terms, 0.0);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < chunks; i += kTotalThreads) sum = terms(sum, partial[i]);
+  sum = cuda::block_reduce<kTotalThreads>(sum, terms, 0.0);
   if (threadIdx.x == 0) finish(sum);
 }
 
@@ -269,8 +287,8 @@ int sum_terms(const Source* sources, int64_t count, const Terms& terms, const Fi
     return NormOfChunk<Terms>{terms, partial + extent.chunks_before};
   });
   if (error != 0) return error;
-  return GDBP_LAUNCH((total_kernel<Terms, Finish>), 1, kThreads, 0, stream, terms, partial, cuda_chunks(sources, count),
-                     finish);
+  return GDBP_LAUNCH((total_kernel<Terms, Finish>), 1, kTotalThreads, 0, stream, terms, partial,
+                     cuda_chunks(sources, count), finish);
 }
 
 // The health of nothing.
