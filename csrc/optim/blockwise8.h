@@ -27,10 +27,13 @@ GDBP_HD float inverse_scale8(float scale) { return 1 / math::at_least(scale, mat
 // 127 cbrt(x) for x from 0 to 1, to 1e-4 of it, which is enough to find the nearest code: x g^2 P(x g^3), with a guess
 // g at 1 / cbrt(x) from the exponent, which is right to 6 %, and P the best parabola for t^(-2/3) over the t that
 // occur.
-GDBP_HD float rough_root(float x) {
-  const float g = bit_cast<float>(int32_t(1421400000.0f - float(bit_cast<int32_t>(x)) * (1.0f / 3)));
-  const float square = x * g * g, t = square * g;
+GDBP_HD float rough_root(float x, float guess) {
+  const float square = x * guess * guess, t = square * guess;
   return square * (220.281045f + t * (-121.336627f + t * 26.0606343f));
+}
+GDBP_HD float rough_root(float x) {
+  // In floating point, for vectors have no division of integers.
+  return rough_root(x, bit_cast<float>(int32_t(1421400000.0f - float(bit_cast<int32_t>(x)) * (1.0f / 3))));
 }
 
 // The seed of the random bits by which a slot's states are rounded, from that of its parameter; 0 for none.

@@ -1,13 +1,12 @@
 // The multi-tensor step on CUDA: a batch of tensors in one launch, described in the kernel's own
 // arguments, so that nothing is copied to the device beforehand.
 #include <cstring>
-#include <limits>
 #include <new>
 
 #include "common/map_cuda.cuh"
 #include "common/random.h"
 #include "common/reduce_cuda.cuh"
-#include "optim/blockwise8.h"
+#include "optim/blockwise8_cuda.cuh"
 #include "optim/optim.h"
 
 namespace gdbp::optim {
@@ -108,41 +107,33 @@ __device__ __forceinline__ void write(void* base, Dtype dtype, int64_t at, int c
   });
 }
 
-// A quantised block is what the lanes of a warp hold, so that they find its scale among themselves.
-static_assert(kQuantBlock == cuda::kWarp * kWidth);
+static_assert(kWidth == kWordCodes);
 
 template <class T>
-__device__ __forceinline__ void read8(const int8_t* codes, const float* scale, int64_t at, int count, T (&to)[kWidth]) {
-  const T s = count > 0 ? T(scale[at / kQuantBlock]) : T(0);
+__device__ __forceinline__ void read8(const int8_t* codes, const float* scale, int64_t at, int count, bool vectors,
+                                      T (&to)[kWidth]) {
+  uint32_t word = 0;
+  if (vectors && count == kWidth) {
+    word = *reinterpret_cast<const uint32_t*>(codes + at);
+  } else {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) to[k] = k < count ? decode8(codes[at + k], s) : T(0);
+    for (int k = 0; k < kWidth; ++k) word |= k < count ? uint32_t(uint8_t(codes[at + k])) << (8 * k) : 0;
+  }
+  decode_word(word, count > 0 ? scale[uint64_t(at) / kQuantBlock] : 0, to);
 }
 
 template <class T>
-__device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, int count, uint64_t seed, int state,
-                                       const T (&from)[kWidth]) {
-  T largest = 0;
-  int broken = 0;
+__device__ __forceinline__ void write8(int8_t* codes, float* scale, int64_t at, int count, bool vectors, uint64_t seed,
+                                       int state, const T (&from)[kWidth]) {
+  const float stored = warp_scale8(from, count);
+  if (at % kQuantBlock == 0 && count > 0) scale[uint64_t(at) / kQuantBlock] = stored;
+  const uint32_t word = encode_word(from, stored, at, seed, state);
+  if (vectors && count == kWidth) {
+    *reinterpret_cast<uint32_t*>(codes + at) = word;
+  } else {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    const T magnitude = k < count ? math::abs(from[k]) : T(0);
-    largest = magnitude > largest ? magnitude : largest;
-    broken |= !(magnitude <= T(std::numeric_limits<float>::max()));
-  }
-  largest = cuda::warp_reduce(largest, cuda::Max{});
-  broken = cuda::warp_reduce(broken, cuda::Max{});
-  // As on the CPU: what is not finite makes its block so, and decoding and encoding agree on the stored scale.
-  const float stored = broken ? std::numeric_limits<float>::quiet_NaN() : scale8(float(largest));
-  if (at % kQuantBlock == 0 && count > 0) scale[at / kQuantBlock] = stored;
-  const T inverse = T(inverse_scale8(stored));
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    if (k >= count) break;
-    const auto code = [&] {
-      return seed != 0 ? encode8(from[k], inverse, bits_of_state(random_bits(seed, at + k), state))
-                       : encode8(from[k], inverse);
-    };
-    codes[at + k] = broken ? int8_t(127) : code();
+    for (int k = 0; k < kWidth; ++k)
+      if (k < count) codes[at + k] = int8_t(word >> (8 * k));
   }
 }
 
@@ -151,7 +142,7 @@ __device__ __forceinline__ void read_state(const Entry& t, int i, int64_t at, in
                                            T (&to)[kWidth]) {
   if constexpr (Entry::has_extra) {
     if (t.state_dtype == Dtype::blockwise8)
-      return read8(static_cast<const int8_t*>(t.state[i]), t.scale[i], at, count, to);
+      return read8(static_cast<const int8_t*>(t.state[i]), t.scale[i], at, count, vectors, to);
   }
   read(t.state[i], t.state_dtype, at, count, vectors, to);
 }
@@ -160,7 +151,7 @@ __device__ __forceinline__ void write_state(const Entry& t, int i, int64_t at, i
                                             const T (&from)[kWidth]) {
   if constexpr (Entry::has_extra) {
     if (t.state_dtype == Dtype::blockwise8)
-      return write8(static_cast<int8_t*>(t.state[i]), t.scale[i], at, count, state_seed8(t.seed), i, from);
+      return write8(static_cast<int8_t*>(t.state[i]), t.scale[i], at, count, vectors, state_seed8(t.seed), i, from);
   }
   write(t.state[i], t.state_dtype, at, count, vectors, from);
 }
