@@ -1,10 +1,14 @@
 """``python -m gdbp bench list`` and ``run``: measures gdbp against its peers and the hardware's limit."""
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from gdbp._command import integer, number, try_to_write
 from gdbp._errors import InputError
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+INTERRUPTED = 130  # as shells have it
 PEERS = ("eager", "compile", *optional.PEERS)
 
 
@@ -145,8 +150,32 @@ def finish(report: dict[str, Any], options: argparse.Namespace, started: float) 
     return int(not all(row["contenders"][0]["correct"] for row in rows))
 
 
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM, which ``timeout`` and job queues send, ends a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measure_all(cases: list[Case], options: argparse.Namespace, report: dict[str, Any]) -> None:
+    family = None
+    for case in cases:
+        if case.family != family:
+            print(family := case.family)
+        for dtype in dtypes(case, cases, options.dtype):
+            row = measure(case, setup(options, dtype), options.budget, report["environment"]["heap"])
+            report["rows"].append(row)
+            print(table.terminal(row), flush=True)
+
+
 def run(options: argparse.Namespace) -> int:
-    """Returns 0, or 1 where a result of ours was wrong."""
+    """Returns 0, or 1 where a result of ours was wrong. Interrupted, it still writes --json and --csv."""
     check_device(options.device)
     cases = [case for case in _selected(options) if case.device in (None, options.device)]
     if not cases:
@@ -159,14 +188,14 @@ def run(options: argparse.Namespace) -> int:
     if options.save:
         try_to_write(path := files.place(report))
     started = time.perf_counter()
-    family = None
-    for case in cases:
-        if case.family != family:
-            print(family := case.family)
-        for dtype in dtypes(case, cases, options.dtype):
-            row = measure(case, setup(options, dtype), options.budget, report["environment"]["heap"])
-            report["rows"].append(row)
-            print(table.terminal(row), flush=True)
+    try:
+        with _termination_interrupts():
+            _measure_all(cases, options, report)
+    except KeyboardInterrupt:
+        report["interrupted"] = True  # what was measured was not for nothing
+        finish(report, options, started)
+        print(f"interrupted after {len(report['rows'])} rows, and not saved among the results", file=sys.stderr)
+        return INTERRUPTED
     status = finish(report, options, started)
     if options.save:
         files.write(path, files.dump(report))

@@ -3,13 +3,14 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import environment, files, scaling
+from benchmarks import environment, files, run, scaling
 from benchmarks.work import OURS
 from gdbp import _bench
 from tests.bench_rows import COMMIT, bench, example_report
@@ -42,6 +43,28 @@ def test_run_saves_under_the_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "place", lambda report: tmp_path / "cpu" / "x.json")
     assert bench("run", "-k", "loss.huber", *SMOKE, "--save") == 0
     assert files.load(tmp_path / "cpu" / "x.json")["rows"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_runs_leave_what_they_measured(number, tmp_path, monkeypatch, capsys):
+    """As `timeout` ends them, too."""
+    file, place = tmp_path / "part.json", tmp_path / "results" / "x.json"
+    monkeypatch.setattr(files, "place", lambda report: place)
+    measure = run.measure
+
+    def second_ends(case, *args):
+        if "huber" in case.title:
+            os.kill(os.getpid(), number)
+        return measure(case, *args)
+
+    monkeypatch.setattr(run, "measure", second_ends)
+    before = signal.getsignal(signal.SIGTERM)
+    assert bench("run", "-k", "loss.", *SMOKE, "--json", file, "--save") == run.INTERRUPTED
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "interrupted after 4 rows" in capsys.readouterr().err
+    written = files.load(file)
+    assert written["interrupted"] and written["rows"][-1]["case"] == "mse" and not place.exists()
+    assert bench("report", file) == 0
 
 
 def test_commit_of_a_copy(monkeypatch):
