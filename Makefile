@@ -16,6 +16,7 @@ CUDA_SOURCES := $(shell find csrc -name '*.cu')
 CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=build/gpu-check/%.o)
 CPP_SOURCES := $(shell find csrc -name '*.cpp')
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+GPU = $(if $(findstring gpu-check,$(MAKECMDGOALS)),$(shell nvidia-smi -L 2>/dev/null))
 SANITIZE = compute-sanitizer --error-exitcode 1
 OURS = --kernel-name kns=gdbp
 WARNINGS := -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-parameter
@@ -31,8 +32,8 @@ ifneq ($(file <$(BUILT)),$(BUILT_FOR))
 .PHONY: $(BUILT)
 endif
 
-.PHONY: help train test gpu-compile gpu-simulate gpu-check gpu-run gpu-memcheck gpu-racecheck gpu-initcheck bench lint format \
-  build clean
+.PHONY: help train test gpu-compile gpu-simulate gpu-check gpu-run gpu-test gpu-memcheck gpu-racecheck gpu-initcheck bench lint \
+  format build clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -54,18 +55,17 @@ gpu-compile: $(CUDA_OBJECTS)  ## compile the CUDA sources for sm_80 and sm_90
 gpu-simulate: $(BUILT)  ## run the kernels on the CPU, in a simulator
 	$(PY) -m pytest tests/cudasim
 
-gpu-check: gpu-compile gpu-simulate  ## both, and all on a GPU where there is one; make -j16 takes minutes less
-	@if ! nvidia-smi -L 2>/dev/null; then echo "gpu-check: no GPU here, so nothing was run on one"; \
-	elif ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	  echo "gpu-check: there is a GPU, but the torch in $(VENV) cannot use it; install a CUDA build of torch" >&2; exit 1; \
-	else $(MAKE) gpu-run; fi
+gpu-check: gpu-compile gpu-simulate $(if $(GPU),gpu-run)  ## both, and all on a GPU where there is one; make -j16 takes minutes less
+	@$(if $(GPU),:,echo "gpu-check: no GPU here, so nothing was run on one")
 
-gpu-run: $(BUILT)
+# Measured last, when nothing else runs.
+gpu-run: gpu-compile gpu-simulate gpu-test gpu-memcheck gpu-racecheck gpu-initcheck
 	mkdir -p $(OUT)
-	$(PY) -m pytest -m cuda -n $(WORKERS)
 	$(PY) -m gdbp bench run --device cuda --budget 0.2 --save --json $(OUT)/gpu.json
-	$(MAKE) gpu-memcheck gpu-racecheck gpu-initcheck
 
+gpu-test: $(BUILT)
+	@$(PY) -c "import torch; torch.cuda.is_available() or exit('gpu-check: the torch in $(VENV) cannot use the GPU; install a CUDA build of torch')"
+	$(PY) -m pytest -m cuda -n $(WORKERS)
 gpu-memcheck: $(BUILT)
 	$(SANITIZE) --tool memcheck $(OURS) $(PY) -m tests.cuda_cases
 gpu-racecheck: $(BUILT)
