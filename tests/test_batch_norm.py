@@ -77,6 +77,15 @@ def test_sizes(activation, training, dtype, device):
         compare(*norms(activation, training), values(shape, dtype, device))
 
 
+@training_or_not
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_larger_sizes(training, dtype, device):
+    """Around what a block of CUDA takes at once (512 or 1024 rows), of several tiles for a thread, and of so many tiles
+    that another launch adds them up."""
+    for shape in ((512, 9), (513, 20), (1024, 9), (1025, 70), (4200, 40), (140000, 2), (2, 3, 33000)):
+        compare(*norms("relu", training), values(shape, dtype, device))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", range(4))

@@ -64,7 +64,8 @@ constexpr int64_t kRowTile = 64, kColumnTile = 256;
 
 struct Planes {
   int64_t count, rows, cols, row_step, plane_step;
-  bool by_column;  // whether a column is a channel, else a plane is
+  bool by_column;               // whether a column is a channel, else a plane is
+  int64_t row_tile = kRowTile;  // on CUDA those of matrices are longer
 
   explicit Planes(const Shape& s)
       : count(s.length == 1 ? 1 : s.channels),
@@ -74,18 +75,17 @@ struct Planes {
         plane_step(s.length),
         by_column(s.length == 1) {}
 
-  GDBP_HD int64_t row_tiles() const { return (rows + kRowTile - 1) / kRowTile; }
+  GDBP_HD int64_t row_tiles() const { return (rows + row_tile - 1) / row_tile; }
   GDBP_HD int64_t column_tiles() const { return (cols + kColumnTile - 1) / kColumnTile; }
   // Tiles of one channel.
   GDBP_HD int64_t tiles() const { return row_tiles() * (by_column ? 1 : column_tiles()); }
   // Elements of one channel, and of those the ones in its tile `index`.
   GDBP_HD double elements() const { return double(rows) * double(by_column ? 1 : cols); }
   GDBP_HD double elements(int64_t index) const {
-    const int64_t row_tile = by_column ? index : index / column_tiles();
     const int64_t column_tile = by_column ? 0 : index % column_tiles();
-    const int64_t rows_left = rows - row_tile * kRowTile;
+    const int64_t rows_left = rows - (by_column ? index : index / column_tiles()) * row_tile;
     const int64_t columns_left = by_column ? 1 : cols - column_tile * kColumnTile;
-    return double(rows_left < kRowTile ? rows_left : kRowTile) *
+    return double(rows_left < row_tile ? rows_left : row_tile) *
            double(columns_left < kColumnTile ? columns_left : kColumnTile);
   }
 };
