@@ -41,7 +41,8 @@ dim3 block_of(int64_t groups, int most) {
 
 // Blocks that fill a large GPU. With more the same tiles would be added up more often.
 constexpr int64_t kBlocks = 512;
-// Steps of kUnroll rows that a thread takes in a tile of a matrix: more would cost digits.
+// Steps of kUnroll rows that a thread takes at most in a tile of a matrix: more would cost digits. Never fewer rows
+// than kRowTile, for whose tiles the workspace has room.
 constexpr int64_t kMostSteps = 8;
 // More tiles than that are added up once, by a launch of its own.
 constexpr int64_t kMostTiles = 128;
