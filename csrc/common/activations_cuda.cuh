@@ -85,4 +85,15 @@ HalfTanh half_of(Tanh);
 template <class T, class Op>
 using ActivationIn = std::conditional_t<sizeof(T) == 2, decltype(half_of(Op{})), Op>;
 
+// As dispatch() of activations.h, on the device, for results of type T. All lanes take the same branch.
+template <class T, class F>
+__device__ __forceinline__ void for_activation(Activation activation, const F& f) {
+  switch (activation) {
+#define GDBP_ROW(name, Op) \
+  case Activation::name: return f(ActivationIn<T, Op>{});
+    GDBP_ACTIVATIONS(GDBP_ROW)
+#undef GDBP_ROW
+  }
+}
+
 }  // namespace gdbp::cuda

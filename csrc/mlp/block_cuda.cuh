@@ -7,23 +7,13 @@
 namespace gdbp::mlp {
 namespace {
 
+using cuda::for_activation;
 using cuda::FragmentA;
 using cuda::FragmentB;
 using cuda::FragmentC;
 using cuda::kWarp;
 
 __device__ __forceinline__ int warp_id() { return int(threadIdx.x) / kWarp; }
-
-// As dispatch() of activations.h, on the device, for results of type T. All lanes take the same branch.
-template <class T, class F>
-__device__ __forceinline__ void for_activation(Activation activation, const F& f) {
-  switch (activation) {
-#define GDBP_ROW(name, Op) \
-  case Activation::name: return f(cuda::ActivationIn<T, Op>{});
-    GDBP_ACTIVATIONS(GDBP_ROW)
-#undef GDBP_ROW
-  }
-}
 
 // put(n, k, four values of row n from k on) for a weight, with zeros around it up to `rows` and `cols`. A warp takes 8
 // rows at a time, all of which it asks for before it waits for the first.

@@ -55,6 +55,32 @@ struct Rows {
   }
 };
 
+// An activation. Kernels are compiled for None, for Relu, and (Op is void) for one that blocks learn of as they run: to
+// compile them for each would take as long as all else together.
+template <class T, class Operation>
+struct Activated {
+  using Op = Operation;
+  Activation activation;
+
+  // f(the activation's struct)
+  template <class F>
+  __device__ __forceinline__ void operator()(const F& f) const {
+    if constexpr (std::is_void_v<Op>) {
+      cuda::for_activation<T>(activation, f);
+    } else {
+      f(Op{});
+    }
+  }
+};
+template <class T, class F>
+int dispatch_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::none: return f(Activated<T, None>{activation});
+    case Activation::relu: return f(Activated<T, Relu>{activation});
+    default: return f(Activated<T, void>{activation});
+  }
+}
+
 // What belongs to the channels; C: the compute type.
 template <class C>
 struct Channels {

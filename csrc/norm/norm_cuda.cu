@@ -107,15 +107,16 @@ int forward(const Forward& a, void* stream) {
     if (error == 0) error = l.template merge<true>(stream);
     if (error != 0) return error;
   }
-  return dispatch(a.activation, [&](auto op) {
-    using Op = cuda::ActivationIn<T, decltype(op)>;
+  return dispatch_activation<T>(a.activation, [&](auto activated) {
+    using Op = typename decltype(activated)::Op;
     if (slabs) {
       const auto kernel = slab_forward_kernel<T, Op>;
-      return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabBlock, 0, stream, l.planes.rows, channels, input, output,
-                         vectors);
+      return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabBlock, 0, stream, l.planes.rows, channels, activated,
+                         input, output, vectors);
     }
     const auto kernel = apply_kernel<T, Op>;
-    return GDBP_LAUNCH(kernel, l.map_grid, l.map_block, 0, stream, l.planes, l.tiles, channels, input, output, vectors);
+    return GDBP_LAUNCH(kernel, l.map_grid, l.map_block, 0, stream, l.planes, l.tiles, channels, activated, input,
+                       output, vectors);
   });
 }
 
@@ -137,22 +138,23 @@ int backward(const Backward& a, void* stream) {
   const bool vectors = l.vectors(a.grad_output, a.input, a.grad_input);
   if (!sums) l.tiles.count = 0;
   if (grad_input == nullptr) l.map_grid.x = l.map_grid.y = 1;
-  return dispatch(a.activation, [&](auto op) {
-    using Op = cuda::ActivationIn<T, decltype(op)>;
+  return dispatch_activation<T>(a.activation, [&](auto activated) {
+    using Op = typename decltype(activated)::Op;
     if (sums && suits_slabs<T>(l.planes)) {
       const auto kernel = slab_backward_kernel<T, Op>;
-      return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabBlock, 0, stream, l.planes.rows, channels, g, x,
+      return GDBP_LAUNCH(kernel, slabs_of<T>(l.planes), kSlabBlock, 0, stream, l.planes.rows, channels, activated, g, x,
                          grad_input, vectors);
     }
     if (l.tiles.count > 0) {
       const auto kernel = products_kernel<T, Op>;
-      int error = GDBP_LAUNCH(kernel, l.tile_grid, l.tile_block, 0, stream, l.planes, channels, g, x, l.tiles, vectors);
+      int error = GDBP_LAUNCH(kernel, l.tile_grid, l.tile_block, 0, stream, l.planes, channels, activated, g, x,
+                              l.tiles, vectors);
       if (error == 0) error = l.template merge<false>(stream);
       if (error != 0) return error;
     }
     const auto kernel = apply_gradients_kernel<T, Op>;
-    return GDBP_LAUNCH(kernel, l.map_grid, l.map_block, 0, stream, l.planes, l.tiles, channels, g, x, grad_input,
-                       vectors);
+    return GDBP_LAUNCH(kernel, l.map_grid, l.map_block, 0, stream, l.planes, l.tiles, channels, activated, g, x,
+                       grad_input, vectors);
   });
 }
 

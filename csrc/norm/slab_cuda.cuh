@@ -35,7 +35,8 @@ struct Slab {
 
 template <class T, class Op>
 __global__ void __launch_bounds__(kSlabThreads)
-    slab_forward_kernel(int64_t rows, Channels<Compute<T>> channels, const T* input, T* output, bool vectors) {
+    slab_forward_kernel(int64_t rows, Channels<Compute<T>> channels, Activated<T, Op> activated, const T* input,
+                        T* output, bool vectors) {
   using C = Compute<T>;
   constexpr int width = Slab<T>::width;
   const Slab<T> slab(rows, channels.count, vectors);
@@ -70,17 +71,19 @@ __global__ void __launch_bounds__(kSlabThreads)
   });
   Normalize<C> normalize[width];
   take(normalizers, true, normalize);
+  activated([&](auto op) {
 #pragma unroll
-  for (int r = 0; r < kUnroll<T>; ++r)
+    for (int r = 0; r < kUnroll<T>; ++r)
 #pragma unroll
-    for (int k = 0; k < width; ++k) x[r][k] = Op::forward(normalize[k](x[r][k]));
+      for (int k = 0; k < width; ++k) x[r][k] = op.forward(normalize[k](x[r][k]));
+  });
   slab.rows.store(output + slab.at, x);
 }
 
 template <class T, class Op>
 __global__ void __launch_bounds__(kSlabThreads)
-    slab_backward_kernel(int64_t rows, Channels<Compute<T>> channels, const T* grad_output, const T* input,
-                         T* grad_input, bool vectors) {
+    slab_backward_kernel(int64_t rows, Channels<Compute<T>> channels, Activated<T, Op> activated, const T* grad_output,
+                         const T* input, T* grad_input, bool vectors) {
   using C = Compute<T>;
   constexpr int width = Slab<T>::width;
   const Slab<T> slab(rows, channels.count, vectors);
@@ -95,11 +98,16 @@ __global__ void __launch_bounds__(kSlabThreads)
   Backpropagate<C> back[width];
   take(backpropagators, true, back);
   C sums[2][width] = {};  // of the gradients, of their products with x
+  activated([&](auto op) {
+#pragma unroll
+    for (int r = 0; r < kUnroll<T>; ++r)
+#pragma unroll
+      for (int k = 0; k < width; ++k) g[r][k] = backward_from_pre<decltype(op)>(g[r][k], back[k].normalize(x[r][k]));
+  });
 #pragma unroll
   for (int r = 0; r < kUnroll<T>; ++r) {
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      g[r][k] = backward_from_pre<Op>(g[r][k], back[k].normalize(x[r][k]));
       if (!slab.rows.has(r)) continue;
       sums[0][k] += g[r][k];
       sums[1][k] += g[r][k] * (x[r][k] - back[k].normalize.center);

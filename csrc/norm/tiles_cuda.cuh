@@ -193,8 +193,9 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(Planes p, const T* in
 
 // Without tiles the statistics are there already.
 template <class T, class Op>
-__global__ void __launch_bounds__(kThreads)
-    apply_kernel(Planes p, Tiles tiles, Channels<Compute<T>> channels, const T* input, T* output, bool vectors) {
+__global__ void __launch_bounds__(kThreads, 2)
+    apply_kernel(Planes p, Tiles tiles, Channels<Compute<T>> channels, Activated<T, Op> activated, const T* input,
+                 T* output, bool vectors) {
   using C = Compute<T>;
   constexpr int width = cuda::kWidth<T>;
   __shared__ Normalize<C> normalizers[kAcross * width];
@@ -218,10 +219,12 @@ __global__ void __launch_bounds__(kThreads)
     for_elements<T>(p, part, vectors, [&](const Rows<T>& rows, int64_t at) {
       C x[kUnroll<T>][width];
       rows.load(input + at, x);
+      activated([&](auto op) {
 #pragma unroll
-      for (int r = 0; r < kUnroll<T>; ++r)
+        for (int r = 0; r < kUnroll<T>; ++r)
 #pragma unroll
-        for (int k = 0; k < width; ++k) x[r][k] = Op::forward(normalize[k](x[r][k]));
+          for (int k = 0; k < width; ++k) x[r][k] = op.forward(normalize[k](x[r][k]));
+      });
       rows.store(output + at, x);
     });
   });
@@ -230,8 +233,8 @@ __global__ void __launch_bounds__(kThreads)
 // Of each tile the sums of the gradients, and of their products with x.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads)
-    products_kernel(Planes p, Channels<Compute<T>> channels, const T* grad_output, const T* input, Tiles tiles,
-                    bool vectors) {
+    products_kernel(Planes p, Channels<Compute<T>> channels, Activated<T, Op> activated, const T* grad_output,
+                    const T* input, Tiles tiles, bool vectors) {
   using C = Compute<T>;
   constexpr int width = cuda::kWidth<T>;
   __shared__ Normalize<C> normalizers[kAcross * width];
@@ -248,11 +251,17 @@ __global__ void __launch_bounds__(kThreads)
         C x[kUnroll<T>][width], g[kUnroll<T>][width];
         rows.load(grad_output + at, g);
         rows.load(input + at, x);
+        activated([&](auto op) {
+#pragma unroll
+          for (int r = 0; r < kUnroll<T>; ++r)
+#pragma unroll
+            for (int k = 0; k < width; ++k) g[r][k] = backward_from_pre<decltype(op)>(g[r][k], normalize[k](x[r][k]));
+        });
 #pragma unroll
         for (int r = 0; r < kUnroll<T>; ++r) {
 #pragma unroll
           for (int k = 0; k < width; ++k) {
-            const C grad = backward_from_pre<Op>(g[r][k], normalize[k](x[r][k]));
+            const C grad = g[r][k];
             const bool there = rows.has(r) && k < rows.count;
             sums[0][k] += there ? grad : C(0);
             sums[1][k] += there ? grad * (x[r][k] - normalize[k].center) : C(0);
@@ -269,8 +278,8 @@ __global__ void __launch_bounds__(kThreads)
 // Without tiles the sums are 0: of no elements, or nobody asks for them.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads)
-    apply_gradients_kernel(Planes p, Tiles tiles, Channels<Compute<T>> channels, const T* grad_output, const T* input,
-                           T* grad_input, bool vectors) {
+    apply_gradients_kernel(Planes p, Tiles tiles, Channels<Compute<T>> channels, Activated<T, Op> activated,
+                           const T* grad_output, const T* input, T* grad_input, bool vectors) {
   using C = Compute<T>;
   constexpr int width = cuda::kWidth<T>;
   __shared__ Backpropagate<C> backpropagators[kAcross * width];
@@ -290,11 +299,13 @@ __global__ void __launch_bounds__(kThreads)
       C x[kUnroll<T>][width], g[kUnroll<T>][width];
       rows.load(grad_output + at, g);
       rows.load(input + at, x);
+      activated([&](auto op) {
 #pragma unroll
-      for (int r = 0; r < kUnroll<T>; ++r)
+        for (int r = 0; r < kUnroll<T>; ++r)
 #pragma unroll
-        for (int k = 0; k < width; ++k)
-          g[r][k] = back[k](backward_from_pre<Op>(g[r][k], back[k].normalize(x[r][k])), x[r][k]);
+          for (int k = 0; k < width; ++k)
+            g[r][k] = back[k](backward_from_pre<decltype(op)>(g[r][k], back[k].normalize(x[r][k])), x[r][k]);
+      });
       rows.store(grad_input + at, g);
     });
   });
