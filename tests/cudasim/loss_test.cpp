@@ -51,8 +51,8 @@ struct Problem {
         second(outer * inner),
         share(outer * inner) {
     for (int64_t row = 0; row < rows(); ++row) {
-      target[row] = row % 5 == 3 ? kIgnore : int64_t(generator() % uint64_t(classes));
-      second[row] = row % 7 == 3 ? kIgnore : int64_t(generator() % uint64_t(classes));
+      target[row] = row % 5 == 3 ? kIgnore : int64_t(generator() % uint64_t(std::max<int64_t>(classes, 1)));
+      second[row] = row % 7 == 3 ? kIgnore : int64_t(generator() % uint64_t(std::max<int64_t>(classes, 1)));
       share[row] = double(row % 11) / 10;
     }
     context = std::string(kDtypeNames[int(dtype)]) + " " + kReductionNames[int(reduction)] + " " +
@@ -310,12 +310,43 @@ void huge_upstream() {
   }
 }
 
+void infinite_upstream() {
+  std::mt19937 generator(11);
+  for (int64_t classes : {int64_t(5), int64_t(40), int64_t(1029)}) {
+    for (bool softcap : {false, true}) {
+      Problem p = labels(Dtype::float32, Reduction::mean, 3, classes, false, 0, generator);
+      p.softcap = softcap ? 5 : 0;
+      Array upstream(Dtype::float32, 1, 0, generator, 1, 1);
+      upstream.set(0, INFINITY);
+      const Result result = solve(true, p, upstream, false);
+      for (int64_t row = 0; row < 3; ++row) {
+        for (int64_t j = 0; j < classes; ++j) {
+          const double wanted = j == p.target[row] ? -INFINITY : INFINITY;
+          expect(result.grad.get(row * classes + j) == wanted, "gradient of class " + std::to_string(j));
+        }
+      }
+    }
+  }
+}
+
+void no_classes() {
+  std::mt19937 generator(12);
+  for (Reduction reduction : kReductions) {
+    const Problem p(Dtype::float32, reduction, Kind::probabilities, 3, 0, 1, false, 0, 0, 0, 0, generator);
+    const Array upstream(Dtype::float32, p.losses(), 0, generator, 1, 2);
+    const Result cuda = solve(true, p, upstream, false), cpu = solve(false, p, upstream, false);
+    for (int64_t i = 0; i < p.losses(); ++i)
+      expect(std::isnan(cuda.output.get(i)) && std::isnan(cpu.output.get(i)), "the loss of no classes");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   static const Case cases[] = {{"cross_entropy", cross_entropy}, {"mixtures", mixtures},
                                {"probabilities", probabilities}, {"no_rows", no_rows},
                                {"all_ignored", all_ignored},     {"bad_labels", bad_labels},
-                               {"extremes", extremes},           {"huge_upstream", huge_upstream}};
+                               {"extremes", extremes},           {"huge_upstream", huge_upstream},
+                               {"no_classes", no_classes},       {"infinite_upstream", infinite_upstream}};
   return run_cases(argc, argv, cases);
 }
