@@ -192,7 +192,13 @@ def test_too_large_ones_take_the_layers(kernels):
         MLP((7, 3))(torch.randn(mlp.MOST_ROWS + 1, 7))
         assert kernels.calls == []
         MLP((7, 3))(torch.randn(mlp.MOST_ROWS, 7))
-    assert kernels.calls == ["forward"]
+        assert kernels.calls == ["forward"]
+        for dtype in (torch.bfloat16, torch.float16):
+            MLP((7, 3), dtype=dtype)(torch.ones(mlp.MOST_ROWS + 1, 7, dtype=dtype))
+        assert kernels.calls == ["forward"] * 3
+    model = MLP((7, 3), dtype=torch.bfloat16)
+    model(torch.ones(mlp.MOST_ROWS + 1, 7, dtype=torch.bfloat16)).sum().backward()
+    assert kernels.calls == ["forward"] * 3
 
 
 def test_whoever_watches_sees_the_layers(kernels):

@@ -19,8 +19,9 @@ from gdbp.ops._function import (
 if _load.available:
     from gdbp import _C
 
-# Up to here a call for every layer costs more than its work. With a million rows torch's layers were 1.2 times as fast
-# (64 wide) to 2.6 times (128 wide) on an H200; see step.infer in benchmarks/results.
+# Up to here the kernels are known to be faster than layers one by one, with gradients or in float32. Without gradients
+# in 16 bits they are with a million rows, too: on an H200 156 us for six products 64 wide, 343 us for four 128 wide,
+# torch 634 us for five and 697 us for three (benchmarks/results/nvidia-h200).
 MOST_ROWS = 2**16
 # Units of a layer, and its inputs; layers of a network.
 MOST_WIDE, MOST_LAYERS = (_C.MOST_NARROW, _C.MOST_LAYERS) if _load.available else (0, 0)
@@ -97,8 +98,8 @@ def forward(
 ) -> Tensor | None:
     """``Linear`` layers with the activation, by name, behind each but the last; None where there is no kernel for them.
 
-    It takes up to MOST_ROWS rows on CUDA in float32, bfloat16 or float16, or under autocast to one of these, and layers
-    up to 128 wide whose weights, and where something is differentiated also activations and sums of gradients, fit
+    It takes on CUDA float32, bfloat16 or float16, or autocast to one of these, up to MOST_ROWS rows where something is
+    differentiated or products are of float32 and else any number, and layers up to 128 wide whose weights, and where something is differentiated also activations and sums of gradients, fit
     into a block's shared memory. On the CPU any number of rows in float32 or float64, and layers up to 128 wide. Not
     under ``torch.compile``, and not for transforms of torch.func.
     """
@@ -113,9 +114,9 @@ def forward(
     # Under autocast the input may be of any dtype.
     if factors is None or input.dtype not in _FACTORS or not is_fused(*tensors):
         return None
-    if input.numel() > MOST_ROWS * input.shape[-1]:
-        return None
     recorded = needs_autograd(*tensors)
+    if input.numel() > MOST_ROWS * input.shape[-1] and (recorded or factors not in ("bfloat16", "float16")):
+        return None
     if not torch.ops.gdbp.mlp_fits(input, weights, biases, activation, factors, recorded):
         return None
     if recorded:
