@@ -38,8 +38,8 @@ class MLP(torch.nn.Sequential):
     activation's derivative needs them pre-activations.
 
     On CUDA in float32, bfloat16 or float16 (or under autocast), up to 65,536 rows go through layers up to 128 wide in
-    one kernel, without gradients in 16 bits any number of rows; and gradients come out of another, activations in
-    shared memory, which makes the forward pass again: only the input is kept. Products of float32 are those of tf32 where
+    one kernel, without gradients in 16 bits any number of rows. Gradients come out of another, activations in shared
+    memory, which makes the forward pass again: only the input is kept. Products of float32 are those of tf32 where
     ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", and else three of these, exact to some 2^-21.
 
     Raises:

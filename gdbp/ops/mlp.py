@@ -99,9 +99,10 @@ def forward(
     """``Linear`` layers with the activation, by name, behind each but the last; None where there is no kernel for them.
 
     It takes on CUDA float32, bfloat16 or float16, or autocast to one of these, up to MOST_ROWS rows where something is
-    differentiated or products are of float32 and else any number, and layers up to 128 wide whose weights, and where something is differentiated also activations and sums of gradients, fit
-    into a block's shared memory. On the CPU any number of rows in float32 or float64, and layers up to 128 wide. Not
-    under ``torch.compile``, and not for transforms of torch.func.
+    differentiated or products are of float32 and else any number, and layers up to 128 wide whose weights, and where
+    something is differentiated also activations and sums of gradients, fit into a block's shared memory. On the CPU any
+    number of rows in float32 or float64, and layers up to 128 wide. Not under ``torch.compile``, and not for transforms
+    of torch.func.
     """
     if is_on_cpu(input):
         return on_cpu(input, weights, biases, of_hidden(activation, len(weights)))
