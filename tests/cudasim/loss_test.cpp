@@ -77,7 +77,9 @@ struct Problem {
             soft ? nullptr : target.data(),
             mixed ? second.data() : nullptr,
             mixed ? share.data() : nullptr,
-            soft ? probabilities.data() : nullptr,
+            !soft          ? nullptr
+            : classes == 0 ? this
+                           : probabilities.data(),  // empty ones lie nowhere, but are no null
             weighted ? weight.data() : nullptr,
             kIgnore,
             smoothing,

@@ -43,7 +43,7 @@ FAMILIES = {
     "norm": ["forward", "backward", "update"],
     "loss": [
         *["cross_entropy", "mixtures", "probabilities", "no_rows", "all_ignored", "bad_labels"],
-        *["extremes", "huge_upstream"],
+        *["extremes", "huge_upstream", "infinite_upstream", "no_classes"],
     ],
     "linear": ["forward", "backward"],
     "mlp": [
