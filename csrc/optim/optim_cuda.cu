@@ -361,7 +361,8 @@ class Step {
 
 template <template <class> class Rule, class T>
 int step_in(const Slot* slots, int64_t count, const Control* control, void* stream) {
-  Step<Rule<T>, T, false> plain(control, stream);
+  // One kernel for all of float64, which is there to be right.
+  Step<Rule<T>, T, sizeof(T) == 8> plain(control, stream);
   Step<Rule<T>, T, true> extra(control, stream);
   for (int64_t i = 0; i < count; ++i) {
     const Slot& slot = slots[i];
