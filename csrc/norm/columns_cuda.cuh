@@ -60,15 +60,35 @@ struct Rows {
 template <class T, class Operation>
 struct Activated {
   using Op = Operation;
+  using Values = typename Rows<T>::Values;
   Activation activation;
 
-  // f(the activation's struct)
+  // Of x, normalised by what each column has for it.
+  template <class Normalizer>
+  __device__ __forceinline__ void forward(const Normalizer (&normalize)[Rows<T>::width], Values& x) const {
+    for_values([&](auto op, int r, int k) { x[r][k] = op.forward(normalize[k](x[r][k])); });
+  }
+  // g, the gradient of that, becomes the gradient of what the activation saw.
+  template <class Normalizer>
+  __device__ __forceinline__ void backward(const Normalizer (&normalize)[Rows<T>::width], const Values& x,
+                                           Values& g) const {
+    for_values(
+        [&](auto op, int r, int k) { g[r][k] = backward_from_pre<decltype(op)>(g[r][k], normalize[k](x[r][k])); });
+  }
+
+ private:
   template <class F>
-  __device__ __forceinline__ void operator()(const F& f) const {
+  __device__ __forceinline__ void for_values(const F& f) const {
+    const auto all = [&](auto op) {
+#pragma unroll
+      for (int r = 0; r < kUnroll<T>; ++r)
+#pragma unroll
+        for (int k = 0; k < Rows<T>::width; ++k) f(op, r, k);
+    };
     if constexpr (std::is_void_v<Op>) {
-      cuda::for_activation<T>(activation, f);
+      cuda::for_activation<T>(activation, all);
     } else {
-      f(Op{});
+      all(Op{});
     }
   }
 };
@@ -117,13 +137,12 @@ struct Channels {
 
 // What the elements of a channel need on the way back.
 template <class C>
-struct Backpropagate {
-  Normalize<C> normalize;
+struct Backpropagate : Normalize<C> {
   C slope, offset;
 
   // g: the gradient of what the activation saw.
-  __device__ __forceinline__ C operator()(C g, C x) const {
-    return input_gradient(g, x, normalize.center, normalize.scale, slope, offset);
+  __device__ __forceinline__ C gradient(C g, C x) const {
+    return input_gradient(g, x, this->center, this->scale, slope, offset);
   }
 };
 

@@ -71,12 +71,7 @@ __global__ void __launch_bounds__(kSlabThreads)
   });
   Normalize<C> normalize[width];
   take(normalizers, true, normalize);
-  activated([&](auto op) {
-#pragma unroll
-    for (int r = 0; r < kUnroll<T>; ++r)
-#pragma unroll
-      for (int k = 0; k < width; ++k) x[r][k] = op.forward(normalize[k](x[r][k]));
-  });
+  activated.forward(normalize, x);
   slab.rows.store(output + slab.at, x);
 }
 
@@ -93,24 +88,19 @@ __global__ void __launch_bounds__(kSlabThreads)
   slab.rows.load(grad_output + slab.at, g);
   for_columns(slab.channels, [&](int column) {
     const int64_t channel = slab.first + column;
-    backpropagators[column].normalize = channels.normalize(channel, channels.mean(channel), channels.variance(channel));
+    backpropagators[column] = {channels.normalize(channel, channels.mean(channel), channels.variance(channel)), 0, 0};
   });
   Backpropagate<C> back[width];
   take(backpropagators, true, back);
   C sums[2][width] = {};  // of the gradients, of their products with x
-  activated([&](auto op) {
-#pragma unroll
-    for (int r = 0; r < kUnroll<T>; ++r)
-#pragma unroll
-      for (int k = 0; k < width; ++k) g[r][k] = backward_from_pre<decltype(op)>(g[r][k], back[k].normalize(x[r][k]));
-  });
+  activated.backward(back, x, g);
 #pragma unroll
   for (int r = 0; r < kUnroll<T>; ++r) {
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       if (!slab.rows.has(r)) continue;
       sums[0][k] += g[r][k];
-      sums[1][k] += g[r][k] * (x[r][k] - back[k].normalize.center);
+      sums[1][k] += g[r][k] * (x[r][k] - back[k].center);
     }
   }
   slab.for_sums(sums, [&](int column, const double (&total)[2]) {
@@ -125,7 +115,7 @@ __global__ void __launch_bounds__(kSlabThreads)
 #pragma unroll
   for (int r = 0; r < kUnroll<T>; ++r)
 #pragma unroll
-    for (int k = 0; k < width; ++k) g[r][k] = back[k](g[r][k], x[r][k]);
+    for (int k = 0; k < width; ++k) g[r][k] = back[k].gradient(g[r][k], x[r][k]);
   slab.rows.store(grad_input + slab.at, g);
 }
 

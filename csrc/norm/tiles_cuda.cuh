@@ -219,12 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for_elements<T>(p, part, vectors, [&](const Rows<T>& rows, int64_t at) {
       C x[kUnroll<T>][width];
       rows.load(input + at, x);
-      activated([&](auto op) {
-#pragma unroll
-        for (int r = 0; r < kUnroll<T>; ++r)
-#pragma unroll
-          for (int k = 0; k < width; ++k) x[r][k] = op.forward(normalize[k](x[r][k]));
-      });
+      activated.forward(normalize, x);
       rows.store(output + at, x);
     });
   });
@@ -251,12 +246,7 @@ __global__ void __launch_bounds__(kThreads)
         C x[kUnroll<T>][width], g[kUnroll<T>][width];
         rows.load(grad_output + at, g);
         rows.load(input + at, x);
-        activated([&](auto op) {
-#pragma unroll
-          for (int r = 0; r < kUnroll<T>; ++r)
-#pragma unroll
-            for (int k = 0; k < width; ++k) g[r][k] = backward_from_pre<decltype(op)>(g[r][k], normalize[k](x[r][k]));
-        });
+        activated.backward(normalize, x, g);
 #pragma unroll
         for (int r = 0; r < kUnroll<T>; ++r) {
 #pragma unroll
@@ -299,13 +289,11 @@ __global__ void __launch_bounds__(kThreads)
       C x[kUnroll<T>][width], g[kUnroll<T>][width];
       rows.load(grad_output + at, g);
       rows.load(input + at, x);
-      activated([&](auto op) {
+      activated.backward(back, x, g);
 #pragma unroll
-        for (int r = 0; r < kUnroll<T>; ++r)
+      for (int r = 0; r < kUnroll<T>; ++r)
 #pragma unroll
-          for (int k = 0; k < width; ++k)
-            g[r][k] = back[k](backward_from_pre<decltype(op)>(g[r][k], back[k].normalize(x[r][k])), x[r][k]);
-      });
+        for (int k = 0; k < width; ++k) g[r][k] = back[k].gradient(g[r][k], x[r][k]);
       rows.store(grad_input + at, g);
     });
   });
