@@ -95,6 +95,25 @@ __device__ __forceinline__ void load(const T* from, int count, bool vectors, C (
   }
 }
 
+// f(at, n elements) for those from `at` on and in steps, as long as `ahead` of them are there to be read before the
+// first is waited for; where the next are. Vectors must be allowed.
+template <int ahead, int n, class T, class F>
+__device__ __forceinline__ int64_t for_vectors(const T* from, int64_t at, int64_t step, int64_t end, const F& f) {
+  for (; at + (ahead - 1) * step + n <= end; at += ahead * step) {
+    Packed<T, n> packed[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) packed[i] = *reinterpret_cast<const Packed<T, n>*>(from + at + i * step);
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      Compute<T> x[n];
+#pragma unroll
+      for (int k = 0; k < n; ++k) x[k] = widen_fast(packed[i].at[k]);
+      f(at + i * step, x);
+    }
+  }
+  return at;
+}
+
 // Writes the first `count` of n elements.
 template <int n, class T, class C>
 __device__ __forceinline__ void store(T* to, int count, bool vectors, const C (&from)[n]) {

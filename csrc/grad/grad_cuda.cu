@@ -58,21 +58,11 @@ __device__ __forceinline__ int chunks_of_unit(const Entry& entry) {
 // Calls f(values, at, count) for kWidth neighbours at a time. A unit's chunk may begin anywhere.
 template <class T, class F>
 __device__ __forceinline__ void for_each(const T* x, int64_t begin, int64_t end, F f) {
-  constexpr int step = kThreads * kWidth, ahead = 4;  // accesses that are under way together
+  constexpr int step = kThreads * kWidth;
   const bool vectors = cuda::aligned_for<kWidth>(x + begin);
   int64_t at = begin + int64_t(threadIdx.x) * kWidth;
-  for (; vectors && at + (ahead - 1) * step + kWidth <= end; at += ahead * step) {
-    cuda::Packed<T, kWidth> packed[ahead];
-#pragma unroll
-    for (int i = 0; i < ahead; ++i) packed[i] = *reinterpret_cast<const cuda::Packed<T, kWidth>*>(x + at + i * step);
-#pragma unroll
-    for (int i = 0; i < ahead; ++i) {
-      Compute<T> values[kWidth];
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) values[k] = cuda::widen_fast(packed[i].at[k]);
-      f(values, at + i * step, kWidth);
-    }
-  }
+  if (vectors)
+    at = cuda::for_vectors<4, kWidth>(x, at, step, end, [&](int64_t at, auto& values) { f(values, at, kWidth); });
   for (; at < end; at += step) {
     Compute<T> values[kWidth];
     const int count = int(end - at < kWidth ? end - at : kWidth);

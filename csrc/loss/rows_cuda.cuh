@@ -53,21 +53,9 @@ struct Pieces : cuda::Team<threads> {
   __device__ __forceinline__ void for_logits(const F& f) const {
     int64_t piece = int64_t(Pieces::rank()) * width;
     if constexpr (many) {
-      using Vector = cuda::Packed<T, width>;
       const int front = this->front();
-      for (; front + piece + (ahead - 1) * step + width <= in.classes; piece += ahead * step) {
-        Vector vectors[ahead];
-#pragma unroll
-        for (int i = 0; i < ahead; ++i)
-          vectors[i] = *reinterpret_cast<const Vector*>(in.logits + at(front + piece + i * step));
-#pragma unroll
-        for (int i = 0; i < ahead; ++i) {
-          Compute<T> x[width];
-#pragma unroll
-          for (int k = 0; k < width; ++k) x[k] = cuda::widen_fast(vectors[i].at[k]);
-          f(front + piece + i * step, width, x);
-        }
-      }
+      piece = cuda::for_vectors<ahead, width>(in.logits + at(front), piece, step, in.classes - front,
+                                              [&](int64_t piece, auto& x) { f(front + piece, width, x); });
     }
     for_classes(
         [&](int64_t j, int count) {
